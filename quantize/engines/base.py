@@ -1,0 +1,109 @@
+"""The interface of an engine: a network opened for inference, run range by range.
+
+Layers are numbered from 0 in the order of ``net.layer``. ``Engine.compile(start, stop, ...)`` prepares the
+layers ``start <= i < stop``; the result maps the blobs that are live before ``start`` to named blobs as they
+stand after ``stop - 1``. In-place layers overwrite their blob's name, so "blob at a place" is the value that
+the last layer before that place wrote under the name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from quantize.caffenet import NetParameter, Shapes, Weights, infer_shapes
+
+FloatArray = npt.NDArray[np.float32]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per channel (axis 1; the only axis of a 2-D blob besides the batch) over all values seen.
+
+    Attributes:
+        count: number of values per channel.
+        mean: float64, shape (channels,).
+        m2: float64, shape (channels,): the sum of squared deviations from ``mean``.
+    """
+
+    count: int
+    mean: npt.NDArray[np.float64]
+    m2: npt.NDArray[np.float64]
+
+    def merged(self, other: Moments) -> Moments:
+        """The moments of both sets of values together (Chan, Golub & LeVeque 1979)."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + delta * (other.count / count),
+            self.m2 + other.m2 + delta**2 * (self.count * other.count / count),
+        )
+
+
+@dataclass(frozen=True)
+class RangeResult:
+    """What one run of a range gave: the blobs asked for and the moments asked for, by blob name."""
+
+    blobs: dict[str, FloatArray]
+    moments: dict[str, Moments]
+
+
+class Range(ABC):
+    """Layers ``start <= i < stop`` of an opened net, ready to run on any number of images."""
+
+    inputs: tuple[str, ...]
+    """Names of the blobs that the range reads from outside."""
+
+    @abstractmethod
+    def run(
+        self, feeds: Mapping[str, FloatArray], into: Mapping[str, FloatArray] | None = None
+    ) -> RangeResult:
+        """Run on one micro-batch.
+
+        Args:
+            feeds: C-contiguous float32 arrays, batch first, for every name in ``inputs``.
+            into: C-contiguous float32 arrays of the right shape into which outputs of these names are
+                written without a copy; other outputs get fresh arrays.
+        """
+
+
+class Engine(ABC):
+    """A network opened for inference (TEST phase).
+
+    Args:
+        net: the layers to run: no data layers, no layers that need labels, phase already filtered
+            (see ``caffenet.inference_net``).
+        weights: their blobs; checked against the shapes the layers imply.
+        inputs: shape of each input blob for one image, without the batch axis.
+
+    Raises:
+        InputError: a layer's type or a parameter is not supported, or a blob has the wrong shape.
+    """
+
+    def __init__(self, net: NetParameter, weights: Weights, inputs: Mapping[str, Shape]) -> None:
+        self.net = net
+        self.weights = weights.copy()
+        self.inputs = dict(inputs)
+        self.shapes: Shapes = infer_shapes(net, {name: (1, *shape) for name, shape in inputs.items()})
+
+    def set_blobs(self, layer: str, blobs: Sequence[FloatArray]) -> None:
+        """Replace a layer's blobs for the ranges compiled (onnx) or run (caffe) from now on."""
+        self.weights.replace(layer, blobs)
+
+    @abstractmethod
+    def compile(self, start: int, stop: int, outputs: Sequence[str], moments: Sequence[str] = ()) -> Range:
+        """Prepare the layers ``start <= i < stop``.
+
+        Args:
+            outputs: blobs to return as they stand after layer ``stop - 1``.
+            moments: blobs whose per-channel moments to return as they stand after layer ``stop - 1``.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing
+        """Release what the engine holds (a child process, sessions)."""
