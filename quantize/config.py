@@ -1,0 +1,384 @@
+"""The configuration: the YAML schema and its error messages.
+
+`load` turns a YAML file, command-line options and ``--set`` assignments into one checked `Config`. Whatever
+is wrong with them becomes an `InputError` of one line that names the key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from quantize.errors import InputError
+
+MAX_YAML_BYTES = 1 << 20
+UNITS = {"": 1, "b": 1} | {
+    name: base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for name, base in ((f"{letter}b", 1000), (f"{letter}ib", 1024), (letter, 1024))
+}
+
+
+def parse_size(value: object) -> int | None:
+    """Bytes from ``2GiB``, ``500 MB``, ``123456`` or ``unlimited`` (None).
+
+    Raises:
+        ValueError: not a size, or not above zero.
+    """
+    if value is None or value == "unlimited":
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    if isinstance(value, bool) or match is None or match[2].lower() not in UNITS:
+        raise ValueError("not a size; write for example 2GiB, 500MB or unlimited")
+    size = int(float(match[1]) * UNITS[match[2].lower()])
+    if size <= 0:
+        raise ValueError("must be above zero; write for example 2GiB")
+    return size
+
+
+def parse_command(value: object) -> object:
+    """A command as a list; a plain string counts as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Bytes = Annotated[int | None, BeforeValidator(parse_size)]
+Command = Annotated[list[str], Field(min_length=1), BeforeValidator(parse_command)]
+GridName = Literal["power_of_two", "fixed_point", "uniform"]
+GRID_BITS = {"power_of_two": (2, 5), "fixed_point": (2, 8), "uniform": (2, 8)}
+
+
+class Section(BaseModel):
+    """A mapping of the YAML file: unknown keys are errors and values keep their types."""
+
+    model_config = ConfigDict(extra="forbid", strict=False, frozen=True)
+
+
+class ModelFiles(Section):
+    """The trained network."""
+
+    prototxt: Path = Field(description="the network's layers")
+    weights: Path = Field(description="the network's trained blobs (caffemodel)")
+    caffe_proto: Path | None = Field(None, description="a fork's caffe.proto, where it has fields of its own")
+
+
+class Calibration(Section):
+    """The unlabeled images."""
+
+    source: Path = Field(description="LMDB folder, image folder or list file")
+    images: int | None = Field(
+        None, ge=1, description="use the first so many (default: as many as a stage asks)"
+    )
+
+
+class Validation(Section):
+    """The labeled images that `evaluate` and `caffe test` use."""
+
+    source: Path = Field(description="LMDB folder, image folder or list file")
+    batch_size: int = Field(50, ge=1, description="of the Data layer in NAME_val.prototxt")
+
+
+class TransformKeys(Section):
+    """From image to input blob, as Caffe's transform_param; replaces the prototxt's own."""
+
+    crop_size: int | None = Field(None, ge=0, description="side of the square crop; 0: none")
+    mirror: bool | None = Field(None, description="mirror every other image at random")
+    scale: float | None = Field(None, description="factor after the mean is subtracted")
+    mean_value: list[float] | None = Field(None, description="per channel (BGR), or one for all")
+    mean_file: Path | None = Field(None, description="binaryproto with a mean image")
+    resize_short: int | None = Field(None, ge=1, description="resize the shorter side to this first")
+    resize: tuple[int, int] | None = Field(None, description="resize to [height, width] first")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_mean_for_all(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("mean_value"), int | float):
+            return {**values, "mean_value": [values["mean_value"]]}
+        return values
+
+
+class Data(Section):
+    """Where images come from and how they become input blobs."""
+
+    calibration: Calibration | None = Field(
+        None, description="unlabeled images; renorm and activations need them"
+    )
+    validation: Validation | None = Field(None, description="labeled images")
+    transform: TransformKeys = Field(
+        TransformKeys(), description="overrides of the prototxt's transform_param"
+    )
+    seed: int = Field(0, ge=0, description="of the random crops and mirrors")
+
+
+class CaffeProcess(Section):
+    """How `engine: caffe` starts pycaffe."""
+
+    python: Command = Field(["python3"], description="the interpreter that has pycaffe: a command")
+    pycaffe_path: str | None = Field(None, description="prepended to that interpreter's sys.path")
+    preload: str | None = Field(None, description="a shared library with extra layers (LD_PRELOAD)")
+
+
+class GridChoice(Section):
+    """A grid and its number of bits."""
+
+    bits: int = Field(4, ge=2, le=8, description="bits per weight")
+    grid: GridName = Field(
+        "power_of_two", description="the levels a weight may take, times the kernel's alpha"
+    )
+
+    @model_validator(mode="after")
+    def _grid_has_the_bits(self) -> GridChoice:
+        low, high = GRID_BITS[self.grid]
+        if not low <= self.bits <= high:
+            raise ValueError(f"grid {self.grid} has {low} to {high} bits, not {self.bits}")
+        return self
+
+
+class LayerChoice(GridChoice):
+    """An override for one layer; a missing half is taken from the general setting."""
+
+    skip: bool = Field(False, description="leave this layer's weights as they are")
+
+
+class WeightSettings(GridChoice):
+    """Stage 1."""
+
+    solver: Literal["optimal", "reference"] = Field("optimal", description="reference: the paper's iteration")
+    first_last: GridChoice = Field(
+        GridChoice(bits=8, grid="fixed_point"), description="for the first and the last quantized layer"
+    )
+    layers: dict[str, LayerChoice] = Field({}, description="overrides by layer name: bits, grid, skip")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_overrides(cls, values: Any) -> Any:
+        """An override inherits from this section, and first_last from its default, what it does not name."""
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        if isinstance(values.get("first_last"), dict):
+            filled["first_last"] = {"bits": 8, "grid": "fixed_point", **values["first_last"]}
+        if isinstance(values.get("layers"), dict):
+            general = {key: values[key] for key in ("bits", "grid") if key in values}
+            filled["layers"] = {
+                name: {**general, **choice} if isinstance(choice, dict) else choice
+                for name, choice in values["layers"].items()
+            }
+        return filled
+
+
+class RenormSettings(Section):
+    """Stage 2."""
+
+    images: int = Field(1000, ge=1, description="calibration images")
+    augment: Literal["train", "test"] = Field(
+        "train",
+        description="train: random crop and mirror as the TRAIN transform says, seeded; test: centre crop",
+    )
+    memory: Bytes = Field(2 << 30, validate_default=False, description="bound on what the sweep keeps")
+
+
+class ActivationSettings(Section):
+    """Stage 3."""
+
+    bits: int = Field(8, ge=4, le=8, description="codes 0 .. 2^(bits-1) - 1")
+    levels: int | None = Field(
+        None, ge=1, le=255, description="the largest code, instead of bits; 255: full byte"
+    )
+    images: int = Field(400, ge=1, description="calibration images")
+    solver: Literal["optimal", "reference"] = Field("optimal", description="reference: the paper's iteration")
+
+    @property
+    def largest_code(self) -> int:
+        """The largest code of a quantized activation."""
+        return self.levels if self.levels is not None else 2 ** (self.bits - 1) - 1
+
+
+class Config(Section):
+    """Everything one run needs."""
+
+    name: str = Field(description="prefix of every output file", pattern=r"^[\w][\w.+-]*$")
+    model: ModelFiles
+    data: Data = Field(Data())
+    engine: Literal["auto", "onnx", "caffe"] = Field(
+        "auto", description="what runs the network; auto is onnx"
+    )
+    caffe: CaffeProcess = Field(CaffeProcess())
+    weights: WeightSettings = Field(WeightSettings())
+    renorm: RenormSettings = Field(RenormSettings())
+    activations: ActivationSettings = Field(ActivationSettings())
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="default: the processors this process may use"
+    )
+    output: Path = Field(description="folder for everything that is written")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (they can grow a small file beyond all bounds) and without repeated keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not supported; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} is given twice (line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_YAML_BYTES:
+            raise InputError(f"{path}: {size} bytes is too long for a configuration; give the YAML file")
+        content = yaml.load(path.read_bytes(), Loader=_Loader)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a configuration: expected keys such as name, model, data, output")
+    return content
+
+
+def load(
+    path: Path | None, options: Mapping[str, object] | None = None, assignments: Sequence[str] = ()
+) -> Config:
+    """The checked configuration.
+
+    Args:
+        path: a YAML file, or None where the options say everything. Paths in it are relative to it.
+        options: values by dotted key from the command line, None where not given; paths relative to the
+            current folder.
+        assignments: ``key=value`` texts of ``--set``; values are YAML.
+
+    Raises:
+        InputError: one line about the first thing that is wrong.
+    """
+    where = str(path) if path else "options"
+    tree: dict[str, Any] = read_yaml(path) if path else {}
+    _resolve_paths(tree, path.parent if path else Path(), where)
+    for key, value in (options or {}).items():
+        if value is not None:
+            _assign(tree, key, value, where)
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set {text}: expected key=value, for example --set weights.bits=3")
+        try:
+            parsed = yaml.load(value, Loader=_Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise InputError(f"--set {text}: the value is not valid YAML") from error
+        overlay: dict[str, Any] = {}
+        _assign(overlay, key, parsed, "--set")
+        _resolve_paths(overlay, Path(), "--set")
+        _merge(tree, overlay)
+    if path is None and "name" not in tree and isinstance(tree.get("model"), dict):
+        tree["name"] = re.sub(r"[^\w.+-]", "_", Path(str(tree["model"].get("prototxt", "net"))).stem)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_first_line(error, where)) from error
+
+
+PATH_KEYS = (
+    "model.prototxt",
+    "model.weights",
+    "model.caffe_proto",
+    "data.calibration.source",
+    "data.validation.source",
+    "data.transform.mean_file",
+    "output",
+)
+
+
+def _resolve_paths(tree: dict[str, Any], base: Path, where: str) -> None:
+    for key in PATH_KEYS:
+        *parents, last = key.split(".")
+        node: Any = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(node.get(last), str):
+            node[last] = str(base / expand(node[last], f"{where}: {key}"))
+
+
+def expand(text: str, where: str) -> Path:
+    """A path with ~ and $VARS expanded.
+
+    Raises:
+        InputError: an unset variable or a NUL byte.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(text))
+    unset = re.search(r"\$(\w+|\{[^}]*\})", expanded)
+    if unset:
+        raise InputError(f"{where}: {text!r} uses {unset[0]}, which is not set; set it or write the path out")
+    if not text or "\0" in text:
+        raise InputError(f"{where}: {text!r} is not a path")
+    return Path(expanded)
+
+
+def _assign(tree: dict[str, Any], key: str, value: object, where: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"{where}: {key}: {parent} is not a section")
+    tree[last] = value
+
+
+def _merge(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
+    for key, value in overlay.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _first_line(error: ValidationError, where: str) -> str:
+    """The first finding of pydantic as our one line."""
+    first = error.errors(include_url=False)[0]
+    location = [part for part in first["loc"] if isinstance(part, str)]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{where}: {key}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing; give it in the YAML file, as an option, or with --set {key}=..."
+    message = first["msg"].removeprefix("Value error, ")
+    value = repr(first["input"])
+    shown = value if len(value) <= 80 else value[:77] + "..."
+    return f"{where}: {key or 'configuration'}: {shown}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in location:
+        field = model.model_fields.get(name)
+        candidates = [] if field is None else _models_in(field.annotation)
+        if not candidates:
+            if name not in model.model_fields and model is WeightSettings:
+                continue
+            return sorted(LayerChoice.model_fields) if "layers" in location else []
+        model = candidates[0]
+    return sorted(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]

@@ -1,0 +1,80 @@
+"""The output folder: one run at a time, and every file whole or not there at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from quantize.errors import InputError, LabelfreeError
+
+PART_SUFFIX = ".part"
+
+
+class OutputFolder:
+    """A folder held by this process; made where it is not there.
+
+    The folder itself is locked, so nothing is left behind when the process is killed. What killed runs left
+    half written (``.NAME.part``) is removed.
+
+    Raises:
+        InputError: the folder cannot be made or written, or another run holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise InputError(f"output: {path}: cannot make or open this folder: {error.strerror}") from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in path.glob(f".*{PART_SUFFIX}"):
+                leftover.unlink()
+            probe = path / f".probe{PART_SUFFIX}"
+            probe.touch()
+            probe.unlink()
+        except BlockingIOError as error:
+            self.close()
+            raise InputError(
+                f"output: {path}: another labelfree run is writing here; wait or choose another"
+            ) from error
+        except OSError as error:
+            self.close()
+            raise InputError(
+                f"output: {path}: cannot write here: {error.strerror}; choose another folder"
+            ) from error
+
+    def close(self) -> None:
+        """Let other runs use the folder."""
+        os.close(self._descriptor)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """A file that appears under ``name`` when the block ends well, flushed to disk; else nothing changes.
+
+        Raises:
+            LabelfreeError: the file could not be written (disk full, ...).
+        """
+        part = self.path / f".{name}{PART_SUFFIX}"
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self.path / name)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise LabelfreeError(
+                f"{self.path / name}: cannot write: {error.strerror}; what was there before is unchanged"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        """Remove a file that no longer fits the others, where it is there."""
+        (self.path / name).unlink(missing_ok=True)
