@@ -1,0 +1,103 @@
+"""Encoded images (JPEG, PNG, BMP, PNM) to 8-bit pixels, as Caffe has OpenCV decode them."""
+
+from __future__ import annotations
+
+import re
+import struct
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from quantize.errors import InputError
+
+MAX_PIXELS = 178_956_970
+"""Larger images are refused before they are decoded (Pillow's limit: half a gigabyte of BGR)."""
+
+JPEG, PNG, BMP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM"
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
+JPEG_BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xDA)})  # TEM, RST0..7, SOI, EOI have no length
+PNM = re.compile(rb"P[1-6]\s+(?:#[^\n]*\n\s*)*(\d{1,9})\s+(?:#[^\n]*\n\s*)*(\d{1,9})\s")
+
+
+def image_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) from the header of an encoded image; None where it has none or is cut off."""
+    try:
+        if data.startswith(JPEG):
+            return _jpeg_size(data)
+        if data.startswith(PNG):
+            return _png_size(data)
+        if data.startswith(BMP):
+            return _bmp_size(data)
+    except struct.error:
+        return None
+    pnm = PNM.match(data[:4096])
+    return (int(pnm[2]), int(pnm[1])) if pnm else None
+
+
+def _bmp_size(data: bytes) -> tuple[int, int]:
+    header_size = struct.unpack_from("<I", data, 14)[0]
+    width, height = struct.unpack_from("<HH" if header_size == 12 else "<ii", data, 18)
+    return abs(height), abs(width)
+
+
+def _png_size(data: bytes) -> tuple[int, int] | None:
+    """Size from the header, if no chunk claims to be longer than the data: OpenCV would allocate it."""
+    at = len(PNG)
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        at += 12 + length
+        if kind == b"IEND":
+            break
+    width, height = struct.unpack_from(">II", data, 16)
+    return None if at > len(data) else (height, width)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    at = 2
+    while (at := data.find(0xFF, at)) >= 0:
+        while data[at : at + 1] == b"\xff":
+            at += 1
+        marker = data[at] if at < len(data) else 0
+        if marker in JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, at + 4)
+            return height, width
+        at += 1
+        if marker != 0 and marker not in JPEG_BARE_MARKERS:
+            at += struct.unpack_from(">H", data, at)[0]
+    return None
+
+
+def decode(data: bytes, color: bool | None) -> npt.NDArray[np.uint8]:
+    """Decode an image.
+
+    Args:
+        data: the encoded image.
+        color: True: to BGR; False: to gray; both turn the image as its EXIF orientation says, as OpenCV's
+            color and grayscale flags do since 3.1. None: the channels as stored and not turned
+            (``IMREAD_UNCHANGED``, Caffe's choice for encoded Datums without force_color and force_gray).
+
+    Returns:
+        uint8 array (channels, height, width), a view of the (height, width, channels) that OpenCV gives.
+
+    Raises:
+        InputError: not an image of a known format, damaged, too large, or not of 8 bits per value with
+            color=None. The message lacks the image's name.
+    """
+    size = image_size(data)
+    if size is None or 0 in size:
+        raise InputError("not a whole JPEG, PNG, BMP or PNM image")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise InputError(f"the image claims {size[1]} x {size[0]} pixels, more than the {MAX_PIXELS} allowed")
+    flag = cv2.IMREAD_UNCHANGED if color is None else cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+    except cv2.error as error:
+        raise InputError(f"the image is damaged: {error.err}") from error
+    if pixels is None:
+        raise InputError("the image is damaged: it cannot be decoded")
+    if pixels.dtype != np.uint8:
+        raise InputError("the image has more than 8 bits per value: set force_color or force_gray")
+    if pixels.ndim == 2:
+        return pixels[np.newaxis].astype(np.uint8, copy=False)
+    return pixels.transpose(2, 0, 1).astype(np.uint8, copy=False)

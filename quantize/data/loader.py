@@ -1,0 +1,146 @@
+"""The images of a pass through the net: read, decoded and transformed ahead of it by threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from quantize.data.sources import Source
+from quantize.data.transform import FloatArray, Shape, Transform, shape_text
+from quantize.errors import InputError
+from quantize.threads import available_threads
+
+AHEAD = 32
+"""Images prepared ahead of the one being used, at least; always whole batches, and at least one."""
+CHUNK = 8
+"""Images a thread prepares at a time."""
+
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch being filled."""
+
+    images: FloatArray
+    labels: list[int | None]
+    parts: list[Future[None]]
+
+
+class Images:
+    """The first ``count`` images of a source, transformed.
+
+    What image i becomes depends on the source, the transform, the phase and the seed alone: its random
+    numbers come from ``np.random.default_rng([seed, i])``. Passes can be repeated, in any batches.
+
+    Args:
+        source: where the images are. Not closed here.
+        transform: what happens to each.
+        phase: TRAIN or TEST.
+        count: how many of them; None: all.
+        seed: of the random crops and mirrors.
+        threads: that read, decode and transform; None: one per processor.
+
+    Attributes:
+        shape: (channels, height, width) of every image after the transform.
+
+    Raises:
+        InputError: fewer images than asked for, one of them is missing, or the first is unusable.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        phase: int,
+        count: int | None = None,
+        seed: int = 0,
+        threads: int | None = None,
+    ) -> None:
+        if count is not None and count < 1:
+            raise InputError(f"{source.path}: {count} images asked for: ask for at least 1")
+        if count is not None and count > len(source):
+            raise InputError(
+                f"{source.path}: {count} images asked for but it holds {len(source)}: ask for fewer"
+            )
+        if seed < 0:
+            raise InputError(f"the seed is {seed}: it must be 0 or more")
+        self.source = source
+        self.transform = transform
+        self.phase = phase
+        self.seed = seed
+        self.threads = threads or available_threads()
+        self._count = len(source) if count is None else count
+        source.check(self._count)
+        self.shape: Shape = self._read(0)[0].shape
+
+    def __len__(self) -> int:
+        """Return the number of images of a pass."""
+        return self._count
+
+    def batches(
+        self, size: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[FloatArray, Labels | None]]:
+        """Images ``start <= i < stop`` in order, ``size`` at a time; the last batch may be smaller.
+
+        Args:
+            size: images per batch.
+            start: the first image.
+            stop: one behind the last; None, or more than there are: to the end.
+
+        Yields:
+            float32 array (n, channels, height, width) that is the caller's to keep, and the int64 labels
+            (n,), or None where one of these images has no label.
+
+        Raises:
+            InputError: an image is missing, damaged or of another shape; names it. Images before it in
+                other batches have come by then.
+        """
+        stop = self._count if stop is None else min(stop, self._count)
+        executor = ThreadPoolExecutor(self.threads, thread_name_prefix="labelfree-images")
+        try:
+            coming = (self._begin(executor, i, min(i + size, stop)) for i in range(start, stop, size))
+            begun = deque(islice(coming, 1 + -(-AHEAD // size)))
+            while begun:
+                batch = begun.popleft()
+                for part in batch.parts:
+                    part.result()
+                begun.extend(islice(coming, 1))
+                labels = [label for label in batch.labels if label is not None]
+                complete = len(labels) == len(batch.labels)
+                yield batch.images, np.array(labels, np.int64) if complete else None
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+    def _begin(self, executor: ThreadPoolExecutor, start: int, stop: int) -> _Batch:
+        batch = _Batch(np.empty((stop - start, *self.shape), np.float32), [None] * (stop - start), [])
+        for first in range(start, stop, CHUNK):
+            last = min(first + CHUNK, stop)
+            batch.parts.append(executor.submit(self._fill, batch, start, first, last))
+        return batch
+
+    def _fill(self, batch: _Batch, start: int, first: int, last: int) -> None:
+        """Prepare images ``first <= i < last`` of the batch that begins with image ``start``."""
+        for index in range(first, last):
+            _, batch.labels[index - start] = self._read(index, batch.images[index - start])
+
+    def _read(self, index: int, out: FloatArray | None = None) -> tuple[FloatArray, int | None]:
+        """Transform image ``index``, which must have the shape of ``out``."""
+        image = self.source.read(index, self.transform.color)
+        try:
+            shape = self.transform.shape_of(image.pixels.shape)
+            if out is not None and shape != out.shape:
+                raise InputError(
+                    f"it becomes {shape_text(shape)} but the first image {shape_text(out.shape)}:"
+                    " set crop_size with resize_short, resize, or force_color"
+                )
+            rng = np.random.default_rng([self.seed, index])
+            return self.transform(image.pixels, self.phase, rng, out), image.label
+        except InputError as error:
+            raise InputError(f"{self.source.path}: image {self.source.name(index)}: {error}") from error

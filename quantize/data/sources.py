@@ -1,0 +1,295 @@
+"""Where images come from: an LMDB of Datums, a folder of image files, or a list of image files."""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import DecodeError
+
+from quantize.caffenet import Datum
+from quantize.data.decode import decode
+from quantize.data.lmdb_file import LmdbFile, is_lmdb_file
+from quantize.errors import InputError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".ppm", ".pgm", ".pnm"})
+HDF5_SUFFIXES = frozenset({".h5", ".hdf5"})
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+LABEL = re.compile(r"[+-]?[0-9]{1,18}")
+INT32 = np.iinfo(np.int32)
+MAKE_LMDB = "make an LMDB from the images with `labelfree make-lmdb IMAGES LMDB`"
+
+Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image as stored.
+
+    Attributes:
+        pixels: uint8 or float32, shape (channels, height, width), color in the order blue, green, red.
+        label: the class, or None where the source states none.
+    """
+
+    pixels: Pixels
+    label: int | None
+
+
+class Source(ABC):
+    """Images by number. Reading is safe from several threads at once.
+
+    Attributes:
+        path: what the user named, for messages.
+    """
+
+    path: Path
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return what to call image ``index`` in a message: a file's path or an LMDB key."""
+
+    @abstractmethod
+    def read(self, index: int, color: bool | None = None) -> Image:
+        """Read image ``index``.
+
+        Args:
+            index: 0 <= index < len.
+            color: how encoded images are decoded: True to BGR, False to gray, None as Caffe does by
+                default (image files to BGR, encoded Datums with the channels they have). Pixels stored
+                raw stay as they are.
+
+        Raises:
+            InputError: the image is missing or damaged; names it.
+        """
+
+    def check(self, count: int) -> None:  # noqa: B027 - records of an LMDB exist as soon as it opens
+        """Raise InputError if one of the first ``count`` images is missing, without reading any."""
+
+    def close(self) -> None:  # noqa: B027 - lists of files hold nothing
+        """Release what the source holds."""
+
+
+class LmdbSource(Source):
+    """The Datums of an LMDB in the order of their keys, which is the order Caffe reads them in.
+
+    Args:
+        path: the LMDB's folder, or its data file.
+
+    Raises:
+        InputError: damaged, empty or unreadable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = LmdbFile(path / "data.mdb" if path.is_dir() else path)
+
+    def __len__(self) -> int:
+        """Return the number of Datums."""
+        return len(self._file)
+
+    def name(self, index: int) -> str:
+        """Return the key of Datum ``index``."""
+        key, _ = self._file.record(index)
+        return printable(key.decode("utf-8", "backslashreplace"))
+
+    def read(self, index: int, color: bool | None = None) -> Image:
+        """Read Datum ``index``; see Source.read."""
+        _, value = self._file.record(index)
+        try:
+            datum = Datum.FromString(value)
+            pixels = datum_pixels(datum, color)
+        except DecodeError as error:
+            raise InputError(f"{self.path}: record {self.name(index)}: not a Datum of Caffe") from error
+        except InputError as error:
+            raise InputError(f"{self.path}: record {self.name(index)}: {error}") from error
+        return Image(pixels, datum.label if datum.HasField("label") else None)
+
+    def close(self) -> None:
+        """Close the LMDB."""
+        self._file.close()
+
+
+def datum_pixels(datum: Datum, color: bool | None = None) -> Pixels:
+    """Return the pixels of a Datum: raw bytes, an encoded image or floats, as Caffe takes them.
+
+    Returns:
+        uint8 or float32 array (channels, height, width).
+
+    Raises:
+        InputError: the sizes that the Datum claims do not match what it holds, or it holds no image. The
+            message lacks the Datum's name.
+    """
+    if datum.encoded:
+        return decode(datum.data, color)
+    shape = (datum.channels, datum.height, datum.width)
+    stated = "x".join(map(str, shape))
+    if min(shape) <= 0:
+        raise InputError(f"the Datum claims the impossible size {stated}")
+    held = len(datum.data) or len(datum.float_data)
+    if held != shape[0] * shape[1] * shape[2]:
+        raise InputError(f"the Datum claims {stated} values but holds {held}")
+    if datum.data:
+        return np.frombuffer(datum.data, np.uint8).reshape(shape)
+    values = np.array(datum.float_data, np.float32).reshape(shape)
+    if not np.isfinite(values).all():
+        raise InputError("the Datum holds values that are not finite")
+    return values
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file, its label, and where it was named (``list.txt, line 3: `` or nothing)."""
+
+    path: str
+    label: int | None
+    origin: str
+
+
+class FileSource(Source):
+    """Image files, decoded to 8-bit BGR as Caffe's ImageData layer does (see decode for EXIF orientation).
+
+    Args:
+        path: what the user named: the folder or the list.
+        files: the images in order.
+    """
+
+    def __init__(self, path: Path, files: Sequence[ImageFile]) -> None:
+        self.path = path
+        self._files = files
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        """Return the file's path below the folder that was named; else its whole path."""
+        path = self._files[index].path
+        return printable(
+            os.path.relpath(path, self.path) if path.startswith(f"{self.path}{os.sep}") else path
+        )
+
+    def read(self, index: int, color: bool | None = None) -> Image:
+        """Read and decode file ``index``; see Source.read."""
+        file = self._files[index]
+        try:
+            with open(file.path, "rb") as stream:
+                data = stream.read()
+            pixels = decode(data, color is not False)
+        except OSError as error:
+            raise InputError(f"{file.origin}{printable(file.path)}: {error.strerror}") from error
+        except InputError as error:
+            raise InputError(f"{file.origin}{printable(file.path)}: {error}") from error
+        return Image(pixels, file.label)
+
+    def check(self, count: int) -> None:
+        """Raise InputError if one of the first ``count`` files is missing."""
+        for file in self._files[:count]:
+            if not os.path.isfile(file.path):
+                raise InputError(f"{file.origin}{printable(file.path)}: no such file")
+
+
+def open_source(path: Path) -> Source:
+    """Open an LMDB (its folder or data file), a folder of images, or a list of images.
+
+    Raises:
+        InputError: there is no such thing, it holds no images, or it is in a format that is not read
+            (LevelDB, HDF5).
+    """
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if path.is_file():
+            return _open_file(path)
+    except OSError as error:
+        raise InputError(f"{printable(str(path))}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a path with a null character
+        raise InputError(f"{printable(str(path))}: not a path") from error
+    raise InputError(
+        f"{printable(str(path))}: no such LMDB, image folder or list of images; check the path"
+        " (relative paths in a configuration start at its file)"
+    )
+
+
+def _open_folder(path: Path) -> Source:
+    if (path / "data.mdb").is_file():
+        return LmdbSource(path)
+    if (path / "lock.mdb").exists():
+        raise InputError(f"{path}: an LMDB without its data.mdb; copy it again or {MAKE_LMDB}")
+    if (path / "CURRENT").exists() and any(path.glob("MANIFEST-*")):
+        raise InputError(f"{path}: a LevelDB, which labelfree does not read; {MAKE_LMDB}")
+    files = [ImageFile(file, None, "") for file in sorted(_walk_images(str(path)))]
+    if not files:
+        raise InputError(f"{path}: holds no data.mdb and no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    return FileSource(path, files)
+
+
+def _walk_images(top: str) -> Iterator[str]:
+    """Paths of the image files under a folder; a folder reached twice through links counts once."""
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(top, followlinks=True, onerror=_raise):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders.sort()
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                yield os.path.join(folder, name)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _open_file(path: Path) -> Source:
+    if is_lmdb_file(path):
+        return LmdbSource(path)
+    with path.open("rb") as file:
+        start = file.read(4096)
+    suffix = path.suffix.lower()
+    if suffix in HDF5_SUFFIXES or start.startswith(HDF5_MAGIC):
+        raise InputError(f"{path}: an HDF5 file, which labelfree does not read; {MAKE_LMDB}")
+    if suffix in IMAGE_SUFFIXES:
+        raise InputError(f"{path}: a single image; give its folder, a list of images or an LMDB")
+    if b"\0" in start:
+        raise InputError(f"{path}: neither an LMDB nor a list of images (one `path [label]` per line)")
+    return FileSource(path, list(_read_list(path)))
+
+
+def _read_list(path: Path) -> Iterator[ImageFile]:
+    """Read the lines ``path [label]``; the last field is the label if it is a whole number."""
+    folder = path.parent
+    empty = True
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            text = line.strip()
+            if not text:
+                continue
+            empty = False
+            label = None
+            name, *last = text.rsplit(maxsplit=1)
+            if last and LABEL.fullmatch(last[0]):
+                text, label = name, int(last[0])
+            if label is not None and not INT32.min <= label <= INT32.max:
+                raise InputError(f"{path}, line {number}: the label {label} does not fit 32 bits")
+            if "\0" in text:
+                raise InputError(f"{path}, line {number}: not a path")
+            yield ImageFile(os.path.join(folder, text), label, f"{path}, line {number}: ")
+    if empty:
+        raise InputError(f"{path}: the list names no images (one `path [label]` per line)")
+
+
+def printable(text: str) -> str:
+    """Return the text, or, where it has characters that would spoil a one-line message, its escaped form."""
+    return text if text.isprintable() else repr(text)
