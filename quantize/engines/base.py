@@ -9,7 +9,7 @@ the last layer before that place wrote under the name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,16 @@ class Moments:
             self.mean + delta * (other.count / count),
             self.m2 + other.m2 + delta**2 * (self.count * other.count / count),
         )
+
+
+def moments_of(blob: FloatArray) -> Moments:
+    """The moments of a blob of at least two axes; float64 throughout, around each image's own mean."""
+    values = blob.reshape(*blob.shape[:2], -1)
+    means = values.mean(axis=2, dtype=np.float64)
+    m2 = [np.square(image - mean[:, None]).sum(axis=1) for image, mean in zip(values, means, strict=True)]
+    mean = means.mean(axis=0)
+    between = np.square(means - mean).sum(axis=0) * values.shape[2]
+    return Moments(values.shape[0] * values.shape[2], mean, np.sum(m2, axis=0) + between)
 
 
 @dataclass(frozen=True)
@@ -107,3 +117,7 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Release what the engine holds (a child process, sessions)."""
+
+
+OpenEngine = Callable[[NetParameter, Weights, Mapping[str, Shape]], Engine]
+"""Opens a net for running: net, weights and shapes of the inputs as for `Engine`."""
