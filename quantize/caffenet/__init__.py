@@ -1,0 +1,71 @@
+"""Caffe's file formats: nets as prototxt, weights as caffemodel, and what a net implies."""
+
+from quantize.caffenet.phases import (
+    check_net,
+    data_blobs,
+    filter_net,
+    inference_net,
+    is_data_layer,
+    is_measure,
+    scores_blob,
+)
+from quantize.caffenet.prototxt import format_prototxt, load_schema, read_prototxt
+from quantize.caffenet.schema import (
+    TEST,
+    TRAIN,
+    BlobProto,
+    BlobShape,
+    Datum,
+    LayerParameter,
+    NetParameter,
+    NetState,
+    NetStateRule,
+    PoolingParameter,
+    TransformationParameter,
+)
+from quantize.caffenet.shape_rules import Shape
+from quantize.caffenet.shapes import Shapes, check_weights, infer_shapes
+from quantize.caffenet.surgery import (
+    insert_after,
+    layer_index,
+    live_blobs,
+    remove_layer,
+    replace_layer,
+    single_assignment,
+)
+from quantize.caffenet.weights import Weights
+
+__all__ = [
+    "TEST",
+    "TRAIN",
+    "BlobProto",
+    "BlobShape",
+    "Datum",
+    "LayerParameter",
+    "NetParameter",
+    "NetState",
+    "NetStateRule",
+    "PoolingParameter",
+    "Shape",
+    "Shapes",
+    "TransformationParameter",
+    "Weights",
+    "check_net",
+    "check_weights",
+    "data_blobs",
+    "filter_net",
+    "format_prototxt",
+    "infer_shapes",
+    "inference_net",
+    "insert_after",
+    "is_data_layer",
+    "is_measure",
+    "layer_index",
+    "live_blobs",
+    "load_schema",
+    "read_prototxt",
+    "remove_layer",
+    "replace_layer",
+    "scores_blob",
+    "single_assignment",
+]

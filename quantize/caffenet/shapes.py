@@ -1,0 +1,130 @@
+"""Shapes of all blobs and weights that a net implies, and whether a caffemodel has those weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quantize.caffenet.phases import is_data_layer
+from quantize.caffenet.schema import LayerParameter, NetParameter
+from quantize.caffenet.shape_rules import LayerShapes, Shape, ShapeError, layer_shapes
+from quantize.caffenet.weights import MAX_AXES, FloatArray, Weights
+from quantize.errors import InputError
+
+MAX_COUNT = 2**31 - 1
+"""The most values of a blob in Caffe (``Blob::Reshape``); here of one image, as we choose the batch."""
+
+
+@dataclass
+class Shapes:
+    """What a net's layers imply.
+
+    Attributes:
+        blobs: the shape of every blob by name, with the batch.
+        params: the shapes of every layer's own blobs by layer name; an empty list where it has none.
+        macs: multiply-accumulates of every layer by layer name, for the batch.
+    """
+
+    blobs: dict[str, Shape] = field(default_factory=dict)
+    params: dict[str, list[Shape]] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+
+
+def infer_shapes(net: NetParameter, inputs: Mapping[str, Shape]) -> Shapes:
+    """Run the layers' shape rules in order.
+
+    Args:
+        net: a filtered net, or a part of one.
+        inputs: shapes, with the batch, of the blobs that come from outside; they win over what an Input layer
+            or another data layer of the net says about its tops.
+
+    Raises:
+        InputError: naming the layer: its type is unknown, or its bottoms or parameters are impossible.
+    """
+    shapes = Shapes(blobs={name: tuple(shape) for name, shape in inputs.items()})
+    for layer in net.layer:
+        try:
+            result = _infer_layer(layer, shapes.blobs, inputs)
+            _check(layer, result)
+        except ShapeError as error:
+            raise InputError(f"layer '{layer.name}' ({layer.type}): {error}") from None
+        shapes.blobs.update(zip(layer.top, result.tops, strict=True))
+        shapes.params[layer.name] = list(result.params)
+        shapes.macs[layer.name] = result.macs
+    return shapes
+
+
+def check_weights(net: NetParameter, weights: Weights, shapes: Shapes) -> None:
+    """Check that a caffemodel has the weights that a net's layers need; layers the net lacks are ignored.
+
+    Blobs of old files, whose shapes are always four numbers, may differ from what is needed by leading ones,
+    as in Caffe; they get the shape that is needed (``Weights.reshape``).
+
+    Raises:
+        InputError: naming the layer: it is missing in the caffemodel, or a blob is missing, has another
+            shape, or holds a NaN or an infinity.
+    """
+    for layer in net.layer:
+        expected = shapes.params[layer.name]
+        where = f"layer '{layer.name}' ({layer.type})"
+        if layer.name not in weights:
+            if expected:
+                raise InputError(
+                    f"{where} has no weights in the caffemodel; it belongs to another net, or the layer was "
+                    "renamed"
+                )
+            continue
+        blobs = weights[layer.name]
+        if len(blobs) != len(expected):
+            raise InputError(
+                f"{where} needs {len(expected)} blobs but has {len(blobs)} in the caffemodel; it belongs to "
+                "another net, or bias_term differs"
+            )
+        for index, (blob, shape) in enumerate(zip(blobs, expected, strict=True)):
+            if blob.shape != shape and blob.shape != (1,) * (4 - len(shape)) + shape:
+                raise InputError(
+                    f"{where}: blob {index} must have the shape {shape} but has {blob.shape} in the "
+                    "caffemodel; it belongs to another net"
+                )
+            if not _all_finite(blob):
+                raise InputError(
+                    f"{where}: blob {index} holds a NaN or an infinity; the training of it has diverged"
+                )
+        if [blob.shape for blob in blobs] != expected:
+            weights.reshape(layer.name, expected)
+
+
+def _all_finite(blob: FloatArray) -> bool:
+    """Without an array of the blob's size: NaN passes through minimum, infinities are extremes."""
+    return not blob.size or bool(np.isfinite(blob.min()) and np.isfinite(blob.max()))
+
+
+def _infer_layer(
+    layer: LayerParameter, blobs: Mapping[str, Shape], inputs: Mapping[str, Shape]
+) -> LayerShapes:
+    if is_data_layer(layer) and any(top in inputs for top in layer.top):
+        batch = next(inputs[top][0] for top in layer.top if top in inputs)
+        return LayerShapes([inputs.get(top, (batch,)) for top in layer.top])  # what is not given is labels
+    missing = [bottom for bottom in layer.bottom if bottom not in blobs]
+    if missing:
+        raise ShapeError(f"the bottom '{missing[0]}' is made by no layer before and is no input")
+    return layer_shapes(layer, [blobs[bottom] for bottom in layer.bottom])
+
+
+def _check(layer: LayerParameter, result: LayerShapes) -> None:
+    if len(result.tops) != len(layer.top):
+        raise ShapeError(f"{len(layer.top)} tops; the type makes {len(result.tops)}")
+    for shape in (*result.tops, *result.params):
+        if len(shape) > MAX_AXES:
+            raise ShapeError(f"a blob of {len(shape)} axes; Caffe has at most {MAX_AXES}")
+        if any(size < 1 for size in shape):
+            raise ShapeError(f"a blob would have the impossible shape {shape}")
+    for shape in result.tops:
+        if math.prod(shape[1:]) > MAX_COUNT:
+            raise ShapeError(f"a blob of the shape {shape} is larger than Caffe's {MAX_COUNT} values")
+    for shape in result.params:
+        if math.prod(shape) > MAX_COUNT:
+            raise ShapeError(f"weights of the shape {shape} are larger than Caffe's {MAX_COUNT} values")

@@ -1,0 +1,484 @@
+"""A ``.caffemodel`` in memory: the blobs of every layer as numpy arrays, the rest as the bytes of the file.
+
+A caffemodel is a ``NetParameter`` in protobuf's wire format. Parsing half a gigabyte of it with protobuf
+would copy every weight twice, so the file is mapped and only its records are walked: blobs become views of
+the mapping, and whatever was not touched is written back byte for byte. Every size the file claims is checked
+against the bytes that are there before anything is made of it, and nothing here recurses.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import DecodeError
+
+from quantize.caffenet.schema import LayerParameter, V1LayerParameter
+from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_v1_layer
+from quantize.errors import InputError, LabelfreeError
+
+FloatArray = npt.NDArray[np.float32]
+
+MAX_BYTES = 2**31 - 1
+"""The largest message that protobuf, and so Caffe, reads or writes."""
+
+MAX_AXES = 32
+"""``kMaxBlobAxes`` in Caffe's ``blob.hpp``."""
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 are groups, which Caffe never used
+_NET_NAME, _NET_LAYERS, _NET_LAYER = 1, 2, 100  # field numbers in caffe.proto
+_LAYER_NAME, _LAYER_BLOBS = 1, 7
+_V1_NAME, _V1_BLOBS, _V1_V0_LAYER = 4, 6, 1
+_BLOB_LEGACY_SHAPE = (1, 2, 3, 4)
+_BLOB_DATA, _BLOB_SHAPE, _BLOB_DOUBLE_DATA = 5, 7, 8
+_SHAPE_DIM = 1
+
+
+class _DamagedError(Exception):
+    """The bytes are not the message they should be."""
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One record of a message: bytes ``tag:end`` of the buffer, the payload being ``start:end``."""
+
+    number: int
+    wire: int
+    value: int
+    tag: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Blob:
+    array: FloatArray
+    raw: memoryview | None = None
+    """The BlobProto as read; None once the array has been replaced."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    rest: tuple[memoryview, ...]
+    """The LayerParameter's fields other than blobs."""
+    blobs: tuple[_Blob, ...]
+    raw: memoryview | None = None
+    """The LayerParameter as read; None once it has been changed."""
+
+
+class Weights:
+    """The layers of a caffemodel, in the order of the file.
+
+    Attributes:
+        name: the net's name.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._layers: list[_Layer] = []
+        self._rest: list[memoryview] = []
+
+    @classmethod
+    def read(cls, path: str | Path) -> Weights:
+        """Read a caffemodel of any age but Caffe's first year (V0).
+
+        Blobs are read-only float32 views of the mapped file where the file holds packed floats; they may lie
+        at any byte, which numpy handles (``flags.aligned`` tells). V1 layers are upgraded as Caffe does.
+
+        Raises:
+            InputError: the file cannot be read, or is damaged, truncated, not a caffemodel, or V0.
+        """
+        try:
+            with open(path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise InputError(f"{path}: the file is empty; a caffemodel was expected") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot read the caffemodel: {error.strerror or error}") from None
+        buffer = memoryview(mapped)
+        if len(buffer) > MAX_BYTES:
+            raise InputError(
+                f"{path}: {len(buffer)} bytes; Caffe's format ends at 2 GiB, so this is no caffemodel"
+            )
+        if bytes(buffer[:4]) == b"\x89HDF":
+            raise InputError(f"{path}: an HDF5 snapshot; give the .caffemodel (snapshot_format: BINARYPROTO)")
+        weights = cls()
+        try:
+            weights._scan(buffer)
+        except _DamagedError as error:
+            raise InputError(
+                f"{path}: damaged or not a caffemodel: {error}; copy or download it again"
+            ) from None
+        except UnsupportedLayerError as error:
+            raise InputError(f"{path}: {error}") from None
+        if not weights._layers:
+            raise InputError(f"{path}: not a caffemodel, or one without layers")
+        return weights
+
+    def copy(self) -> Weights:
+        """A Weights that can be changed without changing this one; the arrays are shared."""
+        other = Weights()
+        other.name = self.name
+        other._layers = list(self._layers)
+        other._rest = list(self._rest)
+        return other
+
+    def layers(self) -> list[str]:
+        """The names of the layers, in the order of the file."""
+        return [layer.name for layer in self._layers]
+
+    def __contains__(self, layer: object) -> bool:
+        return any(each.name == layer for each in self._layers)
+
+    def __getitem__(self, layer: str) -> list[FloatArray]:
+        """The layer's blobs (an empty list if it has none).
+
+        Raises:
+            KeyError: there is no such layer.
+        """
+        return [blob.array for blob in self._layers[self._index(layer)].blobs]
+
+    def replace(self, layer: str, blobs: Iterable[npt.ArrayLike]) -> None:
+        """Give a layer other blobs (kept as float32; not copied where they are float32 already).
+
+        Raises:
+            KeyError: there is no such layer.
+        """
+        index = self._index(layer)
+        old = self._layers[index]
+        self._layers[index] = _Layer(old.name, old.rest, _blobs(blobs))
+
+    def reshape(self, layer: str, shapes: Sequence[tuple[int, ...]]) -> None:
+        """See the layer's blobs in other shapes of the same sizes; the layer still counts as untouched.
+
+        For blobs of old files, whose shapes are always four numbers: (1, 1, 1, n) is the vector (n,).
+        """
+        index = self._index(layer)
+        old = self._layers[index]
+        blobs = tuple(
+            _Blob(blob.array.reshape(shape), blob.raw) for blob, shape in zip(old.blobs, shapes, strict=True)
+        )
+        self._layers[index] = _Layer(old.name, old.rest, blobs, old.raw)
+
+    def insert_after(self, layer: str, new: LayerParameter, blobs: Iterable[npt.ArrayLike]) -> None:
+        """Put a new layer right behind a layer.
+
+        Raises:
+            KeyError: there is no such layer.
+        """
+        self._layers.insert(self._index(layer) + 1, _new_layer(new, blobs))
+
+    def add(self, new: LayerParameter, blobs: Iterable[npt.ArrayLike]) -> None:
+        """Put a new layer at the end."""
+        self._layers.append(_new_layer(new, blobs))
+
+    def write(self, file: BinaryIO) -> None:
+        """Write the caffemodel; layers that were not touched are written byte for byte as they were read.
+
+        Raises:
+            LabelfreeError: it would be larger than 2 GiB, which Caffe cannot read. Nothing is written then.
+        """
+        pieces = list(self._pieces())
+        size = sum(len(piece) for piece in pieces)
+        if size > MAX_BYTES:
+            raise LabelfreeError(
+                f"the caffemodel of net '{self.name}' would take {size} bytes; Caffe reads no more than "
+                f"{MAX_BYTES}"
+            )
+        for piece in pieces:
+            file.write(piece)
+
+    def _index(self, layer: str) -> int:
+        for index, each in enumerate(self._layers):
+            if each.name == layer:
+                return index
+        raise KeyError(layer)
+
+    def _scan(self, buffer: memoryview) -> None:
+        new: dict[str, _Layer] = {}
+        v1: dict[str, _Layer] = {}
+        for field in _fields(buffer, 0, len(buffer)):
+            if field.number == _NET_NAME:
+                self.name = _text(buffer, field)
+            elif field.number == _NET_LAYER:
+                _keep(new, _read_layer(buffer, field))
+            elif field.number == _NET_LAYERS:
+                _keep(v1, _read_v1_layer(buffer, field))
+            else:
+                self._rest.append(buffer[field.tag : field.end])
+        if v1 and new:
+            raise _DamagedError("it holds both old ('layers') and new ('layer') layers")
+        self._layers = list((new or v1).values())
+
+    def _pieces(self) -> Iterator[bytes | memoryview]:
+        if self.name:
+            name = self.name.encode()
+            yield _header(_NET_NAME, len(name)) + name
+        yield from self._rest
+        for layer in self._layers:
+            if layer.raw is not None:
+                yield _header(_NET_LAYER, len(layer.raw))
+                yield layer.raw
+                continue
+            pieces = [*layer.rest]
+            for blob in layer.blobs:
+                pieces += _blob_pieces(blob)
+            yield _header(_NET_LAYER, sum(len(piece) for piece in pieces))
+            yield from pieces
+
+
+def _new_layer(new: LayerParameter, blobs: Iterable[npt.ArrayLike]) -> _Layer:
+    bare = LayerParameter.FromString(new.SerializeToString())
+    bare.ClearField("blobs")
+    return _Layer(new.name, (memoryview(bare.SerializeToString()),), _blobs(blobs))
+
+
+def _blobs(arrays: Iterable[npt.ArrayLike]) -> tuple[_Blob, ...]:
+    return tuple(_Blob(np.asarray(array, np.float32, order="C")) for array in arrays)
+
+
+# ---- Writing ----
+
+
+def _varint_bytes(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _header(number: int, size: int) -> bytes:
+    return _varint_bytes(number << 3 | _BYTES) + _varint_bytes(size)
+
+
+def _blob_pieces(blob: _Blob) -> list[memoryview]:
+    if blob.raw is not None:
+        return [memoryview(_header(_LAYER_BLOBS, len(blob.raw))), blob.raw]
+    dims = b"".join(_varint_bytes(size) for size in blob.array.shape)
+    shape = _header(_SHAPE_DIM, len(dims)) + dims if dims else b""
+    little_endian = np.ascontiguousarray(blob.array, "<f4")
+    data = little_endian.reshape(-1).view(np.uint8).data
+    head = _header(_BLOB_DATA, len(data))
+    tail = _header(_BLOB_SHAPE, len(shape)) + shape
+    whole = _header(_LAYER_BLOBS, len(head) + len(data) + len(tail))
+    return [memoryview(whole + head), data, memoryview(tail)]
+
+
+# ---- Reading ----
+
+
+def _varint(buffer: memoryview, pos: int, end: int) -> tuple[int, int]:
+    """The varint at ``pos`` and the place behind it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if pos >= end:
+            raise _DamagedError(f"it ends in the middle of a number at byte {pos}")
+        byte = buffer[pos]
+        pos += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFF_FFFF_FFFF_FFFF, pos
+    raise _DamagedError(f"a number of more than 64 bits at byte {pos}")
+
+
+def _fields(buffer: memoryview, pos: int, end: int) -> Iterator[_Field]:
+    """Walk the records of the message ``buffer[pos:end]``."""
+    while pos < end:
+        field = _field(buffer, pos, end)
+        yield field
+        pos = field.end
+
+
+def _field(buffer: memoryview, tag: int, end: int) -> _Field:
+    key, start = _varint(buffer, tag, end)
+    number, wire = key >> 3, key & 7
+    value = 0
+    if not 1 <= number < 1 << 29:
+        raise _DamagedError(f"field number {number} at byte {tag}")
+    if wire == _VARINT:
+        value, stop = _varint(buffer, start, end)
+    elif wire == _FIXED64:
+        stop = start + 8
+    elif wire == _FIXED32:
+        stop = start + 4
+    elif wire == _BYTES:
+        size, start = _varint(buffer, start, end)
+        stop = start + size
+    else:
+        raise _DamagedError(f"wire type {wire} at byte {tag}")
+    if stop > end:
+        raise _DamagedError(
+            f"the record at byte {tag} claims to reach byte {stop} but its message ends at byte {end}"
+        )
+    return _Field(number, wire, value, tag, start, stop)
+
+
+def _text(buffer: memoryview, field: _Field) -> str:
+    _expect(field, _BYTES)
+    try:
+        return str(buffer[field.start : field.end], "utf-8")
+    except UnicodeDecodeError:
+        raise _DamagedError(f"the name at byte {field.start} is not UTF-8") from None
+
+
+def _expect(field: _Field, *wires: int) -> None:
+    if field.wire not in wires:
+        raise _DamagedError(f"field {field.number} at byte {field.tag} has wire type {field.wire}")
+
+
+def _split(
+    buffer: memoryview, layer: _Field, name: int, blobs: int
+) -> tuple[str, list[memoryview], list[_Field]]:
+    """A layer record's name, its fields other than blobs (neighbours joined), and its blob records."""
+    _expect(layer, _BYTES)
+    text, found = "", []
+    rest, rest_start = [], layer.start
+    for field in _fields(buffer, layer.start, layer.end):
+        if field.number == name:
+            text = _text(buffer, field)
+        if field.number == blobs:
+            _expect(field, _BYTES)
+            found.append(field)
+            rest.append(buffer[rest_start : field.tag])
+            rest_start = field.end
+    rest.append(buffer[rest_start : layer.end])
+    return text, [piece for piece in rest if len(piece)], found
+
+
+def _keep(layers: dict[str, _Layer], layer: _Layer) -> None:
+    """Of the layers of one name at most one can have blobs; that one goes by the name."""
+    old = layers.setdefault(layer.name, layer)
+    if old is not layer and layer.blobs:
+        if old.blobs:
+            raise _DamagedError(f"two layers are called '{layer.name}' and both have weights")
+        layers[layer.name] = layer
+
+
+def _read_blobs(buffer: memoryview, layer: str, records: list[_Field]) -> tuple[_Blob, ...]:
+    blobs = []
+    for index, record in enumerate(records):
+        try:
+            array = _read_blob(buffer, record)
+        except _DamagedError as error:
+            raise _DamagedError(f"layer '{layer}', blob {index}: {error}") from None
+        blobs.append(_Blob(array, buffer[record.start : record.end]))
+    return tuple(blobs)
+
+
+def _read_layer(buffer: memoryview, layer: _Field) -> _Layer:
+    name, rest, records = _split(buffer, layer, _LAYER_NAME, _LAYER_BLOBS)
+    raw = buffer[layer.start : layer.end]
+    return _Layer(name, tuple(rest), _read_blobs(buffer, name, records), raw)
+
+
+def _read_v1_layer(buffer: memoryview, layer: _Field) -> _Layer:
+    name, rest, records = _split(buffer, layer, _V1_NAME, _V1_BLOBS)
+    blobs = _read_blobs(buffer, name, records)
+    try:
+        old = V1LayerParameter.FromString(b"".join(rest))
+    except DecodeError:
+        raise _DamagedError(f"layer '{name}' cannot be parsed") from None
+    new = LayerParameter()
+    upgrade_v1_layer(old, new)
+    return _Layer(name, (memoryview(new.SerializeToString()),), blobs)
+
+
+def _read_blob(buffer: memoryview, blob: _Field) -> FloatArray:
+    """A BlobProto's data as ``Blob::FromProto`` sees it: double_data wins over data, num over shape."""
+    dims: list[int] = []
+    legacy = dict.fromkeys(_BLOB_LEGACY_SHAPE, 0)
+    is_legacy = False
+    floats: list[npt.NDArray[np.floating]] = []
+    doubles: list[npt.NDArray[np.floating]] = []
+    pos = blob.start
+    while pos < blob.end:
+        field = _field(buffer, pos, blob.end)
+        pos = field.end
+        if field.number == _BLOB_DATA:
+            values, pos = _values(buffer, field, blob.end, np.dtype("<f4"), _FIXED32)
+            floats.append(values)
+        elif field.number == _BLOB_DOUBLE_DATA:
+            values, pos = _values(buffer, field, blob.end, np.dtype("<f8"), _FIXED64)
+            doubles.append(values)
+        elif field.number == _BLOB_SHAPE:
+            _expect(field, _BYTES)
+            dims += _read_dims(buffer, field)
+        elif field.number in legacy:
+            _expect(field, _VARINT)
+            legacy[field.number] = field.value
+            is_legacy = True
+    shape = tuple(legacy.values()) if is_legacy else tuple(dims)
+    held = doubles if any(part.size for part in doubles) else floats
+    count = sum(part.size for part in held)
+    if any(size > 2**31 - 1 for size in shape):
+        raise _DamagedError(f"the shape {shape} has a negative or impossible dimension")
+    if math.prod(shape) != count:
+        raise _DamagedError(
+            f"the shape {shape} stands for {math.prod(shape)} values, but the file holds {count}"
+        )
+    data = held[0] if len(held) == 1 else np.concatenate([*held, np.empty(0, np.float32)])
+    array = data.astype(np.float32, copy=False).reshape(shape)
+    array.flags.writeable = False
+    return array
+
+
+def _read_dims(buffer: memoryview, shape: _Field) -> list[int]:
+    dims = []
+    for field in _fields(buffer, shape.start, shape.end):
+        if field.number != _SHAPE_DIM:
+            continue
+        _expect(field, _VARINT, _BYTES)
+        if field.wire == _VARINT:
+            dims.append(field.value)
+            continue
+        pos = field.start
+        while pos < field.end and len(dims) <= MAX_AXES:
+            size, pos = _varint(buffer, pos, field.end)
+            dims.append(size)
+    if len(dims) > MAX_AXES:
+        raise _DamagedError(f"a shape of {len(dims)} or more dimensions; Caffe has at most {MAX_AXES}")
+    return dims
+
+
+def _values(
+    buffer: memoryview, field: _Field, end: int, dtype: np.dtype[np.floating], fixed: int
+) -> tuple[npt.NDArray[np.floating], int]:
+    """The numbers at a data field (a packed record or a run of single-number records), the place behind."""
+    _expect(field, _BYTES, fixed)
+    size = field.end - field.start
+    if field.wire == _BYTES:
+        if size % dtype.itemsize:
+            raise _DamagedError(
+                f"packed data of {size} bytes at byte {field.tag} is no whole number of values"
+            )
+        if not size:
+            return np.empty(0, dtype), field.end
+        return np.frombuffer(buffer, dtype, size // dtype.itemsize, field.start), field.end
+    if field.start != field.tag + 1:  # an overlong tag: valid, and never seen
+        return np.frombuffer(buffer, dtype, 1, field.start), field.end
+    step = 1 + dtype.itemsize
+    records = np.frombuffer(buffer, np.uint8, (end - field.tag) // step * step, field.tag).reshape(-1, step)
+    count = _run_length(records[:, 0])
+    values = np.ascontiguousarray(records[:count, 1:]).view(dtype).reshape(-1)
+    return values, field.tag + count * step
+
+
+def _run_length(tags: npt.NDArray[np.uint8]) -> int:
+    """How many entries from the first on are equal to the first."""
+    count, chunk = 1, 64
+    while count < len(tags):
+        different = np.flatnonzero(tags[count : count + chunk] != tags[0])
+        if different.size:
+            return count + int(different[0])
+        count = min(count + chunk, len(tags))
+        chunk = min(2 * chunk, 1 << 20)
+    return count
