@@ -42,7 +42,7 @@ def check_net(net: NetParameter) -> None:
         InputError: naming the layer and the blob.
     """
     if not net.layer:
-        raise InputError(f"net '{net.name}' has no layers in this phase; check its include and exclude rules")
+        raise InputError(f"net {net.name!r} has no layers in this phase; check its include and exclude rules")
     names = Counter(layer.name for layer in net.layer)
     known: set[str] = set()
     for layer in net.layer:
@@ -55,12 +55,12 @@ def check_net(net: NetParameter) -> None:
             )
         for bottom in layer.bottom:
             if bottom not in known:
-                raise InputError(f"{_where(net, layer)} reads '{bottom}', which no layer before it makes")
+                raise InputError(f"{_where(net, layer)} reads {bottom!r}, which no layer before it makes")
         for index, top in enumerate(layer.top):
             in_place = index < len(layer.bottom) and layer.bottom[index] == top
             if (top in known and not in_place) or top in layer.top[:index]:
                 raise InputError(
-                    f"{_where(net, layer)} makes '{top}', which is made before; rename one of the two"
+                    f"{_where(net, layer)} makes {top!r}, which is made before; rename one of the two"
                 )
         known.update(layer.top)
 
@@ -115,7 +115,7 @@ def scores_blob(net: NetParameter) -> str:
     elif made:
         name = made[-1].top[0]
     else:
-        raise InputError(f"net '{net.name}' has no layer that makes a blob, so there are no scores to read")
+        raise InputError(f"net {net.name!r} has no layer that makes a blob, so there are no scores to read")
     makers = [layer for layer in made if name in layer.top]
     if makers and makers[-1].type == "Softmax" and name not in makers[-1].bottom:
         return makers[-1].bottom[0]
@@ -144,11 +144,11 @@ def _meets(rule: NetStateRule, phase: int, stages: set[str], level: int) -> bool
 
 
 def _without_layers(net: NetParameter) -> NetParameter:
-    copy = type(net)()
+    copy = NetParameter()
     copy.CopyFrom(net)
     copy.ClearField("layer")
     return copy
 
 
 def _where(net: NetParameter, layer: LayerParameter) -> str:
-    return f"net '{net.name}', layer '{layer.name}' ({layer.type or 'no type'})"
+    return f"net {net.name!r}, layer {layer.name!r} ({layer.type or 'no type'})"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf.message import DecodeError
 
 from quantize.caffenet.schema import NetParameter
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_net
@@ -18,28 +19,25 @@ from quantize.errors import InputError
 MAX_PROTOTXT_BYTES = 64 << 20
 """A prototxt has no weights; the largest known are below 1 MiB."""
 
+_fork: type[NetParameter] | None = None
+"""The schema of the one fork of Caffe that this process deals with, if any."""
+
 
 def read_prototxt(path: str | Path, schema: type[NetParameter] | None = None) -> NetParameter:
     """Read a net's prototxt and upgrade it to the form of Caffe 1.0.
 
     Args:
         path: the file.
-        schema: the NetParameter of a fork of Caffe (see ``load_schema``); the result is of that class.
+        schema: the NetParameter of a fork of Caffe (see ``load_schema``), which this process then uses for
+            every net that it reads and writes. In the net given back, the fork's own fields are unknown
+            fields, which protobuf carries along.
 
     Raises:
         InputError: one line with the file and, for faults in the text, line, column and field.
     """
-    text = _read_text(path)
-    net = (schema or NetParameter)()
-    try:
-        text_format.Parse(text, net)
-    except text_format.ParseError as error:
-        raise InputError(_parse_message(path, error)) from None
-    except RecursionError:
-        raise InputError(f"{path}: braces are nested too deeply for a net") from None
-    missing: list[str] = net.FindInitializationErrors()  # type: ignore[attr-defined]
-    if missing:
-        raise InputError(f"{path}: {missing[0]} is missing; the layer needs it")
+    global _fork
+    _fork = schema or _fork
+    net = _parse(path, _read_text(path), _fork or NetParameter)
     try:
         upgrade_net(net)
     except UnsupportedLayerError as error:
@@ -51,15 +49,15 @@ def read_prototxt(path: str | Path, schema: type[NetParameter] | None = None) ->
 
 def format_prototxt(net: NetParameter) -> str:
     """The net as prototxt; ``read_prototxt`` of it gives an equal net."""
-    return text_format.MessageToString(net, as_utf8=True)
+    message = net if _fork is None else _fork.FromString(net.SerializeToString())
+    return text_format.MessageToString(message, as_utf8=True)
 
 
 def load_schema(path: str | Path) -> type[NetParameter]:
-    """Compile the ``caffe.proto`` of a fork of Caffe (needs grpcio-tools) and return its NetParameter.
+    """Compile the ``caffe.proto`` of a fork of Caffe (needs grpcio-tools) and give its NetParameter.
 
     Raises:
-        InputError: the file cannot be read or compiled or has no caffe.NetParameter, or grpcio-tools is
-            missing.
+        InputError: the file cannot be read or compiled or is no caffe.proto, or grpcio-tools is missing.
     """
     path = Path(path).absolute()
     if not path.is_file():
@@ -72,17 +70,42 @@ def load_schema(path: str | Path) -> type[NetParameter]:
         command = [sys.executable, "-m", "grpc_tools.protoc", *options, path.name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            first = next(iter(done.stderr.strip().splitlines()), "protoc failed")
-            raise InputError(f"{path}: cannot be compiled: {first}")
+            here = f"{path.name}:"
+            faults = [line.split(here, 1)[1] for line in done.stderr.splitlines() if here in line]
+            fault = faults[0] if faults else done.stderr.strip().rpartition("\n")[2]
+            raise InputError(f"{path}: cannot be compiled: {fault}")
         files = descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes())
     pool = descriptor_pool.DescriptorPool()
+    for file in files.file:
+        pool.Add(file)
     try:
-        for file in files.file:
-            pool.Add(file)
         message = pool.FindMessageTypeByName("caffe.NetParameter")
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a caffe.proto: {error.args[0] if error.args else error}") from None
+    except KeyError:
+        raise InputError(
+            f"{path}: has no message caffe.NetParameter; give the caffe.proto of your Caffe"
+        ) from None
     return cast(type[NetParameter], message_factory.GetMessageClass(message))
+
+
+def _parse(path: str | Path, text: str, schema: type[NetParameter]) -> NetParameter:
+    message = schema()
+    try:
+        text_format.Parse(text, message)
+    except text_format.ParseError as error:
+        raise InputError(_parse_message(path, error)) from None
+    except RecursionError:
+        raise InputError(f"{path}: braces are nested too deeply for a net") from None
+    missing: list[str] = message.FindInitializationErrors()  # type: ignore[attr-defined]
+    if missing:
+        raise InputError(f"{path}: {missing[0]} is missing; the layer needs it")
+    if isinstance(message, NetParameter):
+        return message
+    try:
+        return NetParameter.FromString(message.SerializeToString())
+    except DecodeError:
+        raise InputError(
+            f"{path}: the fork's caffe.proto redefines fields of Caffe 1.0; cannot go on"
+        ) from None
 
 
 def _read_text(path: str | Path) -> str:

@@ -50,7 +50,7 @@ def infer_shapes(net: NetParameter, inputs: Mapping[str, Shape]) -> Shapes:
             result = _infer_layer(layer, shapes.blobs, inputs)
             _check(layer, result)
         except ShapeError as error:
-            raise InputError(f"layer '{layer.name}' ({layer.type}): {error}") from None
+            raise InputError(f"layer {layer.name!r} ({layer.type}): {error}") from None
         shapes.blobs.update(zip(layer.top, result.tops, strict=True))
         shapes.params[layer.name] = list(result.params)
         shapes.macs[layer.name] = result.macs
@@ -69,7 +69,7 @@ def check_weights(net: NetParameter, weights: Weights, shapes: Shapes) -> None:
     """
     for layer in net.layer:
         expected = shapes.params[layer.name]
-        where = f"layer '{layer.name}' ({layer.type})"
+        where = f"layer {layer.name!r} ({layer.type})"
         if layer.name not in weights:
             if expected:
                 raise InputError(
@@ -110,7 +110,7 @@ def _infer_layer(
         return LayerShapes([inputs.get(top, (batch,)) for top in layer.top])  # what is not given is labels
     missing = [bottom for bottom in layer.bottom if bottom not in blobs]
     if missing:
-        raise ShapeError(f"the bottom '{missing[0]}' is made by no layer before and is no input")
+        raise ShapeError(f"the bottom {missing[0]!r} is made by no layer before and is no input")
     return layer_shapes(layer, [blobs[bottom] for bottom in layer.bottom])
 
 

@@ -25,12 +25,12 @@ def insert_after(net: NetParameter, name: str, layer: LayerParameter) -> None:
     Bottoms and tops are left as they are: for a layer of the same bottom and top, that is, in place.
     """
     index = layer_index(net, name)
-    net.layer.insert(index + 1, _in_class_of(net, layer))
+    net.layer.insert(index + 1, layer)
 
 
 def replace_layer(net: NetParameter, name: str, layer: LayerParameter) -> None:
     """Put ``layer`` in the place of the layer called ``name`` (KeyError if there is none)."""
-    net.layer[layer_index(net, name)].CopyFrom(_in_class_of(net, layer))
+    net.layer[layer_index(net, name)].CopyFrom(layer)
 
 
 def remove_layer(net: NetParameter, name: str) -> None:
@@ -59,7 +59,7 @@ def single_assignment(net: NetParameter) -> NetParameter:
     The first to write a name keeps it; a layer that writes it again gets a top called ``<blob>_<layer>``
     (made unique where that is taken). Layer names stay.
     """
-    copy = type(net)()
+    copy = NetParameter()
     copy.CopyFrom(net)
     taken = {name for layer in net.layer for name in (*layer.bottom, *layer.top)}
     current: dict[str, str] = {}
@@ -84,10 +84,3 @@ def _unique(name: str, taken: set[str]) -> str:
         candidate = f"{name}_{count}"
     taken.add(candidate)
     return candidate
-
-
-def _in_class_of(net: NetParameter, layer: LayerParameter) -> LayerParameter:
-    """The layer as a message of the net's schema, which may be a fork's."""
-    new = type(net)().layer.add()
-    new.ParseFromString(layer.SerializeToString())
-    return new

@@ -85,17 +85,17 @@ def upgrade_v1_layer(old: V1LayerParameter, new: LayerParameter) -> None:
     """Fill an empty LayerParameter with what a V1 layer says (``UpgradeV1LayerParameter``).
 
     Raises:
-        UnsupportedLayerError: the layer is V0 inside, or of a type that Caffe 1.0 does not know.
+        UnsupportedLayerError: the layer is V0 inside.
     """
     if old.HasField("layer"):
         raise UnsupportedLayerError(
-            f"layer '{old.layer.name}' is of Caffe's first format (V0, 2013); upgrade the file with Caffe's "
+            f"layer {old.layer.name!r} is of Caffe's first format (V0, 2013); upgrade the file with Caffe's "
             "upgrade_net_proto_text or upgrade_net_proto_binary"
         )
     _move_transform_fields(old)
     for field, value in old.ListFields():
         if field.name == "type":
-            new.type = _new_type(old)
+            new.type = _V1_TYPES[V1LayerParameter.LayerType.Name(value)]
         elif field.name in _V1_PARAM_LISTS:
             for index, each in enumerate(value):
                 while len(new.param) <= index:
@@ -115,16 +115,6 @@ def _upgrade_v1_layers(net: NetParameter) -> None:
     for old in net.layers:
         upgrade_v1_layer(old, net.layer.add())
     net.ClearField("layers")
-
-
-def _new_type(old: V1LayerParameter) -> str:
-    enum = old.DESCRIPTOR.enum_types_by_name["LayerType"]
-    name = enum.values_by_number[old.type].name
-    if name not in _V1_TYPES:  # a fork's schema may have more
-        raise UnsupportedLayerError(
-            f"layer '{old.name}' has the old type {name}, which Caffe 1.0 does not know"
-        )
-    return _V1_TYPES[name]
 
 
 def _move_transform_fields(old: V1LayerParameter) -> None:

@@ -189,7 +189,7 @@ class Weights:
         size = sum(len(piece) for piece in pieces)
         if size > MAX_BYTES:
             raise LabelfreeError(
-                f"the caffemodel of net '{self.name}' would take {size} bytes; Caffe reads no more than "
+                f"the caffemodel of net {self.name!r} would take {size} bytes; Caffe reads no more than "
                 f"{MAX_BYTES}"
             )
         for piece in pieces:
@@ -359,7 +359,7 @@ def _keep(layers: dict[str, _Layer], layer: _Layer) -> None:
     old = layers.setdefault(layer.name, layer)
     if old is not layer and layer.blobs:
         if old.blobs:
-            raise _DamagedError(f"two layers are called '{layer.name}' and both have weights")
+            raise _DamagedError(f"two layers are called {layer.name!r} and both have weights")
         layers[layer.name] = layer
 
 
@@ -369,7 +369,7 @@ def _read_blobs(buffer: memoryview, layer: str, records: list[_Field]) -> tuple[
         try:
             array = _read_blob(buffer, record)
         except _DamagedError as error:
-            raise _DamagedError(f"layer '{layer}', blob {index}: {error}") from None
+            raise _DamagedError(f"layer {layer!r}, blob {index}: {error}") from None
         blobs.append(_Blob(array, buffer[record.start : record.end]))
     return tuple(blobs)
 
@@ -386,7 +386,7 @@ def _read_v1_layer(buffer: memoryview, layer: _Field) -> _Layer:
     try:
         old = V1LayerParameter.FromString(b"".join(rest))
     except DecodeError:
-        raise _DamagedError(f"layer '{name}' cannot be parsed") from None
+        raise _DamagedError(f"layer {name!r} cannot be parsed") from None
     new = LayerParameter()
     upgrade_v1_layer(old, new)
     return _Layer(name, (memoryview(new.SerializeToString()),), blobs)
@@ -422,9 +422,7 @@ def _read_blob(buffer: memoryview, blob: _Field) -> FloatArray:
     if any(size > 2**31 - 1 for size in shape):
         raise _DamagedError(f"the shape {shape} has a negative or impossible dimension")
     if math.prod(shape) != count:
-        raise _DamagedError(
-            f"the shape {shape} stands for {math.prod(shape)} values, but the file holds {count}"
-        )
+        raise _DamagedError(f"the shape {shape} does not stand for the {count} values that the file holds")
     data = held[0] if len(held) == 1 else np.concatenate([*held, np.empty(0, np.float32)])
     array = data.astype(np.float32, copy=False).reshape(shape)
     array.flags.writeable = False

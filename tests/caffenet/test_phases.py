@@ -1,0 +1,195 @@
+"""Include and exclude rules, structural checks, and the part of a net that needs no labels."""
+
+import pytest
+from google.protobuf import text_format
+
+from quantize.caffenet import (
+    TEST,
+    TRAIN,
+    NetParameter,
+    check_net,
+    data_blobs,
+    filter_net,
+    inference_net,
+    scores_blob,
+)
+from quantize.errors import InputError
+
+
+def net_of(text):
+    return text_format.Parse(text, NetParameter())
+
+
+def names(net):
+    return [layer.name for layer in net.layer]
+
+
+def kept(rules, phase=TEST, stages=(), level=0):
+    """Whether a layer with these rules is in the net, beside one that always is."""
+    net = net_of(f'layer {{ name: "x" type: "Input" }} layer {{ name: "y" type: "Input" {rules} }}')
+    return "y" in names(filter_net(net, phase, stages, level))
+
+
+@pytest.mark.parametrize(
+    ("rules", "state", "expected"),
+    [
+        ("", {}, True),
+        ("include { phase: TEST }", {}, True),
+        ("include { phase: TEST }", {"phase": TRAIN}, False),
+        ("exclude { phase: TEST }", {}, False),
+        ("exclude { phase: TEST }", {"phase": TRAIN}, True),
+        ("include {}", {}, True),
+        ("exclude {}", {}, False),
+        ("include { phase: TRAIN } include { phase: TEST }", {}, True),
+        ("exclude { phase: TRAIN } exclude { phase: TEST }", {}, False),
+        ('include { stage: "a" }', {}, False),
+        ('include { stage: "a" }', {"stages": ["a", "b"]}, True),
+        ('include { stage: "a" stage: "b" }', {"stages": ["a"]}, False),
+        ('include { not_stage: "a" }', {}, True),
+        ('include { not_stage: "a" }', {"stages": ["a"]}, False),
+        ('exclude { stage: "a" not_stage: "b" }', {"stages": ["a"]}, False),
+        ('exclude { stage: "a" not_stage: "b" }', {"stages": ["a", "b"]}, True),
+        ("include { min_level: 0 }", {}, True),
+        ("include { min_level: 1 }", {}, False),
+        ("include { min_level: 1 max_level: 3 }", {"level": 3}, True),
+        ("include { min_level: 1 max_level: 3 }", {"level": 4}, False),
+        ("include { max_level: -1 }", {"level": -1}, True),
+        ("include { phase: TEST min_level: 1 }", {}, False),
+    ],
+)
+def test_rules(rules, state, expected):
+    assert kept(rules, **state) is expected
+
+
+def test_include_and_exclude_together_are_refused():
+    with pytest.raises(InputError, match=r"layer 'y'.*include and exclude"):
+        kept("include { phase: TEST } exclude { phase: TRAIN }")
+
+
+def test_filter_gives_a_copy_with_all_else():
+    net = net_of('name: "n" state { level: 3 } layer { name: "a" type: "Input" include { phase: TEST } }')
+    before = net.SerializeToString()
+    filtered = filter_net(net, TEST)
+    assert filtered == net
+    filtered.layer[0].name = "changed"
+    assert net.SerializeToString() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "no layers in this phase"),
+        ('layer { name: "a" top: "a" }', "layer 'a'.*no type"),
+        ('layer { name: "a" type: "ReLU" bottom: "x" top: "x" }', "layer 'a'.*reads 'x'"),
+        (
+            'layer { name: "a" type: "Input" top: "x" }layer { name: "a" type: "ReLU" bottom: "x" top: "x" }',
+            "layer 'a'.*2 layers of one phase have this name",
+        ),
+        (
+            'layer { name: "a" type: "Input" top: "x" } layer { name: "b" type: "Input" top: "x" }',
+            "layer 'b'.*makes 'x'",
+        ),
+        ('layer { name: "a" type: "Input" top: "x" top: "x" }', "layer 'a'.*makes 'x'"),
+        (
+            'layer { name: "a" type: "Input" top: "x" top: "y" }'
+            'layer { name: "b" type: "Eltwise" bottom: "x" bottom: "y" top: "y" }',
+            "layer 'b'.*makes 'y'",
+        ),
+    ],
+)
+def test_nets_that_do_not_hang_together(text, expected):
+    with pytest.raises(InputError, match=expected) as caught:
+        check_net(net_of(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_with_line_breaks_stay_on_one_line():
+    with pytest.raises(InputError) as caught:
+        check_net(net_of(r'name: "a\nb" layer { name: "c\nd" type: "ReLU" bottom: "e\nf" }'))
+    assert "\n" not in str(caught.value)
+
+
+CLASSIFIER = """
+    layer { name: "data" type: "Data" top: "data" top: "label" }
+    layer { name: "conv" type: "Convolution" bottom: "data" top: "conv" }
+    layer { name: "relu" type: "ReLU" bottom: "conv" top: "conv" }
+    layer { name: "aux" type: "InnerProduct" bottom: "conv" top: "aux" }
+    layer { name: "aux_accuracy" type: "Accuracy" bottom: "aux" bottom: "label" top: "aux_accuracy" }
+    layer { name: "fc" type: "InnerProduct" bottom: "conv" top: "fc" }
+    layer { name: "accuracy" type: "Accuracy" bottom: "fc" bottom: "label" top: "accuracy" }
+    layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" bottom: "label" top: "loss" }
+    layer { name: "half" type: "Power" bottom: "loss" top: "half" }
+    layer { name: "quiet" type: "Silence" bottom: "half" }
+"""
+
+
+def test_inference_net_of_a_classifier():
+    net = net_of(CLASSIFIER)
+    part = inference_net(net, data_blobs(net)[:1])
+    assert names(part) == ["conv", "relu", "aux", "fc"]
+    assert len(net.layer) == 10
+
+
+def test_inference_net_drops_what_a_missing_blob_would_change_in_place():
+    net = net_of("""
+        layer { name: "data" type: "Data" top: "data" top: "label" }
+        layer { name: "mix" type: "Scale" bottom: "data" bottom: "label" top: "data" }
+        layer { name: "conv" type: "Convolution" bottom: "data" top: "conv" }
+    """)
+    assert names(inference_net(net, ["data"])) == []
+
+
+def test_inference_net_keeps_parameters_and_drops_losses_of_the_images_themselves():
+    net = net_of("""
+        layer { name: "data" type: "Input" top: "data" }
+        layer { name: "w" type: "Parameter" top: "w" }
+        layer { name: "add" type: "Bias" bottom: "data" bottom: "w" top: "add" }
+        layer { name: "loss" type: "EuclideanLoss" bottom: "add" bottom: "data" top: "loss" }
+    """)
+    assert names(inference_net(net, ["data"])) == ["w", "add"]
+    assert data_blobs(net) == ["data"]
+    assert scores_blob(net) == "add"
+
+
+def test_data_blobs_puts_images_first():
+    assert data_blobs(net_of(CLASSIFIER)) == ["data", "label"]
+    labels_first = net_of("""
+        layer { name: "l" type: "Data" top: "label" }
+        layer { name: "d" type: "HDF5Data" top: "data" top: "unused" }
+        layer { name: "fc" type: "InnerProduct" bottom: "data" top: "fc" }
+        layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" bottom: "label" top: "loss" }
+    """)
+    assert data_blobs(labels_first) == ["data", "label", "unused"]
+    assert data_blobs(net_of('layer { name: "i" type: "Input" top: "a" top: "b" }')) == ["a", "b"]
+
+
+def test_scores_are_what_the_last_accuracy_reads():
+    assert scores_blob(net_of(CLASSIFIER)) == "fc"
+
+
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [
+        ("", "fc"),
+        ('layer { name: "prob" type: "Softmax" bottom: "fc" top: "prob" }', "fc"),
+        ('layer { name: "prob" type: "Softmax" bottom: "fc" top: "fc" }', "fc"),
+        ('layer { name: "l" type: "SoftmaxWithLoss" bottom: "fc" bottom: "label" top: "l" }', "fc"),
+        ('layer { name: "l" type: "HingeLoss" bottom: "fc" bottom: "label" top: "l" }', "fc"),
+        (
+            'layer { name: "p" type: "Softmax" bottom: "fc" top: "p" }'
+            'layer { name: "a" type: "Accuracy" bottom: "p" bottom: "label" top: "a" }',
+            "fc",
+        ),
+    ],
+)
+def test_scores_without_accuracy(tail, expected):
+    net = net_of(
+        'layer { name: "d" type: "Input" top: "data" top: "label" }'
+        'layer { name: "fc" type: "InnerProduct" bottom: "data" top: "fc" }' + tail
+    )
+    assert scores_blob(net) == expected
+
+
+def test_scores_of_nothing():
+    with pytest.raises(InputError, match="no scores"):
+        scores_blob(net_of('layer { name: "s" type: "Silence" bottom: "x" }'))
