@@ -16,7 +16,7 @@ from quantize.caffenet.schema import NetParameter
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_net
 from quantize.errors import InputError
 
-MAX_PROTOTXT_BYTES = 64 << 20
+MAX_PROTOTXT_BYTES = 16 << 20
 """A prototxt has no weights; the largest known are below 1 MiB."""
 
 _fork: type[NetParameter] | None = None
