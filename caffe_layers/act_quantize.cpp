@@ -51,7 +51,7 @@ void ActQuantizeLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
   const Dtype range = step_ * levels_;
   for (size_t i = 0; i < count; ++i) {
     const Dtype x = bottom_data[i];
-    inside[i] = x > 0 && x <= range;
+    inside[i] = x > 0 && x <= range ? 1 : 0;
     // Comparisons in this order keep NaN; the GPU code does the same.
     Dtype q = std::floor(x / step_ + Dtype(0.5));
     q = q < 0 ? Dtype(0) : q;
@@ -73,7 +73,7 @@ void ActQuantizeLayer<Dtype>::Backward_cpu(const vector<Blob<Dtype>*>& top,
   const unsigned char* inside =
       static_cast<const unsigned char*>(inside_->cpu_data());
   for (size_t i = 0; i < count; ++i) {
-    bottom_diff[i] = inside[i] ? top_diff[i] : Dtype(0);
+    bottom_diff[i] = inside[i] != 0 ? top_diff[i] : Dtype(0);
   }
 }
 

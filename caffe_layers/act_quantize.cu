@@ -26,8 +26,8 @@ __device__ size_t index_stride() {
   return static_cast<size_t>(blockDim.x) * gridDim.x;
 }
 
-// The intrinsics round as the CPU does whatever flags nvcc is given: no
-// approximate division, no fused multiply-add.
+// The intrinsics round as the CPU does, even if nvcc is told to use fast
+// maths: no approximate division, no fused multiply-add.
 __device__ float code(float x, float step) {
   return floorf(__fadd_rn(__fdiv_rn(x, step), 0.5f));
 }
@@ -47,7 +47,7 @@ __global__ void ActQuantizeForward(const size_t count, const Dtype step,
                                    unsigned char* inside) {
   for (size_t i = first_index(); i < count; i += index_stride()) {
     const Dtype x = in[i];
-    inside[i] = x > 0 && x <= range;
+    inside[i] = x > 0 && x <= range ? 1 : 0;
     Dtype q = code(x, step);
     q = q < 0 ? Dtype(0) : q;
     q = q > levels ? levels : q;
@@ -60,7 +60,7 @@ __global__ void ActQuantizeBackward(const size_t count, const Dtype* out_diff,
                                     const unsigned char* inside,
                                     Dtype* in_diff) {
   for (size_t i = first_index(); i < count; i += index_stride()) {
-    in_diff[i] = inside[i] ? out_diff[i] : Dtype(0);
+    in_diff[i] = inside[i] != 0 ? out_diff[i] : Dtype(0);
   }
 }
 

@@ -53,6 +53,7 @@ class ActQuantizeLayer : public NeuronLayer<Dtype> {
                             const vector<bool>& propagate_down,
                             const vector<Blob<Dtype>*>& bottom);
 
+ private:
   Dtype step_;
   Dtype levels_;
   /// One unsigned char per value: 1 where the last bottom was inside the range.

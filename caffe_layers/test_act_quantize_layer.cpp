@@ -26,7 +26,7 @@ class ActQuantizeLayerTest : public MultiDeviceTest<TypeParam> {
   }
 
   // A layer with the given step; levels 0 leaves threshold_param out.
-  shared_ptr<Layer<Dtype>> MakeLayer(float step, int levels = 0,
+  shared_ptr<Layer<Dtype>> MakeLayer(float step, float levels = 0,
                                      const std::string& type = "ActQuantize") {
     LayerParameter param;
     param.set_name("quantize");
@@ -71,6 +71,7 @@ class ActQuantizeLayerTest : public MultiDeviceTest<TypeParam> {
   static std::vector<Dtype> Quantized(const Blob<Dtype>& blob, Dtype step,
                                       Dtype levels) {
     std::vector<Dtype> values;
+    values.reserve(blob.count());
     for (int i = 0; i < blob.count(); ++i) {
       values.push_back(Quantized(blob.cpu_data()[i], step, levels));
     }
@@ -95,7 +96,6 @@ TYPED_TEST(ActQuantizeLayerTest, TestSetUp) {
 }
 
 TYPED_TEST(ActQuantizeLayerTest, TestForward) {
-  typedef typename TypeParam::Dtype Dtype;
   const float step = 0.0371F;
   this->FillBottomAtRandom(2);
   this->ExpectForward(this->MakeLayer(step).get(),
@@ -103,7 +103,6 @@ TYPED_TEST(ActQuantizeLayerTest, TestForward) {
 }
 
 TYPED_TEST(ActQuantizeLayerTest, TestForwardFullByte) {
-  typedef typename TypeParam::Dtype Dtype;
   const float step = 0.0371F;
   this->FillBottomAtRandom(4);
   this->ExpectForward(this->MakeLayer(step, 255).get(),
@@ -111,14 +110,12 @@ TYPED_TEST(ActQuantizeLayerTest, TestForwardFullByte) {
 }
 
 TYPED_TEST(ActQuantizeLayerTest, TestOldTypeName) {
-  typedef typename TypeParam::Dtype Dtype;
   this->FillBottomAtRandom(2);
   this->ExpectForward(this->MakeLayer(0.5, 0, "Quant").get(),
                       this->Quantized(this->bottom_, 0.5, 127));
 }
 
 TYPED_TEST(ActQuantizeLayerTest, TestTiesGoUp) {
-  typedef typename TypeParam::Dtype Dtype;
   this->FillBottom({0.125, 0.375, 0.625, 0.124, 0.126, 31.625});
   this->ExpectForward(this->MakeLayer(0.25).get(),
                       {0.25, 0.5, 0.75, 0, 0.25, 31.75});
@@ -182,7 +179,7 @@ TYPED_TEST(ActQuantizeLayerTest, TestGradientRange) {
   const std::vector<Dtype> values = {-1, -0.1, 0, 0.01, 5, 31.75, 31.76, 99};
   const std::vector<Dtype> passes = {0, 0, 0, 1, 1, 1, 0, 0};
   const std::vector<bool> propagate_down(1, true);
-  for (int in_place = 0; in_place < 2; ++in_place) {
+  for (const bool in_place : {false, true}) {
     this->FillBottom(values);
     std::vector<Blob<Dtype>*>& tops =
         in_place ? this->bottom_vec_ : this->top_vec_;
