@@ -377,21 +377,21 @@ class CaffeEngine(Engine):
         self.worker = worker or Worker(command, pycaffe_path, preload, threads, timeout)
         try:
             self.number = self.worker.open(net, {name: (1, *shape) for name, shape in inputs.items()})
-            for layer, shapes in self.shapes.params.items():
-                if shapes:
-                    self._send_blobs(layer)
+            for layer in self.shapes.params:
+                self._send_blobs(layer)
         except BaseException:
             self.close()
             raise
 
     def set_blobs(self, layer: str, blobs: Sequence[FloatArray]) -> None:
-        """Replace a layer's blobs for the ranges run from now on."""
+        """Replace a layer's blobs for the ranges run from now on; the net may lack the layer."""
         super().set_blobs(layer, blobs)
         self._send_blobs(layer)
 
     def _send_blobs(self, layer: str) -> None:
-        header = {"op": "set_blobs", "net": self.number, "layer": layer}
-        self.worker.call(f"setting the blobs of layer {layer!r}", header, self.weights[layer])
+        if self.shapes.params.get(layer):
+            header = {"op": "set_blobs", "net": self.number, "layer": layer}
+            self.worker.call(f"setting the blobs of layer {layer!r}", header, self.weights[layer])
 
     def compile(self, start: int, stop: int, outputs: Sequence[str], moments: Sequence[str] = ()) -> Range:
         """Prepare the layers ``start <= i < stop``; see ``Engine``."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantize.caffenet import NetParameter, Weights
+from quantize.caffenet import LayerParameter, NetParameter, Weights
 from quantize.engines.caffe import CaffeEngine, Worker
 from quantize.errors import InputError, LabelfreeError
 
@@ -163,6 +163,15 @@ def test_new_blobs_are_used_and_checked(fake_path):
         engine.worker.call(
             "setting", {"op": "set_blobs", "net": 1, "layer": "double"}, [np.ones(3, np.float32)]
         )
+    engine.close()
+
+
+def test_blobs_of_a_layer_that_the_net_lacks_are_kept(fake_path):
+    net, weights = net_named("well-behaved")
+    weights.add(LayerParameter(name="other", type="Scale"), [np.ones(9, np.float32)])
+    engine = CaffeEngine(net, weights, {"data": SHAPE}, [sys.executable], fake_path, threads=1)
+    engine.set_blobs("other", [np.zeros(9, np.float32)])
+    np.testing.assert_array_equal(engine.weights["other"][0], np.zeros(9))
     engine.close()
 
 
