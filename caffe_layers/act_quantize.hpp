@@ -39,7 +39,10 @@ class ActQuantizeLayer : public NeuronLayer<Dtype> {
   virtual void Reshape(const vector<Blob<Dtype>*>& bottom,
                        const vector<Blob<Dtype>*>& top);
 
-  virtual inline const char* type() const { return "ActQuantize"; }
+  /// The name it was created by: LayerFactoryTest of Caffe wants that.
+  virtual inline const char* type() const {
+    return this->layer_param_.type() == "Quant" ? "Quant" : "ActQuantize";
+  }
 
  protected:
   virtual void Forward_cpu(const vector<Blob<Dtype>*>& bottom,

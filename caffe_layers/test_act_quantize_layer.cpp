@@ -110,9 +110,11 @@ TYPED_TEST(ActQuantizeLayerTest, TestForwardFullByte) {
 }
 
 TYPED_TEST(ActQuantizeLayerTest, TestOldTypeName) {
+  typedef typename TypeParam::Dtype Dtype;
   this->FillBottomAtRandom(2);
-  this->ExpectForward(this->MakeLayer(0.5, 0, "Quant").get(),
-                      this->Quantized(this->bottom_, 0.5, 127));
+  shared_ptr<Layer<Dtype>> layer = this->MakeLayer(0.5, 0, "Quant");
+  EXPECT_STREQ("Quant", layer->type());
+  this->ExpectForward(layer.get(), this->Quantized(this->bottom_, 0.5, 127));
 }
 
 TYPED_TEST(ActQuantizeLayerTest, TestTiesGoUp) {

@@ -107,6 +107,7 @@ struct LayerParameter {
   ReLUParameter relu;
   ThresholdParameter thresholds;
   string name() const { return "quantize"; }
+  string type() const { return "ActQuantize"; }
   const ReLUParameter& relu_param() const { return relu; }
   const ThresholdParameter& threshold_param() const { return thresholds; }
 };
