@@ -376,7 +376,8 @@ class CaffeEngine(Engine):
         self._shares = worker is not None
         self.worker = worker or Worker(command, pycaffe_path, preload, threads, timeout)
         try:
-            self.number = self.worker.open(net, {name: (1, *shape) for name, shape in inputs.items()})
+            batch = {name: (1, *shape) for name, shape in inputs.items()}
+            self.number = self.worker.open(_for_inference(net), batch)
             for layer in self.shapes.params:
                 self._send_blobs(layer)
         except BaseException:
@@ -403,6 +404,16 @@ class CaffeEngine(Engine):
             self.worker.close()
         elif self.worker.alive:
             self.worker.call("closing a net", {"op": "close", "net": self.number})
+
+
+def _for_inference(net: NetParameter) -> NetParameter:
+    """The net with BatchNorms that use their stored statistics whatever use_global_stats says."""
+    changed = NetParameter()
+    changed.CopyFrom(net)
+    for layer in changed.layer:
+        if layer.type == "BatchNorm":
+            layer.batch_norm_param.use_global_stats = True
+    return changed
 
 
 class _CaffeRange(Range):
