@@ -79,7 +79,7 @@ def _require(condition: bool, message: str) -> None:
         raise ShapeError(message)
 
 
-def _canonical(axis: int, shape: Shape) -> int:
+def canonical_axis(axis: int, shape: Shape) -> int:
     """``Blob::CanonicalAxisIndex``: negative axes count from the end."""
     _require(-len(shape) <= axis < len(shape), f"axis {axis} is out of range for the shape {shape}")
     return axis % len(shape)
@@ -116,7 +116,7 @@ def _split(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 
 @shape_rule("Softmax")
 def _softmax(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
-    _canonical(layer.softmax_param.axis, bottoms[0])
+    canonical_axis(layer.softmax_param.axis, bottoms[0])
     return LayerShapes(bottoms)
 
 
@@ -171,13 +171,13 @@ def _broadcast(bottoms: list[Shape], axis: int, num_axes: int) -> Shape:
     """The shape of what is spread over bottom 0 from ``axis`` on."""
     shape = bottoms[0]
     if len(bottoms) == 2:
-        start = _canonical(axis, shape) if bottoms[1] else 0
+        start = canonical_axis(axis, shape) if bottoms[1] else 0
         _require(
             shape[start : start + len(bottoms[1])] == bottoms[1],
             f"the second bottom's shape {bottoms[1]} does not fit the first's {shape} from axis {start} on",
         )
         return bottoms[1]
-    start = _canonical(axis, shape)
+    start = canonical_axis(axis, shape)
     _require(num_axes >= -1, f"num_axes is {num_axes}; -1 or more is possible")
     stop = len(shape) if num_axes == -1 else start + num_axes
     _require(stop <= len(shape), f"axis {axis} and num_axes {num_axes} reach beyond the shape {shape}")
@@ -207,7 +207,7 @@ def _list(shapes: Sequence[Shape]) -> str:
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """Of a convolution: per spatial axis."""
 
     channel_axis: int
@@ -233,10 +233,10 @@ class _Window:
         return tuple(stride * (size - 1) + extent - 2 * pad for size, extent, stride, pad in axes)
 
 
-def _window(param: ConvolutionParameter, shape: Shape) -> _Window:
-    channel_axis = _canonical(param.axis, shape)
+def convolution_window(param: ConvolutionParameter, shape: Shape) -> Window:
+    channel_axis = canonical_axis(param.axis, shape)
     axes = len(shape) - channel_axis - 1
-    window = _Window(
+    window = Window(
         channel_axis,
         kernel=_per_axis(param, "kernel_size", "kernel_h", "kernel_w", axes, None),
         stride=_per_axis(param, "stride", "stride_h", "stride_w", axes, 1),
@@ -277,7 +277,7 @@ def _convolution(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     The forks' depthwise types have as many groups as channels unless ``group`` says otherwise.
     """
     param, shape = layer.convolution_param, _same(bottoms)
-    window = _window(param, shape)
+    window = convolution_window(param, shape)
     channels, spatial = shape[window.channel_axis], shape[window.channel_axis + 1 :]
     depthwise = layer.type != "Convolution" and not param.HasField("group")
     group = channels if depthwise else param.group
@@ -294,7 +294,7 @@ def _convolution(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 def _deconvolution(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """Kernels (channels, num_output / group, ...) and the bias (num_output,)."""
     param, shape = layer.convolution_param, _same(bottoms)
-    window = _window(param, shape)
+    window = convolution_window(param, shape)
     channels, spatial = shape[window.channel_axis], shape[window.channel_axis + 1 :]
     _check_groups(param.num_output, channels, param.group)
     top = (*shape[: window.channel_axis], param.num_output, *window.deconvolved(spatial))
@@ -307,7 +307,7 @@ def _deconvolution(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 @shape_rule("Im2col", bottoms=(1, _MANY))
 def _im2col(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     shape = _same(bottoms)
-    window = _window(layer.convolution_param, shape)
+    window = convolution_window(layer.convolution_param, shape)
     axis = window.channel_axis
     columns = shape[axis] * math.prod(window.kernel)
     top = (*shape[:axis], columns, *window.convolved(shape[axis + 1 :]))
@@ -338,8 +338,8 @@ def _pooled(param: PoolingParameter, shape: Shape) -> Shape:
     """ceil((size + 2 pad - kernel) / stride) + 1; with padding, a window that starts outside is dropped."""
     _require(len(shape) == 4, f"the bottom's shape is {shape}; four axes are needed")
     sizes = shape[2:]
-    stride = _two(param, "stride")
-    pad = _two(param, "pad")
+    stride = height_and_width(param, "stride")
+    pad = height_and_width(param, "pad")
     if param.global_pooling:
         has_kernel = param.HasField("kernel_size") or param.HasField("kernel_h") or param.HasField("kernel_w")
         _require(not has_kernel, "pooling_param: global_pooling takes no kernel size")
@@ -347,7 +347,7 @@ def _pooled(param: PoolingParameter, shape: Shape) -> Shape:
             stride == (1, 1) and pad == (0, 0), "pooling_param: global_pooling takes no stride and no pad"
         )
         return (*shape[:2], 1, 1)
-    kernel = _two(param, "kernel_size", "kernel_h", "kernel_w")
+    kernel = height_and_width(param, "kernel_size", "kernel_h", "kernel_w")
     _require(min(kernel) > 0, "pooling_param: the kernel size is missing or 0")
     _require(min(stride) > 0, "pooling_param: a stride of 0")
     _require(
@@ -366,7 +366,7 @@ def _pooled(param: PoolingParameter, shape: Shape) -> Shape:
     return (*shape[:2], *out)
 
 
-def _two(param: PoolingParameter, name: str, h: str = "", w: str = "") -> Shape:
+def height_and_width(param: PoolingParameter, name: str, h: str = "", w: str = "") -> Shape:
     """The value for height and width: of the one field, or of the _h and _w fields."""
     h, w = h or f"{name}_h", w or f"{name}_w"
     has_h, has_w = param.HasField(h), param.HasField(w)
@@ -386,13 +386,13 @@ def _spp(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
         0 < param.pyramid_height <= 16,
         f"spp_param.pyramid_height is {param.pyramid_height}; 1 to 16 is possible",
     )
-    levels = [_pooled(_spp_pooling(level, shape), shape) for level in range(param.pyramid_height)]
+    levels = [_pooled(spp_pooling(level, shape), shape) for level in range(param.pyramid_height)]
     if len(levels) == 1:
         return LayerShapes(levels)
     return LayerShapes([(shape[0], sum(math.prod(level[1:]) for level in levels))])
 
 
-def _spp_pooling(level: int, shape: Shape) -> PoolingParameter:
+def spp_pooling(level: int, shape: Shape) -> PoolingParameter:
     bins = 2**level
     kernel = [-(-size // bins) for size in shape[2:]]
     pad = [(k * bins - size + 1) // 2 for k, size in zip(kernel, shape[2:], strict=True)]
@@ -414,7 +414,7 @@ def _inner_product(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """Weights (num_output, k), or (k, num_output) with transpose; k is all from ``axis`` on."""
     param, shape = layer.inner_product_param, bottoms[0]
     _require(param.num_output > 0, "inner_product_param.num_output is missing or 0")
-    axis = _canonical(param.axis, shape)
+    axis = canonical_axis(param.axis, shape)
     size = math.prod(shape[axis:])
     top = (*shape[:axis], param.num_output)
     weights = (size, param.num_output) if param.transpose else (param.num_output, size)
@@ -443,7 +443,7 @@ def _concat(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
         "concat_param: axis as well as concat_dim",
     )
     first = bottoms[0]
-    axis = _canonical(param.concat_dim if param.HasField("concat_dim") else param.axis, first)
+    axis = canonical_axis(param.concat_dim if param.HasField("concat_dim") else param.axis, first)
     others = {(*shape[:axis], *shape[axis + 1 :], len(shape)) for shape in bottoms}
     _require(len(others) == 1, f"the bottoms' shapes differ beyond axis {axis}: {_list(bottoms)}")
     return LayerShapes([(*first[:axis], sum(shape[axis] for shape in bottoms), *first[axis + 1 :])])
@@ -456,7 +456,7 @@ def _slice(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     _require(
         not (param.HasField("axis") and param.HasField("slice_dim")), "slice_param: axis as well as slice_dim"
     )
-    axis = _canonical(param.slice_dim if param.HasField("slice_dim") else param.axis, shape)
+    axis = canonical_axis(param.slice_dim if param.HasField("slice_dim") else param.axis, shape)
     points = list(param.slice_point)
     if points:
         _require(len(points) == parts - 1, f"slice_param: {len(points)} slice_point for {parts} tops")
@@ -477,8 +477,8 @@ def _slice(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 @shape_rule("Flatten")
 def _flatten(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     shape = bottoms[0]
-    start = _canonical(layer.flatten_param.axis, shape)
-    end = _canonical(layer.flatten_param.end_axis, shape)
+    start = canonical_axis(layer.flatten_param.axis, shape)
+    end = canonical_axis(layer.flatten_param.end_axis, shape)
     _require(start <= end, f"flatten_param: axis {start} is behind end_axis {end}")
     return LayerShapes([(*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])])
 
@@ -517,7 +517,7 @@ def _reshape(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 @shape_rule("Tile")
 def _tile(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     param, shape = layer.tile_param, bottoms[0]
-    axis = _canonical(param.axis, shape)
+    axis = canonical_axis(param.axis, shape)
     _require(param.tiles > 0, "tile_param.tiles is missing or not positive")
     return LayerShapes([(*shape[:axis], shape[axis] * param.tiles, *shape[axis + 1 :])])
 
@@ -525,7 +525,7 @@ def _tile(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 @shape_rule("Reduction")
 def _reduction(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """All axes from ``axis`` on become one number."""
-    return LayerShapes([bottoms[0][: _canonical(layer.reduction_param.axis, bottoms[0])]])
+    return LayerShapes([bottoms[0][: canonical_axis(layer.reduction_param.axis, bottoms[0])]])
 
 
 @shape_rule("ArgMax")
@@ -533,7 +533,7 @@ def _argmax(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """(N, 1 or 2, top_k, 1...) over all but the batch; with ``axis``, top_k in that axis."""
     param, shape = layer.argmax_param, bottoms[0]
     if param.HasField("axis"):
-        axis = _canonical(param.axis, shape)
+        axis = canonical_axis(param.axis, shape)
         size = shape[axis]
         top: Shape = (*shape[:axis], param.top_k, *shape[axis + 1 :])
     else:
@@ -553,7 +553,7 @@ def _batch_reindex(_layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 def _crop(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """Bottom 0 cut to the sizes of bottom 1 from ``axis`` on."""
     shape, like = bottoms
-    axis = _canonical(layer.crop_param.axis, shape)
+    axis = canonical_axis(layer.crop_param.axis, shape)
     _require(len(like) == len(shape), f"the bottoms' shapes {shape} and {like} differ in axes")
     offsets = list(layer.crop_param.offset) or [0]
     if len(offsets) == 1:
@@ -620,7 +620,7 @@ def _for_each_top(layer: LayerParameter, shapes: list[Shape]) -> list[Shape]:
 @shape_rule("Accuracy", bottoms=2)
 def _accuracy(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """The share of right answers, and per class as a second top."""
-    axis = _canonical(layer.accuracy_param.axis, bottoms[0])
+    axis = canonical_axis(layer.accuracy_param.axis, bottoms[0])
     return LayerShapes([(), (bottoms[0][axis],)][: len(layer.top)])
 
 

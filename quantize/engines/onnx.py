@@ -1,0 +1,360 @@
+"""Runs a net in ONNX Runtime: each range of layers becomes a graph of its own.
+
+``onnx_layers`` has one translator per layer type, ``onnx_graph`` writes the graph down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnxruntime
+from onnx import ModelProto
+
+from quantize.caffenet import LayerParameter, NetParameter, Shapes, Weights, check_weights, infer_shapes
+from quantize.engines.base import Engine, FloatArray, Moments, Range, RangeResult, Shape
+from quantize.engines.onnx_graph import Graph
+from quantize.engines.onnx_layers import TRANSLATORS, Layer, UnsupportedError
+from quantize.errors import InputError, LabelfreeError
+from quantize.threads import available_threads
+
+CACHE_BYTES = 8 << 20
+"""What the bottoms and tops of a range's widest layer may take: larger micro-batches are run in parts of this
+size, for blobs that leave the cache between two operators cost more than the operators' overhead."""
+
+ERRORS_ONLY = 3
+"""Of onnxruntime's log levels. It warns of what is no fault here, such as constants that folding leaves."""
+
+
+class OnnxEngine(Engine):
+    """A net opened in ONNX Runtime.
+
+    Args:
+        net, weights, inputs: see ``Engine``.
+        threads: threads for one operator; default: the processors that this process may use.
+
+    Raises:
+        InputError: a layer's parameters are impossible, a blob is missing or has the wrong shape, or a layer
+            mixes the images of a batch. Types without a translator are refused when a range needs them.
+    """
+
+    def __init__(
+        self,
+        net: NetParameter,
+        weights: Weights,
+        inputs: Mapping[str, Shape],
+        threads: int | None = None,
+    ) -> None:
+        super().__init__(net, weights, inputs)
+        check_weights(net, self.weights, self.shapes)
+        self.threads = threads or available_threads()
+        self.per_image = _values_per_image(net, inputs, self.shapes)
+
+    def set_blobs(self, layer: str, blobs: Sequence[FloatArray]) -> None:
+        """Replace a layer's blobs for the ranges compiled from now on.
+
+        Raises:
+            ValueError: they have other shapes than the layer's.
+        """
+        if [blob.shape for blob in blobs] != self.shapes.params[layer]:
+            raise ValueError(f"layer {layer!r} needs blobs of the shapes {self.shapes.params[layer]}")
+        super().set_blobs(layer, blobs)
+
+    def compile(self, start: int, stop: int, outputs: Sequence[str], moments: Sequence[str] = ()) -> Range:
+        """Prepare the layers ``start <= i < stop``; see ``Engine``.
+
+        Raises:
+            InputError: a layer that the outputs or moments need cannot be translated.
+            LabelfreeError: onnxruntime refuses the graph.
+        """
+        return _OnnxRange(self, start, stop, outputs, moments)
+
+
+def _values_per_image(net: NetParameter, inputs: Mapping[str, Shape], one: Shapes) -> dict[str, bool]:
+    """Of each blob whether its first axis grows with the batch (otherwise it is the same for all batches).
+
+    Found by inferring the shapes of a batch of 2 as well; ``one`` are those of a batch of 1.
+
+    Raises:
+        InputError: a layer's blobs or another axis depend on the batch, so it cannot serve any batch.
+    """
+    two = infer_shapes(net, {name: (2, *shape) for name, shape in inputs.items()})
+    grows = {}
+    for layer in net.layer:
+        same = two.params[layer.name] == one.params[layer.name]
+        for top in layer.top:
+            small, large = one.blobs[top], two.blobs[top]
+            grows[top] = small != large
+            same &= small == large or (2 * small[0], *small[1:]) == large
+        if not same:
+            raise InputError(
+                f"layer {layer.name!r} ({layer.type}) needs a fixed batch or mixes its images; labelfree "
+                "runs images in batches of any size: make it work from axis 1 on"
+            )
+    return {**grows, **dict.fromkeys(inputs, True)}
+
+
+@dataclass(frozen=True)
+class _Blob:
+    """A blob at the border of a range.
+
+    Attributes:
+        name: in the net.
+        tensor: in the graph.
+        shape: for a batch of 1.
+        grows: whether the first axis grows with the batch.
+    """
+
+    name: str
+    tensor: str
+    shape: Shape
+    grows: bool
+
+    def shape_of(self, batch: int) -> Shape:
+        return (self.shape[0] * batch, *self.shape[1:]) if self.grows else self.shape
+
+    def part(self, array: FloatArray, images: slice) -> FloatArray:
+        """The part of the array that belongs to some images of the batch."""
+        if not self.grows:
+            return array
+        return array[self.shape[0] * images.start : self.shape[0] * images.stop]
+
+    def check(self, array: FloatArray, batch: int) -> None:
+        wanted = self.shape_of(batch)
+        if array.shape != wanted or array.dtype != np.float32 or not array.flags.c_contiguous:
+            raise ValueError(
+                f"blob {self.name!r} must be C-contiguous float32 of the shape {wanted}; "
+                f"got {array.dtype} of the shape {array.shape}"
+            )
+
+
+class _OnnxRange(Range):
+    """Layers ``start <= i < stop`` of an ``OnnxEngine``'s net."""
+
+    def __init__(
+        self, engine: OnnxEngine, start: int, stop: int, outputs: Sequence[str], moments: Sequence[str]
+    ) -> None:
+        layers = _needed(engine, start, stop, {*outputs, *moments})
+        first, last = (layers[0].name, layers[-1].name) if layers else ("", "")
+        self._doing = f"running layers {first!r} to {last!r} in onnxruntime"
+        translation = _Translation(engine)
+        for layer in layers:
+            translation.add(layer)
+        graph = translation.graph
+        at_end = {name: translation.blob(name) for name in dict.fromkeys([*outputs, *moments])}
+        ends = [at_end[name] for name in dict.fromkeys(outputs)]
+        self._passed = [blob for blob in ends if blob == translation.inputs.get(blob.name)]
+        self._outputs = [
+            replace(blob, tensor=graph.output(blob.tensor)) for blob in ends if blob not in self._passed
+        ]
+        self._moments = {name: _ImageMoments.of(graph, at_end[name]) for name in moments}
+        self._session = None
+        used: list[str] = []
+        if self._outputs or self._moments:
+            model, used, self._constants = graph.model()
+            self._session = _session(model, self._constants, engine.threads, self._doing)
+        self._feeds = [blob for blob in translation.inputs.values() if blob.tensor in used]
+        self.inputs = tuple(dict.fromkeys(blob.name for blob in (*self._feeds, *self._passed)))
+        self._part = max(1, CACHE_BYTES // max(1, _widest(engine, layers)))
+
+    def run(
+        self, feeds: Mapping[str, FloatArray], into: Mapping[str, FloatArray] | None = None
+    ) -> RangeResult:
+        """Run on one micro-batch; see ``Range``.
+
+        Feeds are read and outputs written where they lie in memory. The moments are taken per image and
+        channel in the graph, around the mean of those values, and merged in float64, so they do not depend on
+        the micro-batch but for the rounding of that.
+
+        Raises:
+            ValueError: an array has the wrong shape, type or layout.
+            LabelfreeError: onnxruntime fails.
+        """
+        into = into or {}
+        batch = self._check(feeds)
+        blobs = {}
+        for blob in (*self._outputs, *self._passed):
+            array = into.get(blob.name)
+            blobs[blob.name] = np.empty(blob.shape_of(batch), np.float32) if array is None else array
+            blob.check(blobs[blob.name], batch)
+        for blob in self._passed:
+            np.copyto(blobs[blob.name], feeds[blob.name])
+        taken = {name: found.arrays(batch) for name, found in self._moments.items()}
+        reads = [(blob, feeds[blob.name]) for blob in self._feeds]
+        writes = [(blob, blobs[blob.name]) for blob in self._outputs]
+        for name, found in self._moments.items():
+            writes += zip(found.blobs, taken[name], strict=True)
+        for start in range(0, batch, self._part):
+            self._run_part(slice(start, min(start + self._part, batch)), reads, writes)
+        moments = {name: found.merged(taken[name]) for name, found in self._moments.items()}
+        return RangeResult(blobs, moments)
+
+    def _check(self, feeds: Mapping[str, FloatArray]) -> int:
+        """Check the feeds and return the batch."""
+        growing = [blob for blob in (*self._feeds, *self._passed) if blob.grows]
+        batch = len(feeds[growing[0].name]) // growing[0].shape[0] if growing else 1
+        for blob in (*self._feeds, *self._passed):
+            blob.check(feeds[blob.name], batch)
+        return batch
+
+    def _run_part(
+        self,
+        images: slice,
+        reads: Sequence[tuple[_Blob, FloatArray]],
+        writes: Sequence[tuple[_Blob, FloatArray]],
+    ) -> None:
+        if self._session is None:
+            return
+        binding = self._session.io_binding()
+        for blob, array in reads:
+            part = blob.part(array, images)
+            binding.bind_input(blob.tensor, "cpu", 0, np.float32, part.shape, part.ctypes.data)
+        for blob, array in writes:
+            part = blob.part(array, images)
+            binding.bind_output(blob.tensor, "cpu", 0, np.float32, part.shape, part.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's exceptions have no common base but this
+            raise LabelfreeError(f"{self._doing}: {' '.join(str(error).split())}") from error
+
+
+def _needed(engine: OnnxEngine, start: int, stop: int, wanted: set[str]) -> list[LayerParameter]:
+    """The layers of a range that the wanted blobs need."""
+    needed = set(wanted)
+    layers = []
+    for layer in reversed(engine.net.layer[start:stop]):
+        is_source = not layer.bottom and engine.inputs.keys() & set(layer.top)
+        if needed.intersection(layer.top) and not is_source:
+            needed.difference_update(layer.top)
+            needed.update(layer.bottom)
+            layers.append(layer)
+    return layers[::-1]
+
+
+def _widest(engine: OnnxEngine, layers: Sequence[LayerParameter]) -> int:
+    """Bytes per image of the bottoms and tops of the widest layer."""
+    shapes, grows = engine.shapes.blobs, engine.per_image
+    return max(
+        (
+            sum(4 * math.prod(shapes[name]) for name in (*layer.bottom, *layer.top) if grows[name])
+            for layer in layers
+        ),
+        default=0,
+    )
+
+
+class _Translation:
+    """Layers being written into a graph; knows which tensor a blob's name stands for at this place."""
+
+    def __init__(self, engine: OnnxEngine) -> None:
+        self.graph = Graph()
+        self.inputs: dict[str, _Blob] = {}
+        self._engine = engine
+        self._tensors: dict[str, str] = {}
+
+    def blob(self, name: str) -> _Blob:
+        """A blob at this place; one that no layer has written yet is an input."""
+        shape, grows = self._engine.shapes.blobs[name], self._engine.per_image[name]
+        if name not in self._tensors:
+            self._tensors[name] = self.graph.input(shape, grows)
+            self.inputs[name] = _Blob(name, self._tensors[name], shape, grows)
+        return _Blob(name, self._tensors[name], shape, grows)
+
+    def add(self, layer: LayerParameter) -> None:
+        """Translate a layer.
+
+        Raises:
+            InputError: it cannot be translated.
+        """
+        translate = TRANSLATORS.get(layer.type)
+        where = f"layer {layer.name!r} ({layer.type})"
+        if translate is None:
+            raise InputError(
+                f"{where}: the onnx engine does not know this type; use engine: caffe, or a type that it "
+                f"knows: {', '.join(sorted(TRANSLATORS))}"
+            )
+        shapes = self._engine.shapes
+        bottoms = [self.blob(bottom) for bottom in layer.bottom]
+        blobs = self._engine.weights[layer.name] if shapes.params[layer.name] else []
+        one_image = Layer(
+            layer,
+            [blob.tensor for blob in bottoms],
+            [blob.shape for blob in bottoms],
+            [shapes.blobs[top] for top in layer.top],
+            blobs,
+        )
+        try:
+            tensors = translate(self.graph, one_image)
+        except UnsupportedError as error:
+            raise InputError(f"{where}: {error}") from None
+        tops = [tensors] if isinstance(tensors, str) else tensors
+        self._tensors.update(zip(layer.top, tops, strict=True))
+
+
+@dataclass(frozen=True)
+class _ImageMoments:
+    """Mean and squared deviations per image and channel, as outputs of a graph.
+
+    Attributes:
+        blobs: means (N, C) and, where a channel has more than one value, sums of squared deviations (N, C).
+        values: values per image and channel.
+    """
+
+    blobs: tuple[_Blob, ...]
+    values: int
+
+    @classmethod
+    def of(cls, graph: Graph, blob: _Blob) -> _ImageMoments:
+        """Have a graph compute them for a blob.
+
+        Why so: a sum of squares without subtracting the mean first loses all digits where the mean is large,
+        and subtracting in the graph is faster than numpy, for it is done by all threads in the cache.
+        """
+        channels = blob.shape[1] if len(blob.shape) > 1 else 1
+        values = math.prod(blob.shape[2:])
+        x = graph.reshape(blob.tensor, (-1, channels, values))
+        space = graph.integers([2])
+        mean = graph.op("ReduceMean", x, space)
+        tensors = [graph.reshape(mean, (-1, channels))]
+        if values > 1:
+            deviation = graph.op("Sub", x, mean)
+            squares = graph.op("Mul", deviation, deviation)
+            tensors.append(graph.op("ReduceSum", squares, space, keepdims=0))
+        shape = (blob.shape[0], channels)
+        blobs = [_Blob(blob.name, graph.output(tensor), shape, blob.grows) for tensor in tensors]
+        return cls(tuple(blobs), values)
+
+    def arrays(self, batch: int) -> list[FloatArray]:
+        """Room for the blobs."""
+        return [np.empty(blob.shape_of(batch), np.float32) for blob in self.blobs]
+
+    def merged(self, arrays: Sequence[FloatArray]) -> Moments:
+        """The moments over all images (``Moments.merged``, of all at once)."""
+        means = arrays[0].astype(np.float64)
+        mean = means.mean(axis=0)
+        m2 = self.values * np.square(means - mean).sum(axis=0)
+        if self.values > 1:
+            m2 += arrays[1].sum(axis=0, dtype=np.float64)
+        return Moments(len(means) * self.values, mean, m2)
+
+
+def _session(
+    model: ModelProto, constants: Mapping[str, FloatArray], threads: int, doing: str
+) -> onnxruntime.InferenceSession:
+    """A session for a model; it reads the constants where they lie, so keep them as long."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = ERRORS_ONLY
+    # Waiting threads spin; between two runs the processors belong to whoever loads images.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in constants.values()]
+    options.add_external_initializers(list(constants), values)
+    try:
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
+        raise LabelfreeError(f"{doing}: {' '.join(str(error).split())}") from error
