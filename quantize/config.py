@@ -287,8 +287,10 @@ def load(
         _assign(overlay, key, parsed, "--set")
         _resolve_paths(overlay, Path(), "--set")
         _merge(tree, overlay)
-    if path is None and "name" not in tree and isinstance(tree.get("model"), dict):
-        tree["name"] = re.sub(r"[^\w.+-]", "_", Path(str(tree["model"].get("prototxt", "net"))).stem)
+    if path is None and "name" not in tree:
+        model = tree.get("model")
+        prototxt = Path(str(model.get("prototxt", "net")) if isinstance(model, dict) else "net")
+        tree["name"] = re.sub(r"[^\w.+-]", "_", prototxt.stem)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

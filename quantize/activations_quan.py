@@ -1,0 +1,158 @@
+"""Stage 3: one quantization step per ReLU, and ReLU -> ActQuantize (He & Cheng 2018, section 3.3).
+
+For the output x >= 0 of a ReLU over the calibration images, the step a minimises ||x - a * q||^2 with
+q = clip(floor(x / a + 0.5), 0, levels). The BatchNorms use their stored statistics, so one forward pass is
+enough: every micro-batch runs through the whole net once and leaves a histogram per ReLU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantize import histogram
+from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
+from quantize.config import ActivationSettings
+from quantize.engines.base import OpenEngine
+from quantize.histogram import Histogram
+from quantize.progress import SILENT, Progress
+from quantize.sweep import FLOAT_BYTES, MAX_MICRO_BATCH, Feed
+from quantize.threads import available_threads
+
+DEFAULT_LEVELS = 127
+"""The largest code where a layer does not say it."""
+MICRO_BATCH_BYTES = 128 << 20
+"""What all ReLU outputs of one micro-batch may take."""
+
+
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """What stage 3 found for one ReLU.
+
+    Attributes:
+        name: the layer.
+        step: the quantization step a.
+        levels: the largest code.
+        clipped: share of the positive outputs above levels * a.
+        maximum: the largest output.
+        sqnr_db: 10 log10(||x||^2 / ||x - a * q||^2), None where the output is 0 or the loss is.
+        dead: whether every output was 0.
+    """
+
+    name: str
+    step: float
+    levels: int
+    clipped: float
+    maximum: float
+    sqnr_db: float | None
+    dead: bool
+
+
+def plain_relus(net: NetParameter) -> list[str]:
+    """Names of the ReLU layers of an inference net that can be quantized: those without a negative slope."""
+    return [layer.name for layer in net.layer if layer.type == "ReLU" and not layer.relu_param.negative_slope]
+
+
+def activations_quan(
+    net: NetParameter,
+    weights: Weights,
+    feed: Feed,
+    settings: ActivationSettings,
+    open_engine: OpenEngine,
+    progress: Progress = SILENT,
+) -> list[QuantizedActivation]:
+    """Find the step of every ReLU.
+
+    Args:
+        net: the inference net (TEST phase, no data layers).
+        weights: its blobs.
+        feed: the calibration images.
+        settings: levels and solver.
+        open_engine: opens a net for running.
+
+    Returns:
+        One finding per plain ReLU in network order; empty for a net without.
+    """
+    relus = plain_relus(net)
+    if not relus:
+        return []
+    flat = single_assignment(net)
+    tops = {layer.name: layer.top[0] for layer in flat.layer if layer.name in relus}
+    del flat.layer[1 + max(i for i, layer in enumerate(flat.layer) if layer.name in relus) :]
+    histograms = collect(flat, weights, feed, [tops[name] for name in relus], open_engine, progress)
+    solve = histogram.optimal_step if settings.solver == "optimal" else histogram.reference_step
+    levels = settings.largest_code
+    return [_finding(name, histograms[tops[name]], solve, levels) for name in relus]
+
+
+def with_act_quantize(net: NetParameter, found: Sequence[QuantizedActivation]) -> NetParameter:
+    """The net with every ReLU that has a step made an ActQuantize layer: same name, bottom and top.
+
+    The step is carried by ``relu_param.negative_slope`` and a largest code other than 127 by
+    ``threshold_param.threshold``, so that caffe.proto needs no new field.
+    """
+    changed = NetParameter()
+    changed.CopyFrom(net)
+    by_name = {activation.name: activation for activation in found}
+    for layer in changed.layer:
+        if layer.type == "ReLU" and layer.name in by_name:
+            _become_act_quantize(layer, by_name[layer.name])
+    return changed
+
+
+def _become_act_quantize(layer: LayerParameter, found: QuantizedActivation) -> None:
+    layer.type = "ActQuantize"
+    layer.relu_param.negative_slope = found.step
+    if found.levels != DEFAULT_LEVELS:
+        layer.threshold_param.threshold = found.levels
+
+
+def collect(
+    net: NetParameter,
+    weights: Weights,
+    feed: Feed,
+    blobs: Sequence[str],
+    open_engine: OpenEngine,
+    progress: Progress = SILENT,
+) -> dict[str, Histogram]:
+    """Histograms of ``blobs`` over all images, in one forward pass.
+
+    Args:
+        net: an inference net with every blob name assigned once.
+    """
+    histograms = {name: Histogram() for name in blobs}
+    with closing(open_engine(net, weights, {feed.blob: feed.images.shape})) as engine:
+        per_image = sum(math.prod(engine.shapes.blobs[name]) for name in blobs) * FLOAT_BYTES
+        batch = max(1, min(MICRO_BATCH_BYTES // per_image, MAX_MICRO_BATCH, len(feed.images)))
+        runner = engine.compile(0, len(net.layer), list(blobs))
+        progress.start("activations", len(feed.images))
+        buffers = {name: np.empty((batch, *engine.shapes.blobs[name][1:]), np.float32) for name in blobs}
+        with ThreadPoolExecutor(available_threads()) as pool:
+            for pixels, _ in feed.images.batches(batch):
+                into = {name: buffer[: len(pixels)] for name, buffer in buffers.items()}
+                runner.run({feed.blob: pixels}, into)
+                list(pool.map(lambda name, into=into: histograms[name].update(into[name]), blobs))
+                progress.advance(len(pixels))
+    return histograms
+
+
+def _finding(
+    name: str, seen: Histogram, solve: Callable[[Histogram, int], float], levels: int
+) -> QuantizedActivation:
+    step = float(np.float32(solve(seen, levels)))
+    loss = histogram.loss(seen, step, levels)
+    energy = seen.energy
+    return QuantizedActivation(
+        name=name,
+        step=step,
+        levels=levels,
+        clipped=histogram.clipped_share(seen, step, levels),
+        maximum=seen.maximum,
+        sqnr_db=10 * math.log10(energy / loss) if loss > 0 and energy > 0 else None,
+        dead=energy == 0,
+    )

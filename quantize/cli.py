@@ -1,0 +1,312 @@
+"""The command line: parse, call, print. Everything heavy is imported where it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from quantize import __version__
+from quantize.errors import LabelfreeError
+
+if TYPE_CHECKING:
+    from quantize.config import Config
+    from quantize.progress import Progress
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+INTERRUPTED = 130
+PATH = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="labelfree")
+@click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
+@click.option("--verbose", "-v", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, quiet: bool, verbose: bool) -> None:
+    """Compress a trained Caffe network to 4-bit weights and 8-bit activations without labels.
+
+    \b
+    The usual way:
+      labelfree quantize --config resnet18.yaml
+      labelfree evaluate --config resnet18.yaml
+    or without a configuration file:
+      labelfree quantize --prototxt net.prototxt --weights net.caffemodel \\
+                         --calibration photos/ --output out/
+    """
+    context.obj = {"quiet": quiet, "verbose": verbose}
+
+
+def config_options(command: Command) -> Command:
+    """The options that every command with a configuration has."""
+    options = [
+        click.option("--config", "-c", "path", type=PATH, help="The YAML file."),
+        click.option("--prototxt", help="The network's layers (model.prototxt)."),
+        click.option("--weights", help="The network's blobs, a caffemodel (model.weights)."),
+        click.option("--calibration", help="LMDB, image folder or list file (data.calibration.source)."),
+        click.option("--validation", help="The same with labels (data.validation.source)."),
+        click.option("--output", "-o", help="Folder for the results."),
+        click.option("--engine", type=click.Choice(["auto", "onnx", "caffe"]), help="What runs the network."),
+        click.option("--threads", type=click.IntRange(1), help="Default: what this process may use."),
+        click.option(
+            "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="As in --set weights.bits=3."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def read_config(given: dict[str, Any]) -> Config:
+    """The configuration from the options of `config_options`."""
+    from quantize.config import load
+
+    keys = {
+        "prototxt": "model.prototxt",
+        "weights": "model.weights",
+        "calibration": "data.calibration.source",
+        "validation": "data.validation.source",
+        "output": "output",
+        "engine": "engine",
+        "threads": "threads",
+    }
+    return load(given["path"], {key: given[name] for name, key in keys.items()}, given["assignments"])
+
+
+@contextmanager
+def showing_progress() -> Iterator[Progress]:
+    """Bars on a terminal, lines elsewhere, nothing with --quiet."""
+    from quantize.progress import Progress
+    from quantize.terminal import Bars, Lines
+
+    if click.get_current_context().obj["quiet"]:
+        yield Progress()
+        return
+    lines = Bars() if sys.stderr.isatty() else Lines()
+    try:
+        yield lines
+    finally:
+        lines.stop()
+
+
+def run_stages(given: dict[str, Any], stages: tuple[str, ...], resume: bool, force: bool) -> None:
+    """Run stages and print the summary."""
+    config = read_config(given)
+    from quantize.pipeline import Run
+
+    with showing_progress() as progress:
+        report = Run(config, progress).quantize(stages, resume, force)
+    from quantize.summary import summary
+
+    click.echo(summary(report, config))
+
+
+def parse_stages(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    """``--stages renorm,activations`` as names of stages."""
+    known = ("weights", "renorm", "activations")
+    names = tuple(name.strip() for name in value.split(","))
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(f"{name!r} is not a stage; these are: {', '.join(known)}")
+    return names
+
+
+RESUME = click.option("--resume", is_flag=True, help="Skip stages whose results fit inputs and settings.")
+FORCE = click.option("--force", is_flag=True, help="Do every stage again, also with --resume.")
+
+
+@cli.command()
+@config_options
+@click.option(
+    "--stages",
+    default="weights,renorm,activations",
+    show_default=True,
+    callback=parse_stages,
+    help="Which stages to run, separated by commas.",
+)
+@RESUME
+@FORCE
+def quantize(stages: tuple[str, ...], resume: bool, force: bool, **given: Any) -> None:
+    """Run the stages: weights_quan -> renorm -> activations_quan.
+
+    Writes NAME_quantized.caffemodel, NAME_renorm.caffemodel (the final weights), NAME_val.prototxt (for
+    `caffe test`), NAME_deploy.prototxt and report.json into the output folder.
+    """
+    run_stages(given, stages, resume, force)
+
+
+@cli.command("weights-quan")
+@config_options
+@RESUME
+@FORCE
+def weights_quan(resume: bool, force: bool, **given: Any) -> None:
+    """Stage 1: weights onto a grid of few levels, one alpha per kernel."""
+    run_stages(given, ("weights",), resume, force)
+
+
+@cli.command()
+@config_options
+@RESUME
+@FORCE
+def renorm(resume: bool, force: bool, **given: Any) -> None:
+    """Stage 2: BatchNorm statistics measured again over the calibration images."""
+    run_stages(given, ("renorm",), resume, force)
+
+
+@cli.command("activations-quan")
+@config_options
+@RESUME
+@FORCE
+def activations_quan(resume: bool, force: bool, **given: Any) -> None:
+    """Stage 3: one step per ReLU; every ReLU becomes an ActQuantize layer."""
+    run_stages(given, ("activations",), resume, force)
+
+
+@cli.command()
+@config_options
+@click.option("--images", type=click.IntRange(1), help="Use the first so many images (default: all).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
+    """Measure full precision and quantized: top-1, top-5 (with labels) and agreement."""
+    config = read_config(given)
+    from quantize.pipeline import evaluate_run
+    from quantize.summary import evaluation_table
+
+    with showing_progress() as progress:
+        found = evaluate_run(config, images, progress)
+    if as_json:
+        click.echo(json.dumps({"images": found.images, **found.accuracy, "agreement": found.agreement}))
+    else:
+        click.echo(evaluation_table(found))
+
+
+@cli.command()
+@click.argument("prototxt", type=PATH)
+@click.argument("weights", type=PATH, required=False)
+@click.option("--shape", metavar="C,H,W", help="Of an image; default: as the prototxt says.")
+@click.option("--plan", "show_plan", is_flag=True, help="Show how renorm would go through the net.")
+@click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="For --plan.")
+@click.option("--memory", default="2GiB", show_default=True, help="For --plan: renorm.memory.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(
+    prototxt: Path,
+    weights: Path | None,
+    shape: str | None,
+    show_plan: bool,
+    images: int,
+    memory: str,
+    as_json: bool,
+) -> None:
+    """Show layers, shapes, parameters, multiply-accumulates and what would be quantized."""
+    from quantize import inspection
+
+    found = inspection.Inspection.of(prototxt, weights, shape)
+    if show_plan:
+        click.echo(inspection.plan_text(found, images, memory, as_json))
+    else:
+        click.echo(inspection.layers_text(found, as_json))
+
+
+@cli.command()
+@click.option("--prototxt", type=PATH, required=True, help="The network's layers.")
+@click.option("--weights", type=PATH, required=True, help="The network's blobs (caffemodel).")
+@click.option("--calibration", type=PATH, required=True, help="LMDB, image folder or list file.")
+@click.option("--config", "-c", "path", type=PATH, help="The YAML file to write (default: NAME.yaml).")
+@click.option("--force", is_flag=True, help="Overwrite it.")
+def init(prototxt: Path, weights: Path, calibration: Path, path: Path | None, force: bool) -> None:
+    """Write a commented configuration for a network; guesses are said, nothing is asked."""
+    from quantize.init import write_initial
+
+    written, guesses = write_initial(prototxt, weights, calibration, path, force)
+    for guess in guesses:
+        click.echo(f"guessed: {guess}")
+    click.echo(f"wrote {written}; next: labelfree quantize --config {written}")
+
+
+@cli.command("make-lmdb")
+@click.argument("images", type=PATH)
+@click.argument("lmdb", type=PATH)
+@click.option("--resize-short", type=click.IntRange(1), help="Resize the shorter side to this.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many images.")
+@click.option("--shuffle", is_flag=True, help="In random order (before --limit).")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order.")
+@click.option("--jpeg-quality", type=click.IntRange(1, 100), help="Store JPEGs instead of raw pixels.")
+@click.option("--threads", type=click.IntRange(1), help="Default: what this process may use.")
+@click.option("--force", is_flag=True, help="Replace an LMDB that is there.")
+def make_lmdb_command(images: Path, lmdb: Path, threads: int | None, **options: Any) -> None:
+    """Make an LMDB of Datums from an image folder or a list file; Caffe reads it too."""
+    from quantize.data.make_lmdb import make_lmdb
+    from quantize.threads import available_threads
+
+    with showing_progress() as progress:
+        report = make_lmdb(
+            images,
+            lmdb,
+            threads=threads or available_threads(),
+            on_unreadable=lambda image: progress.note(str(image)),
+            **options,
+        )
+    click.echo(f"wrote {report.written} images to {lmdb}, {len(report.unreadable)} unreadable")
+
+
+@cli.command()
+@config_options
+def doctor(**given: Any) -> None:
+    """Check what works here: libraries, engines, and with a configuration its files; exit code 0 or 1."""
+    asked = any(value for value in given.values())
+    config = read_config(given) if asked else None
+    from quantize.doctor import examine
+
+    process = config.caffe if config is not None and config.engine == "caffe" else None
+    well = True
+    for check in examine(config, process):
+        well = well and check.well
+        click.echo(f"{'ok  ' if check.well else 'FAIL'}  {check.what:<24} {check.seen}")
+    if not well:
+        sys.exit(1)
+
+
+def main() -> None:
+    """Run a command; every way it can end is an exit code and at most one line."""
+    verbose = any(argument in ("-v", "--verbose") for argument in sys.argv[1:])
+    try:
+        cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except LabelfreeError as error:
+        if verbose:
+            raise
+        fail(str(error), error.exit_code)
+    except MemoryError:
+        if verbose:
+            raise
+        fail("out of memory; lower renorm.memory or use a machine with more", 1)
+    except Exception as error:
+        if verbose:
+            raise
+        fail(f"unexpected {type(error).__name__}: {error}; run again with --verbose and report it", 1)
+
+
+def fail(message: str, code: int) -> None:
+    """Print one line and leave."""
+    click.echo(f"labelfree: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""From the configuration to the images a net is fed with: which source, which transform, which input blob."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from quantize.caffenet import (
+    TEST,
+    TRAIN,
+    LayerParameter,
+    NetParameter,
+    TransformationParameter,
+    data_blobs,
+    filter_net,
+    inference_net,
+    scores_blob,
+)
+from quantize.config import Config
+from quantize.data.loader import Images
+from quantize.data.sources import FileSource, Source, open_source
+from quantize.data.transform import Transform, shape_text
+from quantize.errors import InputError
+from quantize.progress import SILENT, Progress
+from quantize.sweep import Feed
+
+TRANSFORMING_TYPES = ("Data", "ImageData", "MemoryData", "WindowData")
+RESIZE_PER_CROP = 256 / 224
+"""Photographs of any size are resized so that the shorter side is this much longer than the crop, the common
+convention of ImageNet training."""
+
+
+@dataclass(frozen=True)
+class InferenceNet:
+    """A net as it runs in the TEST phase.
+
+    Attributes:
+        net: the layers that images alone determine.
+        blob: the input blob.
+        scores: the blob with one score per class.
+    """
+
+    net: NetParameter
+    blob: str
+    scores: str
+
+    @classmethod
+    def of(cls, net: NetParameter) -> InferenceNet:
+        """The TEST phase of a net with all its phases.
+
+        Raises:
+            InputError: nothing feeds the net.
+        """
+        filtered = filter_net(net, TEST)
+        blobs = data_blobs(filtered)
+        return cls(inference_net(filtered, blobs[:1]), blobs[0], scores_blob(filtered))
+
+
+def calibration_feed(config: Config, net: NetParameter, images: int, progress: Progress = SILENT) -> Feed:
+    """The first ``images`` calibration images, transformed as ``renorm.augment`` says.
+
+    Raises:
+        InputError: no calibration source, fewer images than asked for, or a transform that cannot be.
+    """
+    calibration = config.data.calibration
+    if calibration is None:
+        raise InputError(
+            "data.calibration.source is missing: renorm and activations need unlabeled images; "
+            "give an LMDB, an image folder or a list file"
+        )
+    if calibration.images is not None:
+        images = min(images, calibration.images)
+    phase = TRAIN if config.renorm.augment == "train" else TEST
+    source = open_source(calibration.source)
+    return _feed(config, net, source, images, phase, progress)
+
+
+def validation_feed(
+    config: Config, net: NetParameter, images: int | None = None, progress: Progress = SILENT
+) -> Feed:
+    """The first ``images`` validation images (all where None), transformed for the TEST phase.
+
+    Without a validation source these are calibration images, the ones behind those that renorm uses where
+    there are any.
+
+    Raises:
+        InputError: neither source, or as `calibration_feed`.
+    """
+    if config.data.validation is not None:
+        return _feed(config, net, open_source(config.data.validation.source), images, TEST, progress)
+    if config.data.calibration is None:
+        raise InputError(
+            "data.validation.source is missing: evaluate needs images; give an LMDB or a list file"
+        )
+    source = open_source(config.data.calibration.source)
+    progress.note("no validation images: measuring on calibration images, which the net has been fitted to")
+    return _feed(config, net, source, images, TEST, progress)
+
+
+def _feed(
+    config: Config, net: NetParameter, source: Source, images: int | None, phase: int, progress: Progress
+) -> Feed:
+    blob = InferenceNet.of(net).blob
+    transform = effective_transform(net, phase, config)
+    if (
+        isinstance(source, FileSource)
+        and transform.crop_size
+        and not (transform.resize or transform.resize_short)
+    ):
+        short = round(transform.crop_size * RESIZE_PER_CROP)
+        progress.note(f"{source.path}: resizing the shorter side to {short} (data.transform.resize_short)")
+        transform = replace(transform, resize_short=short)
+    feed = Images(source, transform, phase, images, config.data.seed, config.threads)
+    expected = declared_shape(net, blob)
+    if expected is not None and expected != feed.shape:
+        raise InputError(
+            f"{source.path}: images are {shape_text(feed.shape)} when transformed but input {blob} "
+            f"is {shape_text(expected)}; set data.transform.crop_size, resize or resize_short"
+        )
+    return Feed(blob, feed)
+
+
+def data_layer(net: NetParameter, phase: int) -> LayerParameter | None:
+    """The layer with a transform that feeds the net in a phase, if there is one."""
+    return next((layer for layer in filter_net(net, phase).layer if layer.type in TRANSFORMING_TYPES), None)
+
+
+def declared_shape(net: NetParameter, blob: str) -> tuple[int, ...] | None:
+    """The shape of one image that an Input layer declares for ``blob``, if one does."""
+    for layer in filter_net(net, TEST).layer:
+        if layer.type == "Input" and blob in layer.top and layer.input_param.shape:
+            shapes = layer.input_param.shape
+            return tuple(shapes[min(list(layer.top).index(blob), len(shapes) - 1)].dim[1:])
+    return None
+
+
+def image_shape(config: Config, net: NetParameter) -> tuple[int, ...] | None:
+    """(channels, height, width) of an input image, as far as net and configuration tell."""
+    declared = declared_shape(net, InferenceNet.of(net).blob)
+    if declared is not None:
+        return declared
+    if config.data.calibration is not None:
+        return calibration_feed(config, net, 1).images.shape
+    if config.data.validation is not None:
+        return validation_feed(config, net, 1).images.shape
+    return None
+
+
+def effective_transform(net: NetParameter, phase: int, config: Config) -> Transform:
+    """The transform of a phase: the prototxt's (of the other phase if need be), then ``data.transform``.
+
+    A net with an Input layer and no crop_size anywhere gets the crop that its input's shape needs.
+    """
+    layer = data_layer(net, phase) or data_layer(net, TRAIN + TEST - phase)
+    base = config.model.prototxt.parent
+    param = layer.transform_param if layer is not None else TransformationParameter()
+    transform = Transform.from_proto(param, base)
+    if layer is not None and layer.type == "ImageData" and layer.image_data_param.new_height:
+        size = (layer.image_data_param.new_height, layer.image_data_param.new_width)
+        transform = replace(transform, resize=size)
+    given = config.data.transform.model_dump(exclude_none=True)
+    if "mean_value" in given:
+        given |= {"mean_value": tuple(given["mean_value"]), "mean_file": given.get("mean_file")}
+    elif "mean_file" in given:
+        given["mean_value"] = ()
+    shape = declared_shape(net, InferenceNet.of(net).blob)
+    if not (transform.crop_size or "crop_size" in given or "resize" in given) and shape is not None:
+        given["crop_size"] = shape[-1] if len(shape) == 3 and shape[1] == shape[2] else 0
+    return replace(transform, **given)
+
+
+def to_proto(transform: Transform) -> TransformationParameter:
+    """A transform as Caffe's transform_param, mean_file as an absolute path; resizing has no counterpart."""
+    param = TransformationParameter()
+    if transform.crop_size:
+        param.crop_size = transform.crop_size
+    if transform.mirror:
+        param.mirror = True
+    if transform.scale != 1:
+        param.scale = transform.scale
+    param.mean_value.extend(transform.mean_value)
+    if transform.mean_file is not None:
+        param.mean_file = str(transform.mean_file.resolve())
+    if transform.force_color:
+        param.force_color = True
+    if transform.force_gray:
+        param.force_gray = True
+    return param

@@ -1,0 +1,170 @@
+"""Stage 1: a full-precision net becomes a net with quantized weights and ``*_alpha_term`` Scale layers.
+
+Every kernel w of a quantized layer is replaced by alpha * Q, with Q on a grid of few levels (He & Cheng 2018,
+section 3.1). The layer keeps blob 0 = Q and blob 1 = bias; the new Scale layer right behind it has blob 0 =
+alpha and, where there is a bias b, blob 1 = b * (1 - alpha), so that alpha * (Qx + b) + b * (1 - alpha) =
+alpha * Qx + b.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantize.caffenet import LayerParameter, NetParameter, Weights, insert_after
+from quantize.config import GridChoice, LayerChoice, WeightSettings
+from quantize.engines.base import FloatArray
+from quantize.errors import InputError
+from quantize.grids import make_grid
+from quantize.progress import SILENT, Progress
+from quantize.solvers import Solver, fit
+
+QUANTIZED_TYPES = ("Convolution", "ConvolutionDepthwise", "DepthwiseConvolution", "InnerProduct")
+ALPHA_SUFFIX = "_alpha_term"
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """What stage 1 did to one layer.
+
+    Attributes:
+        name: the layer.
+        bits: bits per weight.
+        grid: name of the grid.
+        kernels: number of kernels n.
+        weights: number of weights n * k.
+        loss: the sum over kernels of ||w - alpha * Q||^2.
+        sqnr_db: 10 log10(||w||^2 / loss), None where the loss is 0.
+    """
+
+    name: str
+    bits: int
+    grid: str
+    kernels: int
+    weights: int
+    loss: float
+    sqnr_db: float | None
+
+
+def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice]:
+    """The grid of every layer to quantize, in network order.
+
+    The first and the last layer of a quantized type get ``settings.first_last``, a layer named in
+    ``settings.layers`` its override, all others the general setting.
+
+    Args:
+        net: the inference net.
+
+    Raises:
+        InputError: an override names a layer that is not there or has no weights to quantize.
+    """
+    names = [layer.name for layer in net.layer if layer.type in QUANTIZED_TYPES]
+    for name in settings.layers:
+        if name not in names:
+            known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise InputError(f"weights.layers.{name}: not a layer that can be quantized; these are: {known}")
+    if not names:
+        raise InputError(
+            f"the net has no layer to quantize (types {', '.join(QUANTIZED_TYPES)}); check model.prototxt"
+        )
+    found: dict[str, GridChoice] = {}
+    for name in names:
+        override = settings.layers.get(name)
+        if isinstance(override, LayerChoice) and override.skip:
+            continue
+        general = settings.first_last if name in (names[0], names[-1]) else settings
+        found[name] = override or general
+    return found
+
+
+def weights_quan(
+    net: NetParameter,
+    weights: Weights,
+    chosen: Mapping[str, GridChoice],
+    solver: Solver,
+    progress: Progress = SILENT,
+) -> tuple[NetParameter, Weights, list[QuantizedLayer]]:
+    """Quantize the weights of the layers in ``chosen``.
+
+    Args:
+        net: the net with all its phases.
+        weights: its blobs.
+        chosen: grid by layer name (see `choices`).
+        solver: ``optimal`` or ``reference``.
+
+    Returns:
+        The new net, its blobs (everything else carried over untouched), and what was done per layer.
+    """
+    weights = weights.copy()
+    progress.start("weights", sum(weights[name][0].size for name in chosen))
+    findings = []
+    for name, choice in chosen.items():
+        layer = _layer(net, name)
+        blob, *bias = weights[name]
+        w = to_kernels(layer, blob)
+        found = fit(w, make_grid(choice.grid, choice.bits), solver)
+        weights.replace(name, [from_kernels(layer, found.Q, blob.shape), *bias])
+        shift = [(b.reshape(-1) * (1 - found.alpha)).astype(np.float32) for b in bias]
+        weights.insert_after(name, _alpha_layer(layer), [found.alpha.astype(np.float32), *shift])
+        loss = float(found.loss.sum())
+        energy = float(np.square(w, dtype=np.float64).sum())
+        findings.append(
+            QuantizedLayer(
+                name=name,
+                bits=choice.bits,
+                grid=choice.grid,
+                kernels=len(w),
+                weights=w.size,
+                loss=loss,
+                sqnr_db=10 * math.log10(energy / loss) if loss > 0 and energy > 0 else None,
+            )
+        )
+        progress.advance(w.size)
+    return with_alpha_terms(net, weights), weights, findings
+
+
+def with_alpha_terms(net: NetParameter, weights: Weights) -> NetParameter:
+    """The net with the Scale layers for which ``weights`` has an ``*_alpha_term`` layer, copied otherwise."""
+    changed = NetParameter()
+    changed.CopyFrom(net)
+    present = {layer.name for layer in net.layer}
+    for name in dict.fromkeys(layer.name for layer in net.layer if layer.type in QUANTIZED_TYPES):
+        if name + ALPHA_SUFFIX in weights and name + ALPHA_SUFFIX not in present:
+            insert_after(changed, name, _alpha_layer(_layer(net, name)))
+    return changed
+
+
+def to_kernels(layer: LayerParameter, blob: FloatArray) -> FloatArray:
+    """A layer's weight blob as n kernels (output channels) by k weights."""
+    if layer.type == "InnerProduct":
+        if layer.inner_product_param.transpose:
+            return np.ascontiguousarray(blob.reshape(-1, layer.inner_product_param.num_output).T)
+        return blob.reshape(layer.inner_product_param.num_output, -1)
+    return blob.reshape(layer.convolution_param.num_output, -1)
+
+
+def from_kernels(layer: LayerParameter, kernels: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    """The inverse of `to_kernels`."""
+    transposed = layer.type == "InnerProduct" and layer.inner_product_param.transpose
+    return np.ascontiguousarray(kernels.T if transposed else kernels, np.float32).reshape(shape)
+
+
+def _layer(net: NetParameter, name: str) -> LayerParameter:
+    return next(layer for layer in net.layer if layer.name == name)
+
+
+def _alpha_layer(layer: LayerParameter) -> LayerParameter:
+    alpha = LayerParameter(name=layer.name + ALPHA_SUFFIX, type="Scale")
+    alpha.bottom.append(layer.top[0])
+    alpha.top.append(layer.top[0])
+    is_product = layer.type == "InnerProduct"
+    parameters = layer.inner_product_param if is_product else layer.convolution_param
+    if parameters.axis != 1:
+        alpha.scale_param.axis = parameters.axis
+    alpha.scale_param.bias_term = parameters.bias_term
+    alpha.include.extend(layer.include)
+    alpha.exclude.extend(layer.exclude)
+    return alpha

@@ -1,0 +1,67 @@
+"""A small job that tests can run: a residual net, its caffemodel and two LMDBs in a folder of their own."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from quantize.config import Config, load
+from quantize.feeds import InferenceNet
+from tests.nets import CROPPED, RESIDUAL, parse, random_weights, write_images
+
+YAML = """
+name: residual
+model: {prototxt: net.prototxt, weights: net.caffemodel}
+data:
+  calibration: {source: train_lmdb}
+  validation: {source: test_lmdb, batch_size: 5}
+renorm: {images: 20}
+activations: {images: 12}
+output: out
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A folder with everything one run needs."""
+
+    folder: Path
+
+    @property
+    def yaml(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    def config(self, *assignments: str) -> Config:
+        return load(self.yaml, assignments=assignments)
+
+
+@pytest.fixture(scope="session")
+def job_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "net.prototxt").write_text(RESIDUAL)
+    weights = random_weights(InferenceNet.of(parse(RESIDUAL)).net, {"data": CROPPED})
+    with open(folder / "net.caffemodel", "wb") as file:
+        weights.write(file)
+    write_images(folder / "train_lmdb", 20)
+    write_images(folder / "test_lmdb", 15, seed=1)
+    (folder / "config.yaml").write_text(YAML)
+    return folder
+
+
+@pytest.fixture
+def make_job(job_template: Path, tmp_path: Path) -> Callable[[str], Job]:
+    def make(name: str) -> Job:
+        return Job(Path(shutil.copytree(job_template, tmp_path / name)))
+
+    return make
+
+
+@pytest.fixture
+def job(make_job: Callable[[str], Job]) -> Job:
+    return make_job("job")

@@ -1,0 +1,89 @@
+"""Small networks and image sources for the tests."""
+
+from pathlib import Path
+
+import numpy as np
+from google.protobuf import text_format
+
+from quantize.caffenet import NetParameter, Weights, infer_shapes
+from quantize.data import Images, Transform, open_source
+from quantize.data.make_lmdb import make_datum, write_lmdb
+
+RESIDUAL = """
+name: "residual"
+layer { name: "data" type: "Data" top: "data" top: "label" include { phase: TRAIN }
+  transform_param { crop_size: 9 mirror: true scale: 0.02 mean_value: 100 }
+  data_param { source: "train_lmdb" batch_size: 4 backend: LMDB } }
+layer { name: "data" type: "Data" top: "data" top: "label" include { phase: TEST }
+  transform_param { crop_size: 9 scale: 0.02 mean_value: 100 }
+  data_param { source: "test_lmdb" batch_size: 4 backend: LMDB } }
+layer { name: "conv1" type: "Convolution" bottom: "data" top: "conv1"
+  convolution_param { num_output: 6 kernel_size: 3 pad: 1 } }
+layer { name: "bn1" type: "BatchNorm" bottom: "conv1" top: "conv1" }
+layer { name: "scale1" type: "Scale" bottom: "conv1" top: "conv1" scale_param { bias_term: true } }
+layer { name: "relu1" type: "ReLU" bottom: "conv1" top: "conv1" }
+layer { name: "left" type: "Convolution" bottom: "conv1" top: "left"
+  convolution_param { num_output: 8 kernel_size: 1 stride: 2 bias_term: false } }
+layer { name: "bn_left" type: "BatchNorm" bottom: "left" top: "left" }
+layer { name: "scale_left" type: "Scale" bottom: "left" top: "left" scale_param { bias_term: true } }
+layer { name: "right_a" type: "Convolution" bottom: "conv1" top: "right_a"
+  convolution_param { num_output: 8 kernel_size: 3 pad: 1 stride: 2 group: 2 bias_term: false } }
+layer { name: "bn_right_a" type: "BatchNorm" bottom: "right_a" top: "right_a" }
+layer { name: "scale_right_a" type: "Scale" bottom: "right_a" top: "right_a" scale_param { bias_term: true } }
+layer { name: "relu_right_a" type: "ReLU" bottom: "right_a" top: "right_a" }
+layer { name: "right_b" type: "Convolution" bottom: "right_a" top: "right_b"
+  convolution_param { num_output: 8 kernel_size: 3 pad: 1 bias_term: false } }
+layer { name: "bn_right_b" type: "BatchNorm" bottom: "right_b" top: "right_b" }
+layer { name: "scale_right_b" type: "Scale" bottom: "right_b" top: "right_b" scale_param { bias_term: true } }
+layer { name: "sum" type: "Eltwise" bottom: "left" bottom: "right_b" top: "sum" }
+layer { name: "relu_sum" type: "ReLU" bottom: "sum" top: "sum" }
+layer { name: "pool" type: "Pooling" bottom: "sum" top: "pool"
+  pooling_param { pool: AVE kernel_size: 2 stride: 2 } }
+layer { name: "fc1" type: "InnerProduct" bottom: "pool" top: "fc1" inner_product_param { num_output: 12 } }
+layer { name: "bn_fc1" type: "BatchNorm" bottom: "fc1" top: "fc1" }
+layer { name: "relu_fc1" type: "ReLU" bottom: "fc1" top: "fc1" }
+layer { name: "drop" type: "Dropout" bottom: "fc1" top: "fc1" }
+layer { name: "fc2" type: "InnerProduct" bottom: "fc1" top: "fc2" inner_product_param { num_output: 7 } }
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc2" bottom: "label" top: "loss" }
+layer { name: "top1" type: "Accuracy" bottom: "fc2" bottom: "label" top: "top1" include { phase: TEST } }
+"""
+IMAGE = (3, 11, 11)
+CROPPED = (3, 9, 9)
+
+
+def parse(text: str) -> NetParameter:
+    """A net from its prototxt."""
+    net = NetParameter()
+    text_format.Parse(text, net)
+    return net
+
+
+def random_weights(net: NetParameter, inputs: dict[str, tuple[int, ...]], seed: int = 0) -> Weights:
+    """Blobs for every layer of an inference net: normal weights, BatchNorm statistics that fit nothing."""
+    rng = np.random.default_rng(seed)
+    weights = Weights()
+    shapes = infer_shapes(net, {name: (1, *shape) for name, shape in inputs.items()})
+    for layer in net.layer:
+        blobs = [rng.normal(0, 0.4, shape).astype(np.float32) for shape in shapes.params[layer.name]]
+        if layer.type == "BatchNorm":
+            blobs = [blobs[0], np.abs(blobs[1]) + 0.5, np.ones(1, np.float32)]
+        if blobs:
+            weights.add(layer, blobs)
+    return weights
+
+
+def write_images(path: Path, count: int, shape: tuple[int, ...] = IMAGE, seed: int = 0) -> Path:
+    """An LMDB of smooth random images with labels 0 .. 6."""
+    rng = np.random.default_rng(seed)
+    records = []
+    for index in range(count):
+        coarse = rng.integers(0, 256, (shape[0], -(-shape[1] // 3), -(-shape[2] // 3)))
+        pixels = np.kron(coarse, np.ones((1, 3, 3)))[:, : shape[1], : shape[2]].astype(np.uint8)
+        records.append((f"{index:08d}", make_datum(np.ascontiguousarray(pixels), index % 7)))
+    write_lmdb(records, path)
+    return path
+
+
+def images_of(path: Path, transform: Transform, phase: int, count: int | None = None) -> Images:
+    """The images of a source."""
+    return Images(open_source(path), transform, phase, count)

@@ -1,0 +1,300 @@
+"""The command line as a person uses it: what it prints, its exit codes, and one line for every mistake."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantize import cli
+from quantize.caffenet import Weights
+from tests.conftest import Job
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Labelfree = Callable[..., Outcome]
+
+
+@pytest.fixture
+def labelfree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Labelfree:
+    def run(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["labelfree", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return Outcome(code, printed.out, printed.err)
+
+    return run
+
+
+def assert_one_line(outcome: Outcome, *parts: str) -> None:
+    """Exit code 2 and one line that has all the parts."""
+    lines = [line for line in outcome.err.splitlines() if line.startswith("labelfree: ")]
+    assert (outcome.code, len(lines)) == (2, 1), outcome
+    assert "Traceback" not in outcome.err
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_the_usual_way(job: Job, labelfree: Labelfree) -> None:
+    done = labelfree("quantize", "--config", job.yaml)
+    assert done.code == 0, done.err
+    assert "packed" in done.out
+    val = job.out / "residual_val.prototxt"
+    weights = job.out / "residual_renorm.caffemodel"
+    assert f"caffe test --model {val} --weights {weights} --iterations 3" in done.out
+    shown = labelfree("evaluate", "--config", job.yaml)
+    assert "agreement" in shown.out
+    found = json.loads(labelfree("--quiet", "evaluate", "--config", job.yaml, "--json").out)
+    assert found.keys() == {"images", "fp32", "quantized", "agreement"}
+    assert found["fp32"].keys() == {"top1", "top5"}
+    assert found["images"] == 15
+
+
+def test_without_a_yaml_file(job: Job, labelfree: Labelfree) -> None:
+    options = {
+        "--prototxt": job.folder / "net.prototxt",
+        "--weights": job.folder / "net.caffemodel",
+        "--calibration": job.folder / "train_lmdb",
+        "--output": job.folder / "elsewhere",
+    }
+    given = [part for option in options.items() for part in option]
+    done = labelfree("quantize", *given, "--set", "renorm.images=20", "--set", "activations.images=9")
+    assert done.code == 0, done.err
+    assert (job.folder / "elsewhere/net_renorm.caffemodel").exists()
+    found = labelfree("evaluate", *given, "--json")
+    assert json.loads(found.out)["images"] == 20
+    assert "no validation images" in found.err
+
+
+def test_stages_one_by_one(job: Job, labelfree: Labelfree) -> None:
+    for command in ("weights-quan", "renorm", "activations-quan"):
+        assert labelfree(command, "--config", job.yaml).code == 0
+    assert labelfree("quantize", "--config", job.yaml, "--stages", "renorm,activations").code == 0
+    again = labelfree("quantize", "--config", job.yaml, "--resume")
+    assert again.err.count("skipped") == 3
+
+
+def test_help_teaches_and_is_quick() -> None:
+    command = [sys.executable, "-m", "quantize.cli", "--help"]
+    help_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "labelfree quantize --config" in help_text
+    modules = subprocess.run(
+        [sys.executable, "-X", "importtime", *command[1:]], capture_output=True, text=True, check=True
+    ).stderr
+    for heavy in ("numpy", "onnxruntime", "cv2", "google.protobuf", "pydantic", "rich"):
+        assert f" {heavy}\n" not in modules
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["quantize", "--config", "none.yaml"], ["none.yaml", "cannot read the configuration"]),
+        (["quantize"], ["model is missing"]),
+    ],
+)
+def test_wrong_use(labelfree: Labelfree, arguments: list[str], parts: list[str]) -> None:
+    assert_one_line(labelfree(*arguments), *parts)
+
+
+def test_click_usage_errors_are_exit_code_2(labelfree: Labelfree) -> None:
+    for arguments in (
+        ["no-such-command"],
+        ["quantize", "--stages", "weights,lunch"],
+        ["evaluate", "--images", "0"],
+    ):
+        outcome = labelfree(*arguments)
+        assert outcome.code == 2
+        assert "Error" in outcome.err
+
+
+def bad_prototxt_missing(job: Job) -> None:
+    (job.folder / "net.prototxt").unlink()
+
+
+def bad_prototxt_truncated(job: Job) -> None:
+    text = (job.folder / "net.prototxt").read_text()
+    (job.folder / "net.prototxt").write_text(text[: len(text) // 2])
+
+
+def bad_weights_missing(job: Job) -> None:
+    (job.folder / "net.caffemodel").unlink()
+
+
+def bad_weights_truncated(job: Job) -> None:
+    content = (job.folder / "net.caffemodel").read_bytes()
+    (job.folder / "net.caffemodel").write_bytes(content[: len(content) // 2])
+
+
+def bad_weights_of_another_net(job: Job) -> None:
+    text = (job.folder / "net.prototxt").read_text()
+    (job.folder / "net.prototxt").write_text(text.replace("num_output: 12", "num_output: 13"))
+
+
+def bad_weights_of_no_layer(job: Job) -> None:
+    text = (job.folder / "net.prototxt").read_text()
+    (job.folder / "net.prototxt").write_text(text.replace('name: "right_b"', 'name: "renamed"'))
+
+
+def bad_weights_nan(job: Job) -> None:
+    weights = Weights.read(job.folder / "net.caffemodel")
+    blob = weights["right_a"][0].copy()
+    blob.flat[3] = np.nan
+    weights.replace("right_a", [blob])
+    with open(job.folder / "nan.caffemodel", "wb") as file:
+        weights.write(file)
+    os.replace(job.folder / "nan.caffemodel", job.folder / "net.caffemodel")
+
+
+def bad_lmdb_missing(job: Job) -> None:
+    shutil.rmtree(job.folder / "train_lmdb")
+
+
+def bad_lmdb_truncated(job: Job) -> None:
+    path = job.folder / "train_lmdb/data.mdb"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def bad_lmdb_empty_folder(job: Job) -> None:
+    (job.folder / "train_lmdb/data.mdb").unlink()
+
+
+def bad_too_few_images(job: Job) -> None:
+    job.yaml.write_text(job.yaml.read_text().replace("images: 20", "images: 2000"))
+
+
+def bad_no_quantizable_layer(job: Job) -> None:
+    (job.folder / "net.prototxt").write_text(
+        'layer { name: "data" type: "Input" top: "data" input_param { shape { dim: [1, 3, 9, 9] } } }\n'
+        'layer { name: "relu" type: "ReLU" bottom: "data" top: "relu" }\n'
+    )
+
+
+def bad_crop_size(job: Job) -> None:
+    text = (job.folder / "net.prototxt").read_text()
+    (job.folder / "net.prototxt").write_text(text.replace("crop_size: 9", "crop_size: 90"))
+
+
+def bad_label_less_net(job: Job) -> None:
+    (job.folder / "net.prototxt").write_text("")
+
+
+def bad_output_is_a_file(job: Job) -> None:
+    (job.folder / "out").write_text("")
+
+
+BAD = [
+    (bad_prototxt_missing, ["net.prototxt"]),
+    (bad_prototxt_truncated, ["net.prototxt"]),
+    (bad_weights_missing, ["net.caffemodel"]),
+    (bad_weights_truncated, ["net.caffemodel", "damaged"]),
+    (bad_weights_of_another_net, ["fc1", "12", "13"]),
+    (bad_weights_of_no_layer, ["renamed"]),
+    (bad_weights_nan, ["right_a"]),
+    (bad_lmdb_missing, ["train_lmdb"]),
+    (bad_lmdb_truncated, ["train_lmdb"]),
+    (bad_lmdb_empty_folder, ["train_lmdb"]),
+    (bad_too_few_images, ["train_lmdb", "2000", "20"]),
+    (bad_no_quantizable_layer, ["no layer to quantize"]),
+    (bad_crop_size, ["crop_size", "90"]),
+    (bad_label_less_net, ["net.prototxt"]),
+    (bad_output_is_a_file, ["output", "out"]),
+]
+
+
+@pytest.mark.parametrize(("spoil", "parts"), BAD, ids=[spoil.__name__ for spoil, _ in BAD])
+def test_bad_input_is_one_line_and_leaves_nothing(
+    job: Job, labelfree: Labelfree, spoil: Callable[[Job], None], parts: list[str]
+) -> None:
+    spoil(job)
+    assert_one_line(labelfree("quantize", "--config", job.yaml), *parts)
+    assert not job.out.is_dir() or not list(job.out.iterdir())
+
+
+@pytest.mark.parametrize("removed", ["BatchNorm", "ReLU"])
+def test_a_net_without_a_kind_of_layer_says_so(job: Job, labelfree: Labelfree, removed: str) -> None:
+    lines = (job.folder / "net.prototxt").read_text().splitlines()
+    kept = [line for line in lines if f'type: "{removed}"' not in line]
+    (job.folder / "net.prototxt").write_text("\n".join(kept))
+    done = labelfree("quantize", "--config", job.yaml)
+    assert done.code == 0, done.err
+    assert "no BatchNorm" in done.err if removed == "BatchNorm" else "no plain ReLU" in done.err
+
+
+def test_too_little_memory_names_the_least(job: Job, labelfree: Labelfree) -> None:
+    outcome = labelfree("quantize", "--config", job.yaml, "--set", "renorm.memory=1kB")
+    assert_one_line(outcome, "renorm.memory", "the least that would do")
+
+
+def test_ctrl_c_is_exit_code_130_and_leaves_nothing(job: Job) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quantize.cli", "quantize", "--config", str(job.yaml)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    process.stderr.readline()
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (0, 130)
+    if process.returncode:
+        assert "interrupted" in err
+        assert "Traceback" not in err
+    assert not list(job.out.glob(".*"))
+
+
+def test_inspect_shows_what_would_happen(job: Job, labelfree: Labelfree) -> None:
+    shown = labelfree("inspect", job.folder / "net.prototxt", job.folder / "net.caffemodel")
+    assert shown.code == 0, shown.err
+    assert "weights: 4 bits power_of_two" in shown.out
+    assert "becomes ActQuantize" in shown.out
+    plan = labelfree("inspect", job.folder / "net.prototxt", "--plan", "--images", "20", "--memory", "40kB")
+    assert plan.code == 0, plan.err
+    assert "times the work of one plain pass" in plan.out
+    found = json.loads(labelfree("inspect", job.folder / "net.prototxt", "--json").out)
+    assert found["parameters"] == sum(layer["parameters"] for layer in found["layers"])
+
+
+def test_init_writes_a_configuration_that_runs(job: Job, labelfree: Labelfree) -> None:
+    path = job.folder / "new.yaml"
+    arguments = [
+        "init",
+        *("--prototxt", job.folder / "net.prototxt"),
+        *("--weights", job.folder / "net.caffemodel"),
+        *("--calibration", job.folder / "train_lmdb"),
+        *("--config", path),
+    ]
+    done = labelfree(*arguments)
+    assert done.code == 0, done.err
+    assert "guessed: the transform is that of the prototxt's layer data" in done.out
+    assert labelfree("quantize", "--config", path).code == 0
+    assert_one_line(labelfree(*arguments), "there already")
+
+
+def test_doctor_finds_what_is_wrong(job: Job, labelfree: Labelfree) -> None:
+    assert labelfree("doctor").code == 0
+    well = labelfree("doctor", "--config", job.yaml)
+    assert well.code == 0, well.out
+    bad_weights_truncated(job)
+    ill = labelfree("doctor", "--config", job.yaml)
+    assert ill.code == 1
+    assert "FAIL  model.weights" in ill.out

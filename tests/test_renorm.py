@@ -1,0 +1,156 @@
+"""Renorm against a training-mode batch of all images, computed the long way in float64."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from quantize.caffenet import TRAIN, NetParameter, Weights, single_assignment
+from quantize.config import CaffeProcess
+from quantize.data import Transform
+from quantize.engines import engine_opener
+from quantize.engines.base import Engine, Moments
+from quantize.feeds import InferenceNet
+from quantize.renorm import renorm, sweep_net
+from quantize.sweep import Feed, Step, Sweep
+from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
+
+TRANSFORM = Transform(crop_size=9, mirror=True, scale=0.02, mean_value=(100.0,))
+COUNT = 23
+
+
+@pytest.fixture(scope="module")
+def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
+    path = write_images(tmp_path_factory.mktemp("images") / "lmdb", COUNT)
+    return Feed("data", images_of(path, TRANSFORM, TRAIN))
+
+
+@pytest.fixture(scope="module")
+def net() -> NetParameter:
+    return InferenceNet.of(parse(RESIDUAL)).net
+
+
+@pytest.fixture(scope="module")
+def weights(net: NetParameter) -> Weights:
+    return random_weights(net, {"data": CROPPED})
+
+
+OPEN = engine_opener("onnx", CaffeProcess(), 2)
+
+
+def training_mode_statistics(
+    net: NetParameter, weights: Weights, feed: Feed
+) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+    """Mean, biased variance and count of every BatchNorm's input, with all images in one batch."""
+    flat = single_assignment(net)
+    (pixels, _), *rest = feed.images.batches(len(feed.images))
+    assert not rest
+    engine = OPEN(flat, weights, {feed.blob: feed.images.shape})
+    found = {}
+    for index, layer in enumerate(flat.layer):
+        if layer.type != "BatchNorm":
+            continue
+        x = engine.compile(0, index, [layer.bottom[0]]).run({feed.blob: pixels}).blobs[layer.bottom[0]]
+        x = np.moveaxis(x.astype(np.float64), 1, 0).reshape(x.shape[1], -1)
+        found[layer.name] = x.mean(axis=1), x.var(axis=1), x.shape[1]
+        blobs = [x.mean(axis=1), x.var(axis=1), np.ones(1)]
+        engine.set_blobs(layer.name, [blob.astype(np.float32) for blob in blobs])
+    return found
+
+
+@pytest.mark.parametrize("memory", [None, 1 << 20, 60_000, 30_000])
+def test_it_is_the_training_mode_batch(
+    net: NetParameter, weights: Weights, feed: Feed, memory: int | None
+) -> None:
+    expected = training_mode_statistics(net, weights, feed)
+    renormed, shifts = renorm(net, weights, feed, OPEN, memory)
+    assert [shift.name for shift in shifts] == ["bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"]
+    for name, (mean, variance, count) in expected.items():
+        stored_mean, stored_variance, factor = renormed[name]
+        np.testing.assert_allclose(stored_mean, mean, rtol=1e-4, atol=1e-5 * np.sqrt(variance.max()))
+        np.testing.assert_allclose(stored_variance, variance * count / (count - 1), rtol=1e-4)
+        assert factor.tolist() == [1.0]
+
+
+def test_memory_bounds_change_the_plan_but_not_the_result(
+    net: NetParameter, weights: Weights, feed: Feed
+) -> None:
+    whole, _ = renorm(net, weights, feed, OPEN, None)
+    ordered, steps, _ = sweep_net(net)
+    plans = set()
+    for memory in (20_000, 40_000, 80_000, 160_000, 320_000):
+        sweep = Sweep(OPEN(ordered, weights, {"data": CROPPED}), feed, steps, memory)
+        plans.add(sweep.plan)
+        assert sweep.plan.kept_bytes <= memory
+        bounded, _ = renorm(net, weights, feed, OPEN, memory)
+        for name in ("bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"):
+            for got, wanted in zip(bounded[name], whole[name], strict=True):
+                np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
+    assert len(plans) >= 3
+
+
+def test_branches_of_one_depth_are_measured_together(net: NetParameter) -> None:
+    _, steps, bottoms = sweep_net(net)
+    assert len(steps) == 4
+    assert set(steps[1].measured) == {bottoms["bn_left"], bottoms["bn_right_a"]}
+
+
+def test_other_layers_and_the_input_weights_are_untouched(
+    net: NetParameter, weights: Weights, feed: Feed
+) -> None:
+    before = {name: [blob.copy() for blob in weights[name]] for name in weights.layers()}
+    renormed, _ = renorm(net, weights, feed, OPEN, None)
+    for name in weights.layers():
+        for old, given in zip(before[name], weights[name], strict=True):
+            np.testing.assert_array_equal(old, given)
+        if not name.startswith("bn"):
+            for old, new in zip(before[name], renormed[name], strict=True):
+                np.testing.assert_array_equal(old, new)
+
+
+def test_a_net_without_batch_norm_passes_through(feed: Feed) -> None:
+    net = parse(
+        'layer { name: "conv" type: "Convolution" bottom: "data" top: "conv" '
+        "convolution_param { num_output: 2 kernel_size: 3 } }"
+    )
+    weights = random_weights(net, {"data": CROPPED})
+
+    def never(_: NetParameter, __: Weights, ___: Mapping[str, tuple[int, ...]]) -> Engine:
+        raise AssertionError("nothing to run")
+
+    assert renorm(net, weights, feed, never, None) == (weights, [])
+
+
+def test_the_shift_says_how_far_the_statistics_moved(net: NetParameter, weights: Weights, feed: Feed) -> None:
+    once, _ = renorm(net, weights, feed, OPEN, None)
+    _, again = renorm(net, once, feed, OPEN, None)
+    for shift in again:
+        # The second time the statistics are those that are stored.
+        assert shift.mean_shift < 1e-4
+        assert shift.variance_ratio == pytest.approx(1, abs=1e-4)
+
+
+def test_only_layers_behind_the_last_batch_norm_may_be_unknown(
+    net: NetParameter, weights: Weights, feed: Feed
+) -> None:
+    strange = NetParameter()
+    strange.CopyFrom(net)
+    strange.layer.add(name="strange", type="NobodyKnows", bottom=["fc2"], top=["strange"])
+    renormed, _ = renorm(strange, weights, feed, OPEN, None)
+    assert "bn_fc1" in renormed
+
+
+def test_progress_ends_at_the_plans_work(net: NetParameter, weights: Weights, feed: Feed) -> None:
+    ordered, steps, _ = sweep_net(net)
+    engine = OPEN(ordered, weights, {"data": CROPPED})
+    sweep = Sweep(engine, feed, steps, 60_000)
+    done: list[float] = []
+
+    class Counting:
+        def advance(self, amount: float) -> None:
+            done.append(amount)
+
+    measured: list[tuple[Step, dict[str, Moments]]] = []
+    sweep.run(lambda step, moments: measured.append((step, moments)), Counting())  # type: ignore[arg-type]
+    assert sum(done) == pytest.approx(sweep.plan.work)
+    assert all(moments.count % COUNT == 0 for _, found in measured for moments in found.values())
