@@ -27,6 +27,9 @@ size, for blobs that leave the cache between two operators cost more than the op
 LONG_SUM = 4096
 """More squares than this are added up row by row: one float32 sum of 224 * 224 of them loses 4 digits."""
 
+SAMPLE = 64
+"""How many values of an image's channel say where its mean is; see ``_ImageMoments``."""
+
 ERRORS_ONLY = 3
 """Of onnxruntime's log levels. It warns of what is no fault here, such as constants that folding leaves."""
 
@@ -299,10 +302,14 @@ class _Translation:
 
 @dataclass(frozen=True)
 class _ImageMoments:
-    """Mean and squared deviations per image and channel, as outputs of a graph.
+    """Sums per image and channel, as outputs of a graph, that make the moments of a blob.
+
+    A sum of squares loses all digits where the mean is large, so a value near the mean of the image's channel
+    is subtracted first: the mean of a sample, for one pass over the blob less than with the mean of all.
 
     Attributes:
-        blobs: means (N, C) and, where a channel has more than one value, sums of squared deviations (N, C).
+        blobs: the values subtracted, the sums and the sums of squares of what is left, all (N, C); only the
+            first where a channel has just one value.
         values: values per image and channel.
     """
 
@@ -313,27 +320,24 @@ class _ImageMoments:
     def of(cls, graph: Graph, blob: _Blob) -> _ImageMoments:
         """Have a graph compute them for a blob.
 
-        Why so: a sum of squares without subtracting the mean first loses all digits where the mean is large,
-        and subtracting in the graph is faster than numpy, for it is done by all threads in the cache.
+        Not in numpy: the graph does it with all threads while the blob is in the cache.
         """
         channels = blob.shape[1] if len(blob.shape) > 1 else 1
         values = math.prod(blob.shape[2:])
-        row = blob.shape[-1] if values > LONG_SUM else values
-        x = graph.reshape(blob.tensor, (-1, channels, values // row, row))
-
-        def reduced(kind: str, tensor: str) -> str:
-            tensor = graph.op(kind, tensor, graph.integers([3]))
-            return tensor if row == values else graph.op(kind, tensor, graph.integers([2]))
-
-        mean = reduced("ReduceMean", x)
-        tensors = [graph.reshape(mean, (-1, channels))]
+        x = graph.reshape(blob.tensor, (-1, channels, values))
+        space = graph.integers([2])
+        step = graph.integers([max(1, values // SAMPLE)])
+        sample = graph.op("Slice", x, graph.integers([0]), graph.integers([values]), space, step)
+        near = graph.op("ReduceMean", sample, space)
+        tensors = [graph.reshape(near, (-1, channels))]
         if values > 1:
-            deviation = graph.op("Sub", x, mean)
-            squares = graph.op("Mul", deviation, deviation)
-            tensors.append(graph.reshape(reduced("ReduceSum", squares), (-1, channels)))
+            left = graph.op("Sub", x, near)
+            tensors.append(graph.op("ReduceSum", left, space, keepdims=0))
+            tensors.append(graph.op("ReduceSum", graph.op("Mul", left, left), space, keepdims=0))
         shape = (blob.shape[0], channels)
-        blobs = [_Blob(blob.name, graph.output(tensor), shape, blob.grows) for tensor in tensors]
-        return cls(tuple(blobs), values)
+        return cls(
+            tuple(_Blob(blob.name, graph.output(tensor), shape, blob.grows) for tensor in tensors), values
+        )
 
     def arrays(self, batch: int) -> list[FloatArray]:
         """Room for the blobs."""
@@ -341,11 +345,14 @@ class _ImageMoments:
 
     def merged(self, arrays: Sequence[FloatArray]) -> Moments:
         """The moments over all images (``Moments.merged``, of all at once)."""
-        means = arrays[0].astype(np.float64)
+        means, *sums = (array.astype(np.float64) for array in arrays)
+        m2 = np.zeros(means.shape[1])
+        if sums:
+            total, squares = sums
+            means += total / self.values
+            m2 += np.maximum(squares - total * total / self.values, 0).sum(axis=0)
         mean = means.mean(axis=0)
-        m2 = self.values * np.square(means - mean).sum(axis=0)
-        if self.values > 1:
-            m2 += arrays[1].sum(axis=0, dtype=np.float64)
+        m2 += self.values * np.square(means - mean).sum(axis=0)
         return Moments(len(means) * self.values, mean, m2)
 
 

@@ -1,0 +1,392 @@
+"""The onnx engine: ranges, buffers, moments, batches; the layers themselves are in test_onnx_layers."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantize.caffenet import NetParameter, Weights, filter_net, inference_net, live_blobs, single_assignment
+from quantize.engines import onnx as onnx_engine
+from quantize.engines.base import Moments, moments_of
+from quantize.engines.onnx import OnnxEngine
+from quantize.engines.onnx_graph import Graph
+from quantize.engines.onnx_layers import TRANSLATORS
+from quantize.errors import InputError, LabelfreeError
+from tests.nets import CROPPED, RESIDUAL, parse, random_weights
+
+SCORES = "fc2"
+BATCH = 7
+
+
+def residual() -> tuple[NetParameter, Weights]:
+    net = inference_net(filter_net(parse(RESIDUAL), 1), ["data"])
+    return net, random_weights(net, {"data": CROPPED})
+
+
+def images(count: int = BATCH, shape: tuple[int, ...] = CROPPED) -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(count, *shape)).astype(np.float32)
+
+
+def residual_engine(**options: int) -> OnnxEngine:
+    net, weights = residual()
+    return OnnxEngine(net, weights, {"data": CROPPED}, **options)
+
+
+def whole(engine: OnnxEngine, feeds: dict[str, np.ndarray], *outputs: str) -> dict[str, np.ndarray]:
+    return engine.compile(0, len(engine.net.layer), outputs).run(feeds).blobs
+
+
+def close(found: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+# ---- Ranges ----
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_net_cut_anywhere_gives_the_same(renamed: bool) -> None:
+    engine = residual_engine()
+    wanted = whole(engine, {"data": images()}, SCORES)[SCORES]
+    if renamed:
+        net, weights = residual()
+        engine = OnnxEngine(single_assignment(net), weights, {"data": CROPPED})
+    last = len(engine.net.layer)
+    for place in range(1, last):
+        live = live_blobs(engine.net, place, [SCORES])
+        feeds = engine.compile(0, place, live).run({"data": images()}).blobs
+        rest = engine.compile(place, last, [SCORES])
+        assert set(rest.inputs) <= set(live)
+        close(rest.run({name: feeds[name] for name in rest.inputs}).blobs[SCORES], wanted)
+
+
+def test_layer_by_layer_gives_the_same() -> None:
+    engine = residual_engine()
+    feeds = {"data": images()}
+    for place, following in pairwise(range(len(engine.net.layer) + 1)):
+        outputs = live_blobs(engine.net, following, [SCORES])
+        feeds = engine.compile(place, following, outputs).run(feeds).blobs
+        for name in outputs:
+            assert feeds[name].shape == (BATCH, *engine.shapes.blobs[name][1:])
+    close(feeds[SCORES], whole(engine, {"data": images()}, SCORES)[SCORES])
+
+
+def test_an_in_place_name_is_the_value_at_the_range_s_end() -> None:
+    net = parse(
+        'layer { name: "a" type: "Power" bottom: "x" top: "x" power_param { shift: 1 } }'
+        'layer { name: "b" type: "Power" bottom: "x" top: "y" power_param { scale: 10 } }'
+        'layer { name: "c" type: "Power" bottom: "x" top: "x" power_param { scale: -1 } }'
+        'layer { name: "d" type: "Eltwise" bottom: "x" bottom: "y" top: "z" }'
+    )
+    engine = OnnxEngine(net, Weights(), {"x": (1,)})
+    x = np.ones((2, 1), np.float32)
+    found = engine.compile(0, 4, ["x", "y", "z"]).run({"x": x}).blobs
+    assert [float(found[name][0, 0]) for name in "xyz"] == [-2, 20, 18]
+    assert float(engine.compile(0, 2, ["x"]).run({"x": x}).blobs["x"][0, 0]) == 2
+    assert float(engine.compile(2, 3, ["x"]).run({"x": x}).blobs["x"][0, 0]) == -1
+    assert (x == 1).all()
+
+
+def test_only_what_the_outputs_need_is_read_and_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = parse(
+        'layer { name: "a" type: "ReLU" bottom: "x" top: "y" }'
+        'layer { name: "b" type: "TanH" bottom: "u" top: "v" }'
+        'layer { name: "c" type: "Crop" bottom: "x" bottom: "v" top: "z" }'
+    )
+    monkeypatch.delitem(TRANSLATORS, "TanH")
+    engine = OnnxEngine(net, Weights(), {"x": (1, 3, 3), "u": (1, 2, 2)})
+    assert engine.compile(0, 3, ["y"]).inputs == ("x",)
+    with pytest.raises(
+        InputError, match=r"^layer 'b' \(TanH\): .* does not know this type.* Convolution, .*"
+    ):
+        engine.compile(0, 3, ["v"])
+    monkeypatch.undo()
+    assert engine.compile(0, 3, ["z"]).inputs == ("x",)  # of v only the sizes are needed
+
+
+def test_blobs_that_no_layer_writes_are_passed_through() -> None:
+    engine = residual_engine()
+    x = images()
+    run = engine.compile(0, 1, ["data", "conv1"], ["data"])
+    found = run.run({"data": x})
+    np.testing.assert_array_equal(found.blobs["data"], x)
+    assert found.blobs["data"] is not x
+    assert found.moments["data"].count == x.size // x.shape[1]
+    empty = engine.compile(1, 1, ["data"])
+    into = np.empty_like(x)
+    assert empty.run({"data": x}, {"data": into}).blobs["data"] is into
+    np.testing.assert_array_equal(into, x)
+
+
+def test_two_names_for_one_value() -> None:
+    net = parse(
+        'layer { name: "s" type: "Split" bottom: "x" top: "a" top: "b" }'
+        'layer { name: "r" type: "ReLU" bottom: "a" top: "c" }'
+        'layer { name: "t" type: "Split" bottom: "c" top: "d" top: "e" }'
+        'layer { name: "p" type: "DummyData" top: "f" '
+        "dummy_data_param { shape { dim: 2 } data_filler { value: 3 } } }"
+    )
+    x = images(2, (3,))
+    found = whole(OnnxEngine(net, Weights(), {"x": (3,)}), {"x": x}, *"xabcdef")
+    for name in "xab":
+        np.testing.assert_array_equal(found[name], x)
+    for name in "cde":
+        np.testing.assert_array_equal(found[name], np.maximum(x, 0))
+    np.testing.assert_array_equal(found["f"], [3, 3])
+    assert len({blob.ctypes.data for blob in found.values()}) == 7
+
+
+def test_an_input_layer_is_fed() -> None:
+    net = parse(
+        'layer { name: "i" type: "Input" top: "x" input_param { shape { dim: 9 dim: 3 } } }'
+        'layer { name: "r" type: "ReLU" bottom: "x" top: "y" }'
+    )
+    x = images(2, (3,))
+    found = whole(OnnxEngine(net, Weights(), {"x": (3,)}), {"x": x}, "y")
+    np.testing.assert_array_equal(found["y"], np.maximum(x, 0))
+
+
+@pytest.mark.parametrize("name", ["a b", "ä/ö", 'quote"', "t1", " "])
+def test_blobs_may_have_any_names(name: str) -> None:
+    net = NetParameter()
+    net.layer.add(name="l", type="ReLU", bottom=[name], top=[name + "'"])
+    x = images(2, (3,))
+    found = whole(OnnxEngine(net, Weights(), {name: (3,)}), {name: x}, name + "'")
+    np.testing.assert_array_equal(found[name + "'"], np.maximum(x, 0))
+
+
+# ---- Buffers ----
+
+
+def test_outputs_are_written_into_the_arrays_given() -> None:
+    engine = residual_engine()
+    run = engine.compile(0, 6, ["conv1", "left"])
+    wanted = run.run({"data": images()}).blobs
+    arena = np.full(wanted["conv1"].size + wanted["left"].size, np.nan, np.float32)
+    conv1 = arena[: wanted["conv1"].size].reshape(wanted["conv1"].shape)
+    left = arena[wanted["conv1"].size :].reshape(wanted["left"].shape)
+    found = run.run({"data": images()}, {"conv1": conv1, "left": left}).blobs
+    assert found["conv1"] is conv1
+    assert found["left"] is left
+    np.testing.assert_array_equal(conv1, wanted["conv1"])
+    np.testing.assert_array_equal(left, wanted["left"])
+
+
+def test_feeds_are_left_as_they_are() -> None:
+    engine = residual_engine()
+    x = images()
+    whole(engine, {"data": x}, SCORES)
+    np.testing.assert_array_equal(x, images())
+    conv1 = engine.compile(0, 1, ["conv1"]).run({"data": x}).blobs["conv1"]
+    before = conv1.copy()
+    engine.compile(1, 4, ["conv1"]).run({"conv1": conv1})
+    np.testing.assert_array_equal(conv1, before)
+
+
+def test_fresh_outputs_are_not_reused() -> None:
+    run = residual_engine().compile(0, 1, ["conv1"])
+    first = run.run({"data": images()}).blobs["conv1"]
+    kept = first.copy()
+    run.run({"data": images() * 2})
+    np.testing.assert_array_equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        images().astype(np.float64),
+        images()[:, :, ::2],
+        images()[:, :, :, :-1].copy(),
+        images().transpose(0, 1, 3, 2),
+        images()[:, 0],
+    ],
+    ids=["float64", "strided", "narrow", "transposed", "3-D"],
+)
+def test_arrays_of_the_wrong_kind_are_refused(wrong: np.ndarray) -> None:
+    run = residual_engine().compile(0, 1, ["conv1"])
+    with pytest.raises(ValueError, match="'data' must be C-contiguous float32 of the shape"):
+        run.run({"data": wrong})
+    with pytest.raises(ValueError, match="'conv1' must be C-contiguous float32 of the shape"):
+        run.run({"data": images()}, {"conv1": wrong})
+
+
+def test_unaligned_weights() -> None:
+    """Blobs of a mapped caffemodel may lie at any byte."""
+    net, weights = residual()
+    wanted = whole(OnnxEngine(net, weights, {"data": CROPPED}), {"data": images()}, SCORES)[SCORES]
+    shifted = weights.copy()
+    for layer in weights.layers():
+        blobs = []
+        for blob in weights[layer]:
+            room = np.empty(blob.nbytes + 1, np.uint8)
+            room[1:] = blob.reshape(-1).view(np.uint8)
+            blobs.append(room[1:].view(np.float32).reshape(blob.shape))
+        shifted.replace(layer, blobs)
+        assert not any(blob.flags.aligned for blob in shifted[layer])
+    found = whole(OnnxEngine(net, shifted, {"data": CROPPED}), {"data": images()}, SCORES)[SCORES]
+    np.testing.assert_array_equal(found, wanted)
+
+
+# ---- Batches, parts and threads ----
+
+
+def test_results_do_not_depend_on_the_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = residual_engine()
+    last = len(engine.net.layer)
+    outputs, measured = [SCORES, "conv1"], ["sum", SCORES]
+    wanted = engine.compile(0, last, outputs, measured).run({"data": images()})
+    monkeypatch.setattr(onnx_engine, "CACHE_BYTES", 1)
+    run = engine.compile(0, last, outputs, measured)
+    found = run.run({"data": images()})
+    for name in outputs:
+        close(found.blobs[name], wanted.blobs[name], 1e-6)
+    for name in measured:
+        close(found.moments[name].mean, wanted.moments[name].mean, 1e-6)
+        close(found.moments[name].m2, wanted.moments[name].m2, 1e-6)
+        assert found.moments[name].count == wanted.moments[name].count
+    one = np.concatenate([run.run({"data": images()[i : i + 1]}).blobs[SCORES] for i in range(BATCH)])
+    close(one, wanted.blobs[SCORES], 1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_do_not_depend_on_threads(threads: int) -> None:
+    wanted = whole(residual_engine(), {"data": images()}, SCORES)[SCORES]
+    engine = residual_engine(threads=threads)
+    assert engine.threads == threads
+    close(whole(engine, {"data": images()}, SCORES)[SCORES], wanted, 1e-6)
+
+
+def test_first_axes_that_are_multiples_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_engine, "CACHE_BYTES", 1)
+    net = parse(
+        'layer { name: "r" type: "Reshape" bottom: "x" top: "y" reshape_param { shape { dim: -1 dim: 3 } } }'
+        'layer { name: "a" type: "AbsVal" bottom: "y" top: "z" }'
+    )
+    engine = OnnxEngine(net, Weights(), {"x": (2, 3)})
+    x = images(BATCH, (2, 3))
+    y = engine.compile(0, 1, ["y"]).run({"x": x}).blobs["y"]
+    found = engine.compile(1, 2, ["z"], ["z"]).run({"y": y})
+    np.testing.assert_array_equal(found.blobs["z"], np.abs(x.reshape(-1, 3)))
+    wanted = moments_of(found.blobs["z"])
+    assert found.moments["z"].count == wanted.count
+    close(found.moments["z"].mean, wanted.mean)
+    close(found.moments["z"].m2, wanted.m2)
+
+
+def test_blobs_set_serve_the_ranges_compiled_afterwards() -> None:
+    engine = residual_engine()
+    before = engine.compile(0, 1, ["conv1"])
+    old = before.run({"data": images()}).blobs["conv1"]
+    blobs = engine.weights["conv1"]
+    engine.set_blobs("conv1", [2 * blob for blob in blobs])
+    close(engine.compile(0, 1, ["conv1"]).run({"data": images()}).blobs["conv1"], 2 * old)
+    close(before.run({"data": images()}).blobs["conv1"], old)
+    with pytest.raises(ValueError, match="'conv1' needs blobs of the shapes"):
+        engine.set_blobs("conv1", blobs[:1])
+
+
+def test_failures_of_onnxruntime_are_one_line() -> None:
+    net = parse(
+        'layer { name: "e" type: "Embed" bottom: "x" top: "y" embed_param { num_output: 2 input_dim: 3 } }'
+    )
+    weights = random_weights(net, {"x": (1,)})
+    with pytest.raises(LabelfreeError, match="running layers 'e' to 'e' in onnxruntime: ") as raised:
+        whole(OnnxEngine(net, weights, {"x": (1,)}), {"x": np.full((1, 1), 5, np.float32)}, "y")
+    assert "\n" not in str(raised.value)
+
+
+# ---- Moments ----
+
+
+def measured(x: np.ndarray) -> tuple[Moments, Moments]:
+    """Moments of a blob that a layer writes, and those that base.moments_of finds."""
+    net = parse('layer { name: "l" type: "Power" bottom: "x" top: "y" power_param { scale: 1 } }')
+    engine = OnnxEngine(net, Weights(), {"x": x.shape[1:]})
+    return engine.compile(0, 1, [], ["y"]).run({"x": x}).moments["y"], moments_of(x)
+
+
+@given(
+    batch=st.integers(1, 6),
+    shape=st.sampled_from([(3, 5, 4), (3,), (2, 1, 1), (4, 7), (1, 31, 33), (2, 2, 3, 2)]),
+    offset=st.sampled_from([0.0, 1.0, -30.0, 1e4]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_moments_are_those_of_float64(batch: int, shape: tuple[int, ...], offset: float, seed: int) -> None:
+    x = (np.random.default_rng(seed).normal(size=(batch, *shape)) + offset).astype(np.float32)
+    found, wanted = measured(x)
+    assert found.count == wanted.count
+    np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-9, atol=1e-6)
+    np.testing.assert_allclose(found.m2, wanted.m2, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 1e2, 1e4, -1e4])
+def test_a_large_mean_takes_no_digits_of_the_variance(offset: float) -> None:
+    x = (np.random.default_rng(0).normal(size=(5, 3, 112, 112)) + offset).astype(np.float32)
+    found, wanted = measured(x)
+    np.testing.assert_allclose(found.m2, wanted.m2, rtol=3e-6)
+    np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-9, atol=1e-6)
+
+
+def test_images_of_different_means() -> None:
+    """What is between the images counts: the deviations are those from the mean of all."""
+    x = np.random.default_rng(0).normal(size=(4, 2, 9, 9)).astype(np.float32)
+    x += np.array([0, 50, -20, 1000], np.float32).reshape(4, 1, 1, 1)
+    found, wanted = measured(x)
+    np.testing.assert_allclose(found.m2, wanted.m2, rtol=1e-6)
+
+
+def test_a_sample_that_misses_what_is_there() -> None:
+    """Stripes as wide as the sample's step: it sees none of the large values."""
+    x = np.random.default_rng(0).normal(size=(2, 1, 64, 64)).astype(np.float32)
+    x[..., 1:] += 1000
+    found, wanted = measured(x)
+    np.testing.assert_allclose(found.m2, wanted.m2, rtol=1e-4)
+    np.testing.assert_allclose(found.mean, wanted.mean, rtol=1e-7)
+
+
+def test_moments_of_a_constant_are_zero() -> None:
+    found, _ = measured(np.full((3, 2, 8, 8), 7.25, np.float32))
+    np.testing.assert_array_equal(found.mean, [7.25, 7.25])
+    np.testing.assert_array_equal(found.m2, [0, 0])
+
+
+# ---- The graph ----
+
+
+def test_affines_are_one_pass() -> None:
+    """BatchNorm and two Scale layers around it: one operator, whichever of them is asked for."""
+    text = "".join(
+        f'layer {{ name: "{name}" type: "{kind}" bottom: "x" top: "x" scale_param {{ bias_term: true }} }}'
+        for name, kind in (("alpha", "Scale"), ("norm", "BatchNorm"), ("scale", "Scale"))
+    )
+    net = parse(text)
+    weights = random_weights(net, {"x": (3, 4, 4)})
+    engine = OnnxEngine(net, weights, {"x": (3, 4, 4)})
+    graph = Graph()
+    x = graph.input((1, 3, 4, 4), True)
+    first = graph.affine(x, (1, 3, 4, 4), [1, 2, 3], 1.0)
+    second = graph.affine(first, (1, 3, 4, 4), 2.0, [0, 1, 0])
+    graph.output(graph.affine(second, (1, 3, 4, 4), 1.0, 5.0))
+    model, _, _ = graph.model()
+    assert [node.op_type for node in model.graph.node] == ["BatchNormalization"]
+    graph.output(first)
+    model, _, _ = graph.model()
+    assert len(model.graph.node) == 2
+    values = images(2, (3, 4, 4))
+    stepwise = values
+    for place in range(3):
+        stepwise = engine.compile(place, place + 1, ["x"]).run({"x": stepwise}).blobs["x"]
+    close(whole(engine, {"x": values}, "x")["x"], stepwise)
+
+
+def test_weights_are_not_copied_into_the_model() -> None:
+    graph = Graph()
+    x = graph.input((1, 1000), True)
+    weights = np.ones((1000, 500), np.float32)
+    graph.output(graph.op("MatMul", x, graph.floats(weights)))
+    model, _, external = graph.model()
+    assert model.ByteSize() < 1000
+    (array,) = external.values()
+    assert np.shares_memory(array, weights)
