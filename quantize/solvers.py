@@ -44,6 +44,8 @@ LOSS_TOLERANCE = 1e-9
 """The optimal solver stops when no alpha can be better by more than this, relative to the loss ..."""
 NORM_TOLERANCE = 1e-13
 """... plus this, relative to ||w||^2 (the rounding of the prefix sums)."""
+TIE = 1e-9
+"""Losses that differ by less, relative, are equal but for rounding; the first variant of them is taken."""
 MAX_NEEDLES = 1 << 18
 """Thresholds looked up at once, which bounds the memory of a search."""
 
@@ -272,7 +274,8 @@ def _fit_reference(w: npt.NDArray[np.floating[Any]], grid: Grid) -> Fit:
         stopped = np.sqrt(change) <= TOLERANCE * np.sqrt(norm)
         last = int(stopped.argmax()) if stopped.any() else len(stopped) - 1
         iterations[variant], losses[variant] = last + 1, loss[last]
-    variant = min(grid.variants, key=lambda v: losses[v])
+    least = min(losses.values())
+    variant = next(v for v in grid.variants if losses[v] <= least * (1 + TIE))
     result = Fit(np.empty(len(w)), np.empty(w.shape, np.float32), np.empty(len(w)), grid, variant)
 
     def solve(block: slice) -> None:
