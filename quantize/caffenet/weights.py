@@ -1,15 +1,18 @@
 """A ``.caffemodel`` in memory: the blobs of every layer as numpy arrays, the rest as the bytes of the file.
 
 A caffemodel is a ``NetParameter`` in protobuf's wire format. Parsing half a gigabyte of it with protobuf
-would copy every weight twice, so the file is mapped and only its records are walked: blobs become views of
-the mapping, and whatever was not touched is written back byte for byte. Every size the file claims is checked
-against the bytes that are there before anything is made of it, and nothing here recurses.
+would copy every weight twice, so the file is read once and only its records are walked: blobs become views
+of its bytes, and whatever was not touched is written back byte for byte. Every size that the file claims is
+checked against the bytes that are there before anything is made of it, and nothing here recurses.
+
+The file is not mapped: a mapped file that another program shortens, or whose disk fails, kills the process.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
+import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,24 +92,13 @@ class Weights:
     def read(cls, path: str | Path) -> Weights:
         """Read a caffemodel of any age but Caffe's first year (V0).
 
-        Blobs are read-only float32 views of the mapped file where the file holds packed floats; they may lie
+        Blobs are read-only float32 views of the file's bytes where it holds packed floats; they may lie
         at any byte, which numpy handles (``flags.aligned`` tells). V1 layers are upgraded as Caffe does.
 
         Raises:
             InputError: the file cannot be read, or is damaged, truncated, not a caffemodel, or V0.
         """
-        try:
-            with open(path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise InputError(f"{path}: the file is empty; a caffemodel was expected") from None
-        except OSError as error:
-            raise InputError(f"{path}: cannot read the caffemodel: {error.strerror or error}") from None
-        buffer = memoryview(mapped)
-        if len(buffer) > MAX_BYTES:
-            raise InputError(
-                f"{path}: {len(buffer)} bytes; Caffe's format ends at 2 GiB, so this is no caffemodel"
-            )
+        buffer = _read_file(path)
         if bytes(buffer[:4]) == b"\x89HDF":
             raise InputError(f"{path}: an HDF5 snapshot; give the .caffemodel (snapshot_format: BINARYPROTO)")
         weights = cls()
@@ -276,6 +268,34 @@ def _blob_pieces(blob: _Blob) -> list[memoryview]:
 # ---- Reading ----
 
 
+def _read_file(path: str | Path) -> memoryview:
+    """The whole file, read-only; its kind and size are checked before memory is taken."""
+    try:
+        # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{path}: not a file; a caffemodel was expected")
+            if not status.st_size:
+                raise InputError(f"{path}: the file is empty; a caffemodel was expected")
+            if status.st_size > MAX_BYTES:
+                raise InputError(
+                    f"{path}: {status.st_size} bytes; Caffe's format ends at 2 GiB, so this is no caffemodel"
+                )
+            data = np.empty(status.st_size, np.uint8).data
+            done = 0
+            while done < len(data):
+                count = file.readinto(data[done:])
+                if not count:
+                    raise InputError(f"{path}: became shorter while it was read; let its writer finish first")
+                done += count
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the caffemodel: {error.strerror or error}") from None
+    except ValueError:
+        raise InputError(f"{str(path)!r}: not a path") from None
+    return data.toreadonly()
+
+
 def _varint(buffer: memoryview, pos: int, end: int) -> tuple[int, int]:
     """The varint at ``pos`` and the place behind it."""
     value = 0
@@ -424,7 +444,8 @@ def _read_blob(buffer: memoryview, blob: _Field) -> FloatArray:
     if math.prod(shape) != count:
         raise _DamagedError(f"the shape {shape} does not stand for the {count} values that the file holds")
     data = held[0] if len(held) == 1 else np.concatenate([*held, np.empty(0, np.float32)])
-    array = data.astype(np.float32, copy=False).reshape(shape)
+    with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, which check_weights refuses
+        array = data.astype(np.float32, copy=False).reshape(shape)
     array.flags.writeable = False
     return array
 

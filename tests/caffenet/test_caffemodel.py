@@ -1,6 +1,7 @@
 """Weights: the wire format both ways, old formats, damage."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -288,6 +289,25 @@ def test_files_that_cannot_be_read(tmp_path):
         Weights.read(tmp_path / "nothing.caffemodel")
     with pytest.raises(InputError, match="directory"):
         Weights.read(tmp_path)
+
+
+def test_a_file_that_shrinks_after_it_was_read_does_no_harm(tmp_path):
+    """A mapped file would kill the process here."""
+    path = tmp_path / "net.caffemodel"
+    values = np.arange(1 << 16, dtype=np.float32)
+    original = Weights()
+    original.add(LayerParameter(name="ip", type="InnerProduct"), [values])
+    with open(path, "wb") as file:
+        original.write(file)
+    weights = Weights.read(path)
+    os.truncate(path, 10)
+    np.testing.assert_array_equal(weights["ip"][0], values)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not a file"):
+        Weights.read(tmp_path / "pipe")
 
 
 def test_every_truncation_is_found(tmp_path):

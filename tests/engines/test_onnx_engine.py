@@ -212,7 +212,7 @@ def test_arrays_of_the_wrong_kind_are_refused(wrong: np.ndarray) -> None:
 
 
 def test_unaligned_weights() -> None:
-    """Blobs of a mapped caffemodel may lie at any byte."""
+    """Blobs of a caffemodel may lie at any byte."""
     net, weights = residual()
     wanted = whole(OnnxEngine(net, weights, {"data": CROPPED}), {"data": images()}, SCORES)[SCORES]
     shifted = weights.copy()
