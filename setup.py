@@ -31,6 +31,8 @@ setup(
         "PyYAML>=6.0",
         "click>=8.1",
         "rich>=13.7",
+        "matplotlib>=3.8",
+        "Jinja2>=3.1",
     ],
     extras_require={
         "dev": [
