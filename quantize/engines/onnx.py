@@ -27,9 +27,6 @@ size, for blobs that leave the cache between two operators cost more than the op
 LONG_SUM = 4096
 """More squares than this are added up row by row: one float32 sum of 224 * 224 of them loses 4 digits."""
 
-SAMPLE = 64
-"""How many values of an image's channel say where its mean is; see ``_ImageMoments``."""
-
 ERRORS_ONLY = 3
 """Of onnxruntime's log levels. It warns of what is no fault here, such as constants that folding leaves."""
 
@@ -304,12 +301,12 @@ class _Translation:
 class _ImageMoments:
     """Sums per image and channel, as outputs of a graph, that make the moments of a blob.
 
-    A sum of squares loses all digits where the mean is large, so a value near the mean of the image's channel
-    is subtracted first: the mean of a sample, for one pass over the blob less than with the mean of all.
+    A sum of squares loses all digits where the mean is large, so the mean is subtracted first. That mean is
+    rounded; the sum of what is left gives the digits that it lacks.
 
     Attributes:
-        blobs: the values subtracted, the sums and the sums of squares of what is left, all (N, C); only the
-            first where a channel has just one value.
+        blobs: the means, and the sums and sums of squares of what is left, all (N, C); only the first where a
+            channel has just one value.
         values: values per image and channel.
     """
 
@@ -326,12 +323,10 @@ class _ImageMoments:
         values = math.prod(blob.shape[2:])
         x = graph.reshape(blob.tensor, (-1, channels, values))
         space = graph.integers([2])
-        step = graph.integers([max(1, values // SAMPLE)])
-        sample = graph.op("Slice", x, graph.integers([0]), graph.integers([values]), space, step)
-        near = graph.op("ReduceMean", sample, space)
-        tensors = [graph.reshape(near, (-1, channels))]
+        mean = graph.op("ReduceMean", x, space)
+        tensors = [graph.reshape(mean, (-1, channels))]
         if values > 1:
-            left = graph.op("Sub", x, near)
+            left = graph.op("Sub", x, mean)
             tensors.append(graph.op("ReduceSum", left, space, keepdims=0))
             tensors.append(graph.op("ReduceSum", graph.op("Mul", left, left), space, keepdims=0))
         shape = (blob.shape[0], channels)
