@@ -147,6 +147,7 @@ class Projection:
         return wq, qq
 
 
+@np.errstate(all="ignore")  # <Q,Q> may be 0
 def least_loss(of: SortedRows, projection: Projection) -> Floats:
     """Return the alphas of the global minima of f(alpha) = min_Q ||w - alpha*Q||^2: float64 (n,).
 
@@ -273,9 +274,10 @@ def _fit_reference(w: npt.NDArray[np.floating[Any]], grid: Grid) -> Fit:
         change, norm, loss = _added_up([of_block[variant] for of_block in traces]).T
         stopped = np.sqrt(change) <= TOLERANCE * np.sqrt(norm)
         last = int(stopped.argmax()) if stopped.any() else len(stopped) - 1
-        iterations[variant], losses[variant] = last + 1, loss[last]
+        iterations[variant] = last + 1
+        losses[variant] = max(0.0, loss[last])  # an exact fit's may round to less
     least = min(losses.values())
-    variant = next(v for v in grid.variants if losses[v] <= least * (1 + TIE))
+    variant = next(v for v in grid.variants if not losses[v] > least + TIE * abs(least))
     result = Fit(np.empty(len(w)), np.empty(w.shape, np.float32), np.empty(len(w)), grid, variant)
 
     def solve(block: slice) -> None:
