@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from quantize.threads import available_threads
 
 DEFAULT_LEVELS = 127
 """The largest code where a layer does not say it."""
+BINS = 48
+"""Of the histogram kept for the report."""
 MICRO_BATCH_BYTES = 128 << 20
 """What all ReLU outputs of one micro-batch may take."""
 
@@ -38,10 +40,11 @@ class QuantizedActivation:
         name: the layer.
         step: the quantization step a.
         levels: the largest code.
-        clipped: share of the positive outputs above levels * a.
+        clipped: share of all outputs above levels * a by half a step or more.
         maximum: the largest output.
         sqnr_db: 10 log10(||x||^2 / ||x - a * q||^2), None where the output is 0 or the loss is.
         dead: whether every output was 0.
+        histogram: how many positive outputs lie in each of BINS equal parts of 0 to ``maximum``.
     """
 
     name: str
@@ -51,6 +54,7 @@ class QuantizedActivation:
     maximum: float
     sqnr_db: float | None
     dead: bool
+    histogram: list[int] = field(default_factory=list)
 
 
 def plain_relus(net: NetParameter) -> list[str]:
@@ -146,7 +150,8 @@ def _finding(
 ) -> QuantizedActivation:
     step = float(np.float32(solve(seen, levels)))
     loss = histogram.loss(seen, step, levels)
-    energy = seen.energy
+    means, counts = seen.means()
+    energy = float(np.sum(counts * means**2))
     return QuantizedActivation(
         name=name,
         step=step,
@@ -154,5 +159,6 @@ def _finding(
         clipped=histogram.clipped_share(seen, step, levels),
         maximum=seen.maximum,
         sqnr_db=10 * math.log10(energy / loss) if loss > 0 and energy > 0 else None,
-        dead=energy == 0,
+        dead=seen.dead,
+        histogram=[int(n) for n in np.histogram(means, BINS, (0, seen.maximum or 1), weights=counts)[0]],
     )

@@ -19,6 +19,7 @@ from quantize.caffenet import (
     Weights,
     check_weights,
     infer_shapes,
+    known_part,
 )
 from quantize.config import CaffeProcess, Config
 from quantize.data.sources import open_source
@@ -123,7 +124,8 @@ def _job(config: Config) -> Iterator[Check]:
         if shape is None:
             return f"{len(found.layers())} layers (not checked against the net: the image shape is unknown)"
         test = InferenceNet.of(nets[0])
-        check_weights(test.net, found, infer_shapes(test.net, {test.blob: (1, *shape)}))
+        known = known_part(test.net, [test.blob])
+        check_weights(known, found, infer_shapes(known, {test.blob: (1, *shape)}))
         return f"{len(found.layers())} layers, they fit the net"
 
     yield _attempt("model.prototxt", prototxt)

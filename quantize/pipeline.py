@@ -33,6 +33,7 @@ from quantize.caffenet import (
     check_weights,
     format_prototxt,
     infer_shapes,
+    known_part,
     load_schema,
     read_prototxt,
 )
@@ -195,11 +196,12 @@ class Run:
         return calibration_feed(self.config, self.net, self.config.activations.images, self.progress)
 
     def _check(self, weights: Weights) -> None:
-        """Check the blobs against the layers, where the shape of the images is known."""
+        """Check the blobs against the layers, as far as the shapes of images and layers are known."""
         shape = image_shape(self.config, self.net)
         if shape is not None:
             test = InferenceNet.of(self.net)
-            check_weights(test.net, weights, infer_shapes(test.net, {test.blob: (1, *shape)}))
+            known = known_part(test.net, [test.blob])
+            check_weights(known, weights, infer_shapes(known, {test.blob: (1, *shape)}))
 
     def _write_weights(self, name: str, weights: Weights) -> None:
         with self.folder.writing(name) as file:

@@ -327,7 +327,7 @@ def _iterate(rows: SortedRows, projection: Projection) -> Iterator[_Step]:
         wq[moving], qq[moving] = products[0][:, 0], products[1][:, 0]
         alpha[moving] = wq[moving] / (qq[moving] + EPSILON)
         yield _Step(previous, alpha, wq, qq)
-        moving = np.flatnonzero(alpha != previous)
+        moving = np.flatnonzero(np.abs(alpha - previous) > 0)  # not those that are NaN
         if not len(moving):
             return
 

@@ -223,3 +223,12 @@ def test_dead_relus_and_negative_slopes_are_reported(job: Job) -> None:
     steps = {layer["name"]: layer["step"] for layer in report["stages"]["activations"]["layers"]}
     assert "relu_sum" not in steps
     assert steps["relu1"] > 0
+
+
+def test_layers_behind_all_work_may_be_of_any_type(job: Job) -> None:
+    """A type nobody knows stops the net's evaluation, not its quantization."""
+    strange = 'layer { name: "boxes" type: "NobodyKnows" bottom: "fc2" top: "boxes" }\n'
+    with open(job.folder / "net.prototxt", "a") as file:
+        file.write(strange)
+    assert list(Run(job.config()).quantize()["stages"]) == ["weights", "renorm", "activations"]
+    assert 'type: "NobodyKnows"' in (job.out / "residual_val.prototxt").read_text()

@@ -23,8 +23,8 @@ from quantize.caffenet.schema import (
     PoolingParameter,
     TransformationParameter,
 )
-from quantize.caffenet.shape_rules import Shape
-from quantize.caffenet.shapes import Shapes, check_weights, infer_shapes
+from quantize.caffenet.shape_rules import LayerShapes, Shape
+from quantize.caffenet.shapes import Shapes, check_weights, infer_shapes, known_part
 from quantize.caffenet.surgery import (
     insert_after,
     layer_index,
@@ -42,6 +42,7 @@ __all__ = [
     "BlobShape",
     "Datum",
     "LayerParameter",
+    "LayerShapes",
     "NetParameter",
     "NetState",
     "NetStateRule",
@@ -60,6 +61,7 @@ __all__ = [
     "insert_after",
     "is_data_layer",
     "is_measure",
+    "known_part",
     "layer_index",
     "live_blobs",
     "load_schema",

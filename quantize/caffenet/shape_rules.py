@@ -60,6 +60,11 @@ def shape_rule(*types: str, bottoms: int | tuple[int, int] = 1) -> Callable[[Rul
     return register
 
 
+def has_rule(type_name: str) -> bool:
+    """Whether layers of this type have a shape rule."""
+    return type_name in _rules
+
+
 def layer_shapes(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """Apply the rule of the layer's type.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from quantize.caffenet.phases import is_data_layer
 from quantize.caffenet.schema import LayerParameter, NetParameter
-from quantize.caffenet.shape_rules import LayerShapes, Shape, ShapeError, layer_shapes
+from quantize.caffenet.shape_rules import LayerShapes, Shape, ShapeError, has_rule, layer_shapes
 from quantize.caffenet.weights import MAX_AXES, FloatArray, Weights
 from quantize.errors import InputError
 
@@ -33,13 +33,31 @@ class Shapes:
     macs: dict[str, int] = field(default_factory=dict)
 
 
-def infer_shapes(net: NetParameter, inputs: Mapping[str, Shape]) -> Shapes:
+def known_part(net: NetParameter, inputs: Collection[str]) -> NetParameter:
+    """The layers of types that have a shape rule, fed by ``inputs`` and such layers only."""
+    known = NetParameter()
+    known.CopyFrom(net)
+    del known.layer[:]
+    made = set(inputs)
+    for layer in net.layer:
+        if has_rule(layer.type) and made.issuperset(layer.bottom):
+            made.update(layer.top)
+            known.layer.append(layer)
+        else:
+            made.difference_update(layer.top)
+    return known
+
+
+def infer_shapes(
+    net: NetParameter, inputs: Mapping[str, Shape], told: Mapping[str, LayerShapes] | None = None
+) -> Shapes:
     """Run the layers' shape rules in order.
 
     Args:
         net: a filtered net, or a part of one.
         inputs: shapes, with the batch, of the blobs that come from outside; they win over what an Input layer
             or another data layer of the net says about its tops.
+        told: by layer name, what is known of layers whose types have no rule.
 
     Raises:
         InputError: naming the layer: its type is unknown, or its bottoms or parameters are impossible.
@@ -47,7 +65,8 @@ def infer_shapes(net: NetParameter, inputs: Mapping[str, Shape]) -> Shapes:
     shapes = Shapes(blobs={name: tuple(shape) for name, shape in inputs.items()})
     for layer in net.layer:
         try:
-            result = _infer_layer(layer, shapes.blobs, inputs)
+            unknown = told is not None and layer.name in told and not has_rule(layer.type)
+            result = told[layer.name] if told and unknown else _infer_layer(layer, shapes.blobs, inputs)
             _check(layer, result)
         except ShapeError as error:
             raise InputError(f"layer {layer.name!r} ({layer.type}): {error}") from None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from quantize.caffenet import NetParameter, Shapes, Weights, infer_shapes
+from quantize.caffenet import LayerShapes, NetParameter, Shapes, Weights, infer_shapes
 
 FloatArray = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
@@ -91,16 +91,23 @@ class Engine(ABC):
             (see ``caffenet.inference_net``).
         weights: their blobs; checked against the shapes the layers imply.
         inputs: shape of each input blob for one image, without the batch axis.
+        told: shapes of layers whose types have no shape rule, where the engine knows them.
 
     Raises:
         InputError: a layer's type or a parameter is not supported, or a blob has the wrong shape.
     """
 
-    def __init__(self, net: NetParameter, weights: Weights, inputs: Mapping[str, Shape]) -> None:
+    def __init__(
+        self,
+        net: NetParameter,
+        weights: Weights,
+        inputs: Mapping[str, Shape],
+        told: Mapping[str, LayerShapes] | None = None,
+    ) -> None:
         self.net = net
         self.weights = weights.copy()
         self.inputs = dict(inputs)
-        self.shapes: Shapes = infer_shapes(net, {name: (1, *shape) for name, shape in inputs.items()})
+        self.shapes: Shapes = infer_shapes(net, {name: (1, *shape) for name, shape in inputs.items()}, told)
 
     def set_blobs(self, layer: str, blobs: Sequence[FloatArray]) -> None:
         """Replace a layer's blobs for the ranges compiled (onnx) or run (caffe) from now on."""

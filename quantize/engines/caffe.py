@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from quantize.caffenet import NetParameter, Weights, check_weights, format_prototxt
+from quantize.caffenet import LayerShapes, NetParameter, Weights, check_weights, format_prototxt
 from quantize.engines.base import Engine, FloatArray, Range, RangeResult, Shape, moments_of
 from quantize.engines.pycaffe_worker import READY
 from quantize.errors import InputError, LabelfreeError
@@ -114,8 +114,11 @@ class Worker:
             ) from error
         return {name: str(answer.get(name)) for name in ("python", "numpy", "caffe")}
 
-    def open(self, net: NetParameter, inputs: Mapping[str, Shape]) -> int:
-        """Open a net in the TEST phase; return its number for later requests.
+    def open(self, net: NetParameter, inputs: Mapping[str, Shape]) -> tuple[int, dict[str, LayerShapes]]:
+        """Open a net in the TEST phase.
+
+        Returns:
+            Its number for later requests, and the shapes of every layer's tops and blobs.
 
         Args:
             net: no data layers; include and exclude rules have been applied.
@@ -143,10 +146,14 @@ class Worker:
             "inputs": list(inputs),
         }
         try:
-            self.call(f"opening the net {net.name!r}", header)
+            answer, _ = self.call(f"opening the net {net.name!r}", header)
         except LabelfreeError as error:
             raise InputError(str(error)) from None
-        return self._opened
+        told = {
+            name: LayerShapes([tuple(top) for top in tops], [tuple(blob) for blob in blobs])
+            for name, tops, blobs in answer["shapes"]
+        }
+        return self._opened, told
 
     def call(
         self,
@@ -371,13 +378,13 @@ class CaffeEngine(Engine):
         *,
         worker: Worker | None = None,
     ) -> None:
-        super().__init__(net, weights, inputs)
-        check_weights(net, self.weights, self.shapes)
         self._shares = worker is not None
         self.worker = worker or Worker(command, pycaffe_path, preload, threads, timeout)
         try:
             batch = {name: (1, *shape) for name, shape in inputs.items()}
-            self.number = self.worker.open(_for_inference(net), batch)
+            self.number, told = self.worker.open(_for_inference(net), batch)
+            super().__init__(net, weights, inputs, told)
+            check_weights(net, self.weights, self.shapes)
             for layer in self.shapes.params:
                 self._send_blobs(layer)
         except BaseException:

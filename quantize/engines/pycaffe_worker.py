@@ -61,6 +61,16 @@ class OpenNet(object):
         if len(self.positions) < len(layers):
             raise ValueError("Caffe left out layer %s" % layers[len(self.positions)][0])
 
+    def shapes(self):
+        # type: () -> List[Any]
+        """Per asked layer its name, the shapes of its tops and those of its parameters."""
+        found = []
+        for position in self.positions:
+            name = self.net._layer_names[position]
+            tops = [list(self.net.blobs[top].shape) for top in self.net.top_names[name]]
+            found.append([name, tops, [list(blob.shape) for blob in self.net.params.get(name, [])]])
+        return found
+
     def set_blobs(self, layer, arrays):
         # type: (str, List[Any]) -> None
         """Replace a layer's parameters; an array may have another shape of the same size."""
@@ -133,8 +143,9 @@ class Worker(object):
             return self._start(header), []
         if op == "open":
             caffe_net = self._load(header["prototxt"])
-            self.nets[header["net"]] = OpenNet(caffe_net, header["layers"], header["inputs"])
-            return {}, []
+            opened = OpenNet(caffe_net, header["layers"], header["inputs"])
+            self.nets[header["net"]] = opened
+            return {"shapes": opened.shapes()}, []
         if op == "close":
             self.nets.pop(header["net"], None)
             return {}, []

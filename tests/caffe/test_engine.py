@@ -184,3 +184,19 @@ def test_a_check_that_fails_ends_in_one_line(caffe_python: list[str]) -> None:
     net.layer[0].slice_param.slice_point.append(1)
     with pytest.raises(LabelfreeError, match=r"opening the net 'one': it ended \(SIGABRT\): Check failed:"):
         Worker(caffe_python).open(net, {"data": (1, 2, 3, 4)})
+
+
+def test_a_type_that_only_caffe_knows(worker: Worker) -> None:
+    """Filter has no shape rule of ours: its shapes come from Caffe."""
+    net = text_format.Parse(
+        'layer { name: "relu" type: "ReLU" bottom: "data" top: "relu" }'
+        'layer { name: "scaled" type: "Power" bottom: "relu" top: "scaled" power_param { scale: 2 } }'
+        'layer { name: "rows" type: "Filter" bottom: "scaled" bottom: "data" top: "rows" }',
+        NetParameter(),
+    )
+    with pytest.raises(InputError, match="Filter"):
+        infer_shapes(net, {"data": (1, 1)})
+    engine = CaffeEngine(net, Weights(), {"data": (1,)}, worker=worker)
+    assert "rows" in engine.shapes.blobs
+    x = np.array([[3.0]], np.float32)
+    assert engine.compile(0, 2, ["scaled"]).run({"data": x}).blobs["scaled"].tolist() == [[6.0]]

@@ -64,7 +64,7 @@ def test_renorm_finds_what_one_training_pass_of_all_images_does(worker: Worker) 
     for layer in training.layer:
         if layer.type == "BatchNorm":
             layer.batch_norm_param.use_global_stats = False
-    number = worker.open(training, {"data": blob.shape})
+    number, _ = worker.open(training, {"data": blob.shape})
     for name in weights.layers():
         worker.call("setting", {"op": "set_blobs", "net": number, "layer": name}, weights[name])
     run = {"op": "run", "net": number, "start": 0, "stop": len(training.layer), "feeds": ["data"]}

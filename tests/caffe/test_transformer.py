@@ -73,7 +73,7 @@ def run_data_layer(worker: Worker, root: Path, folder: Path, transform: str) -> 
         data_param {{ source: "{inside}/lmdb" batch_size: {BATCH} backend: LMDB }} }}""",
         NetParameter(),
     )
-    number = worker.open(net, {})
+    number, _ = worker.open(net, {})
     request = {"op": "run", "net": number, "start": 0, "stop": 1, "feeds": [], "outputs": ["data", "label"]}
     batches = [worker.call("reading", request)[1] for _ in range(-(-COUNT // BATCH))]
     worker.call("closing", {"op": "close", "net": number})
