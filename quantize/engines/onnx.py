@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +23,10 @@ from quantize.threads import available_threads
 
 CACHE_BYTES = 8 << 20
 """What the bottoms and tops of a range's widest layer may take: larger micro-batches are run in parts of this
-size, for blobs that leave the cache between two operators cost more than the operators' overhead."""
+size, for blobs that leave the cache between two operators cost more than the operators' overhead.
+
+Every thread runs parts of its own. Operators that onnxruntime does not spread over threads, such as the
+reordering at the ends of a range, are spread so as well, and no thread waits for another within a part."""
 
 LONG_SUM = 4096
 """More squares than this are added up row by row: one float32 sum of 224 * 224 of them loses 4 digits."""
@@ -36,7 +40,8 @@ class OnnxEngine(Engine):
 
     Args:
         net, weights, inputs: see ``Engine``.
-        threads: threads for one operator; default: the processors that this process may use.
+        threads: that run parts of a micro-batch at the same time; default: the processors that this process
+            may use. An image's results do not depend on them.
 
     Raises:
         InputError: a layer's parameters are impossible, a blob is missing or has the wrong shape, or a layer
@@ -54,6 +59,7 @@ class OnnxEngine(Engine):
         check_weights(net, self.weights, self.shapes)
         self.threads = threads or available_threads()
         self.per_image = _values_per_image(net, inputs, self.shapes)
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="labelfree-onnx")
 
     def set_blobs(self, layer: str, blobs: Sequence[FloatArray]) -> None:
         """Replace a layer's blobs for the ranges compiled from now on; the net may lack the layer.
@@ -74,6 +80,10 @@ class OnnxEngine(Engine):
             LabelfreeError: onnxruntime refuses the graph.
         """
         return _OnnxRange(self, start, stop, outputs, moments)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown()
 
 
 def _values_per_image(net: NetParameter, inputs: Mapping[str, Shape], one: Shapes) -> dict[str, bool]:
@@ -158,10 +168,11 @@ class _OnnxRange(Range):
         used: list[str] = []
         if self._outputs or self._moments:
             model, used, self._constants = graph.model()
-            self._session = _session(model, self._constants, engine.threads, self._doing)
+            self._session = _session(model, self._constants, self._doing)
         self._feeds = [blob for blob in translation.inputs.values() if blob.tensor in used]
         self.inputs = tuple(dict.fromkeys(blob.name for blob in (*self._feeds, *self._passed)))
         self._part = max(1, CACHE_BYTES // max(1, _widest(engine, layers)))
+        self._threads, self._pool = engine.threads, engine.pool
 
     def run(
         self, feeds: Mapping[str, FloatArray], into: Mapping[str, FloatArray] | None = None
@@ -190,8 +201,9 @@ class _OnnxRange(Range):
         writes = [(blob, blobs[blob.name]) for blob in self._outputs]
         for name, found in self._moments.items():
             writes += zip(found.blobs, taken[name], strict=True)
-        for start in range(0, batch, self._part):
-            self._run_part(slice(start, min(start + self._part, batch)), reads, writes)
+        size = min(self._part, -(-batch // self._threads))
+        parts = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+        list(self._pool.map(lambda part: self._run_part(part, reads, writes), parts))
         moments = {name: found.merged(taken[name]) for name, found in self._moments.items()}
         return RangeResult(blobs, moments)
 
@@ -352,15 +364,13 @@ class _ImageMoments:
 
 
 def _session(
-    model: ModelProto, constants: Mapping[str, FloatArray], threads: int, doing: str
+    model: ModelProto, constants: Mapping[str, FloatArray], doing: str
 ) -> onnxruntime.InferenceSession:
     """A session for a model; it reads the constants where they lie, so keep them as long."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.log_severity_level = ERRORS_ONLY
-    # Waiting threads spin; between two runs the processors belong to whoever loads images.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in constants.values()]
     options.add_external_initializers(list(constants), values)
     try:
