@@ -21,7 +21,7 @@ from quantize.engines.onnx_layers import TRANSLATORS, Layer, UnsupportedError
 from quantize.errors import InputError, LabelfreeError
 from quantize.threads import available_threads
 
-CACHE_BYTES = 8 << 20
+CACHE_BYTES = 16 << 20
 """What the bottoms and tops of a range's widest layer may take: larger micro-batches are run in parts of this
 size, for blobs that leave the cache between two operators cost more than the operators' overhead.
 
