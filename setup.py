@@ -18,7 +18,7 @@ setup(
     package_data={
         "quantize": ["py.typed"],
         "quantize.caffenet": ["*.proto", "*.desc", "*.pyi"],
-        "quantize.report": ["*.j2"],
+        "quantize.report": ["*.j2", "*.js"],
     },
     install_requires=[
         "numpy>=1.26",

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130
 PATH = click.Path(path_type=Path)
+QUALITIES = {"fast": "optimal", "best": "data_aware"}
+"""weights.solver by --quality."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,6 +57,11 @@ def config_options(command: Command) -> Command:
         click.option("--engine", type=click.Choice(["auto", "onnx", "caffe"]), help="What runs the network."),
         click.option("--threads", type=click.IntRange(1), help="Default: what this process may use."),
         click.option(
+            "--quality",
+            type=click.Choice(list(QUALITIES)),
+            help="fast: weights.solver optimal, no images; best: data_aware.",
+        ),
+        click.option(
             "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="As in --set weights.bits=3."
         ),
     ]
@@ -76,7 +83,9 @@ def read_config(given: dict[str, Any]) -> Config:
         "engine": "engine",
         "threads": "threads",
     }
-    return load(given["path"], {key: given[name] for name, key in keys.items()}, given["assignments"])
+    options = {key: given[name] for name, key in keys.items()}
+    options["weights.solver"] = QUALITIES.get(given["quality"])
+    return load(given["path"], options, given["assignments"])
 
 
 @contextmanager
@@ -95,16 +104,21 @@ def showing_progress() -> Iterator[Progress]:
         lines.stop()
 
 
-def run_stages(given: dict[str, Any], stages: tuple[str, ...], resume: bool, force: bool) -> None:
-    """Run stages and print the summary."""
+def run_stages(
+    given: dict[str, Any], stages: tuple[str, ...], resume: bool, force: bool, as_json: bool = False
+) -> None:
+    """Run stages and print the summary, or with --json the content of report.json."""
     config = read_config(given)
     from quantize.pipeline import Run
 
     with showing_progress() as progress:
         report = Run(config, progress).quantize(stages, resume, force)
-    from quantize.summary import summary
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    from quantize.summary import print_summary
 
-    click.echo(summary(report, config))
+    print_summary(report, config)
 
 
 def parse_stages(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
@@ -132,13 +146,14 @@ FORCE = click.option("--force", is_flag=True, help="Do every stage again, also w
 )
 @RESUME
 @FORCE
-def quantize(stages: tuple[str, ...], resume: bool, force: bool, **given: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the content of report.json.")
+def quantize(stages: tuple[str, ...], resume: bool, force: bool, as_json: bool, **given: Any) -> None:
     """Run the stages: weights_quan -> renorm -> activations_quan.
 
     Writes NAME_quantized.caffemodel, NAME_renorm.caffemodel (the final weights), NAME_val.prototxt (for
-    `caffe test`), NAME_deploy.prototxt and report.json into the output folder.
+    `caffe test`), NAME_deploy.prototxt, report.json and report.html into the output folder.
     """
-    run_stages(given, stages, resume, force)
+    run_stages(given, stages, resume, force, as_json)
 
 
 @cli.command("weights-quan")
@@ -173,7 +188,11 @@ def activations_quan(resume: bool, force: bool, **given: Any) -> None:
 @click.option("--images", type=click.IntRange(1), help="Use the first so many images (default: all).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
-    """Measure full precision and quantized: top-1, top-5 (with labels) and agreement."""
+    """Measure full precision and quantized: top-1, top-5 (with labels), agreement, divergence.
+
+    Without validation images these are calibration images that no stage has used, where there are any. The
+    result is added to report.json and report.html.
+    """
     config = read_config(given)
     from quantize.pipeline import evaluate_run
     from quantize.summary import evaluation_table
@@ -184,6 +203,24 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
         click.echo(json.dumps({"images": found.images, **found.accuracy, "agreement": found.agreement}))
     else:
         click.echo(evaluation_table(found))
+
+
+@cli.command()
+@config_options
+@click.option("--evaluate", "evaluating", is_flag=True, help="Evaluate first, also without renorm.")
+@click.option("--images", type=click.IntRange(1), help="For --evaluate: the first so many (default: all).")
+def report(evaluating: bool, images: int | None, **given: Any) -> None:
+    """Write report.html again from what is in the output folder."""
+    config = read_config(given)
+    from quantize.pipeline import evaluate_run, report_run
+
+    if evaluating:
+        from quantize.summary import evaluation_table
+
+        with showing_progress() as progress:
+            found = evaluate_run(config, images, progress, without_renorm=True)
+        click.echo(evaluation_table(found))
+    click.echo(f"wrote {report_run(config)}")
 
 
 @cli.command()
@@ -303,8 +340,10 @@ def main() -> None:
 
 
 def fail(message: str, code: int) -> None:
-    """Print one line and leave."""
-    click.echo(f"labelfree: {' '.join(message.split())}", err=True)
+    """Print one line, in which names from files cannot steer the terminal, and leave."""
+    line = " ".join(message.split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    click.echo(f"labelfree: {shown}", err=True)
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -37,18 +38,39 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Closeness:
+    """How close the scores of a net are to those of full precision, over all images.
+
+    Attributes:
+        agreement: percent of the images on which both put the same class first.
+        divergence: mean Kullback-Leibler divergence of the softmax of the scores from that of full
+            precision, in nats: 0 where every probability is the same.
+        sqnr_db: 10 log10(||full||^2 / ||full - own||^2) of the scores, None where the loss is 0.
+    """
+
+    agreement: float
+    divergence: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Percent over ``images`` images.
 
     Attributes:
         images: how many.
         accuracy: top-1 and top-5 by candidate, ``{"top1": .., "top5": ..}``; None without labels.
-        agreement: share of images on which both candidates put the same class first.
+        closeness: to the first candidate, by the name of every other one.
     """
 
     images: int
     accuracy: dict[str, dict[str, float | None]]
-    agreement: float
+    closeness: dict[str, Closeness]
+
+    @property
+    def agreement(self) -> float:
+        """The last candidate's agreement with the first."""
+        return list(self.closeness.values())[-1].agreement
 
 
 def evaluate(
@@ -57,10 +79,10 @@ def evaluate(
     open_engine: OpenEngine,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Run two nets over the same images.
+    """Run nets over the same images.
 
     Args:
-        candidates: full precision first, quantized second.
+        candidates: full precision first, then those to compare with it; the final one last.
         images: transformed for the TEST phase.
         open_engine: opens a net for running.
 
@@ -85,18 +107,25 @@ def _compare(
     widest = max(Costs.of(e.net, e.shapes, list(e.inputs), ()).widest for e in engines)
     batch = micro_batch_size(widest, len(images), None)
     hits: dict[str, dict[int, int]] = {name: dict.fromkeys(TOP_K, 0) for name, _ in candidates}
-    agreed, labeled = 0, 0
+    sums = {name: _Sums() for name, _ in candidates[1:]}
+    labeled = 0
     progress.start("evaluate", len(images))
     for pixels, labels in images.batches(batch):
-        first: list[npt.NDArray[np.intp]] = []
+        full: FloatArray | None = None
         for (name, candidate), runner in zip(candidates, runners, strict=True):
             scores = runner.run({candidate.blob: pixels}).blobs[candidate.scores]
             scores = scores.reshape(len(pixels), -1)
-            first.append(scores.argmax(axis=1))
             if labels is not None:
                 for k in TOP_K:
                     hits[name][k] += count_top_k(scores, labels, k)
-        agreed += int((first[0] == first[1]).sum())
+            if full is None:
+                full = scores
+            elif full.shape == scores.shape:
+                sums[name].update(full, scores)
+            else:
+                raise InputError(
+                    f"the nets give {full.shape[1]} and {scores.shape[1]} scores per image; quantize again"
+                )
         labeled += len(pixels) if labels is not None else 0
         progress.advance(len(pixels))
     count = len(images)
@@ -104,7 +133,46 @@ def _compare(
         name: {f"top{k}": 100 * hits[name][k] / count if labeled == count else None for k in TOP_K}
         for name, _ in candidates
     }
-    return Evaluation(count, accuracy, 100 * agreed / count)
+    return Evaluation(count, accuracy, {name: found.closeness(count) for name, found in sums.items()})
+
+
+class _Sums:
+    """What `Closeness` is made of, added up over micro-batches."""
+
+    def __init__(self) -> None:
+        self.agreed = 0
+        self.divergence = 0.0
+        self.energy = 0.0
+        self.loss = 0.0
+
+    def update(self, full: FloatArray, own: FloatArray) -> None:
+        """Add the scores (images, classes) of one micro-batch."""
+        wide, narrow = full.astype(np.float64), own.astype(np.float64)
+        self.agreed += int((full.argmax(axis=1) == own.argmax(axis=1)).sum())
+        p, q = log_softmax(wide), log_softmax(narrow)
+        self.divergence += float((np.exp(p) * (p - q)).sum())
+        self.energy += float(np.square(wide).sum())
+        self.loss += float(np.square(wide - narrow).sum())
+
+    def closeness(self, images: int) -> Closeness:
+        """The figures over ``images`` images."""
+        return Closeness(
+            agreement=100 * self.agreed / images,
+            divergence=max(0.0, self.divergence / images),
+            sqnr_db=decibels(self.energy, self.loss),
+        )
+
+
+def log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Logarithms of the softmax over the classes; shape (images, classes)."""
+    below = scores - scores.max(axis=1, keepdims=True)
+    shifted: npt.NDArray[np.float64] = below - np.log(np.exp(below).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def decibels(energy: float, loss: float) -> float | None:
+    """10 log10(energy / loss): a signal-to-quantization-noise ratio; None where either is 0."""
+    return 10 * math.log10(energy / loss) if energy > 0 and loss > 0 else None
 
 
 def count_top_k(scores: FloatArray, labels: npt.NDArray[np.int64], k: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from quantize.caffenet import (
     TEST,
@@ -17,13 +18,14 @@ from quantize.caffenet import (
 )
 from quantize.config import Config
 from quantize.data.loader import Images
-from quantize.data.sources import FileSource, Source, open_source
+from quantize.data.sources import FileSource, Image, Source, open_source
 from quantize.data.transform import Transform, shape_text
 from quantize.errors import InputError
 from quantize.progress import SILENT, Progress
 from quantize.sweep import Feed
 
 TRANSFORMING_TYPES = ("Data", "ImageData", "MemoryData", "WindowData")
+ImagesFrom = Literal["validation", "held_out", "calibration"]
 RESIZE_PER_CROP = 256 / 224
 """Photographs of any size are resized so that the shorter side is this much longer than the crop, the common
 convention of ImageNet training."""
@@ -92,12 +94,64 @@ def validation_feed(
             "data.validation.source is missing: evaluate needs images; give an LMDB or a list file"
         )
     source = open_source(config.data.calibration.source)
+    used = images_used(config)
+    if len(source) > used:
+        progress.note(f"no validation images: measuring on calibration images from number {used} on, unused")
+        return _feed(config, net, source, images, TEST, progress, first=used)
     progress.note("no validation images: measuring on calibration images, which the net has been fitted to")
     return _feed(config, net, source, images, TEST, progress)
 
 
+def images_used(config: Config) -> int:
+    """How many calibration images, counted from the first, the stages look at."""
+    used = max(config.renorm.images, config.activations.images)
+    calibration = config.data.calibration
+    return used if calibration is None or calibration.images is None else min(used, calibration.images)
+
+
+def evaluation_images(config: Config) -> ImagesFrom:
+    """Which images `validation_feed` gives."""
+    if config.data.validation is not None or config.data.calibration is None:
+        return "validation"
+    source = open_source(config.data.calibration.source)
+    try:
+        return "held_out" if len(source) > images_used(config) else "calibration"
+    finally:
+        source.close()
+
+
+class Remainder(Source):
+    """The images of a source from number ``first`` on."""
+
+    def __init__(self, source: Source, first: int) -> None:
+        self.path = source.path
+        self._source = source
+        self._first = first
+
+    def __len__(self) -> int:
+        return len(self._source) - self._first
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._first + index)
+
+    def read(self, index: int, color: bool | None = None) -> Image:
+        return self._source.read(self._first + index, color)
+
+    def check(self, count: int) -> None:
+        self._source.check(self._first + count)
+
+    def close(self) -> None:
+        self._source.close()
+
+
 def _feed(
-    config: Config, net: NetParameter, source: Source, images: int | None, phase: int, progress: Progress
+    config: Config,
+    net: NetParameter,
+    source: Source,
+    images: int | None,
+    phase: int,
+    progress: Progress,
+    first: int = 0,
 ) -> Feed:
     blob = InferenceNet.of(net).blob
     transform = effective_transform(net, phase, config)
@@ -109,6 +163,7 @@ def _feed(
         short = round(transform.crop_size * RESIZE_PER_CROP)
         progress.note(f"{source.path}: resizing the shorter side to {short} (data.transform.resize_short)")
         transform = replace(transform, resize_short=short)
+    source = Remainder(source, first) if first else source
     feed = Images(source, transform, phase, images, config.data.seed, config.threads)
     expected = declared_shape(net, blob)
     if expected is not None and expected != feed.shape:

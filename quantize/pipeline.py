@@ -6,7 +6,8 @@ Every stage leaves whole files behind, so that a later run can go on from any of
 - renorm: ``NAME_renorm.caffemodel``
 - activations: nothing but the prototxts
 
-and every stage rewrites ``NAME_val.prototxt``, ``NAME_deploy.prototxt`` and ``report.json``.
+and every stage rewrites ``NAME_val.prototxt``, ``NAME_deploy.prototxt`` and ``report.json``. When the last
+stage asked for is over, ``report.html`` is made from the latter.
 A stage that is done again makes the results of the stages behind it obsolete; they are removed.
 """
 
@@ -39,20 +40,24 @@ from quantize.caffenet import (
 )
 from quantize.config import Config
 from quantize.engines import engine_opener
-from quantize.errors import InputError
+from quantize.errors import InputError, LabelfreeError
 from quantize.evaluate import Candidate, Evaluation, evaluate
-from quantize.feeds import InferenceNet, calibration_feed, image_shape, validation_feed
+from quantize.feeds import InferenceNet, calibration_feed, evaluation_images, image_shape, validation_feed
 from quantize.memory import peak_memory, reset_peak_memory
 from quantize.output import OutputFolder
 from quantize.progress import SILENT, Progress
 from quantize.prototxts import deploy_prototxt, validation_prototxt
 from quantize.renorm import renorm
+from quantize.report.page import Caffemodels, render
+from quantize.report.sqnr import MEASURED_IMAGES, Version, output_sqnr
 from quantize.sweep import Feed
 from quantize.threads import available_threads
 from quantize.weights_quan import ALPHA_SUFFIX, QUANTIZED_TYPES, choices, weights_quan, with_alpha_terms
 
 STAGES = ("weights", "renorm", "activations")
 REPORT = "report.json"
+REPORT_KEYS = ("tool", "name", "versions", "settings", "inputs", "stages", "sizes")
+PAGE = "report.html"
 LIBRARIES = ("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb")
 READ_BLOCK = 1 << 20
 
@@ -120,6 +125,7 @@ class Run:
         self._check_before_work(stages)
         with closing(OutputFolder(self.config.output)) as self.folder:
             self.report = self._previous_report()
+            done = False
             for stage in (s for s in STAGES if s in stages):
                 key = self._key(stage)
                 if resume and not force and self._is_done(stage, key):
@@ -134,6 +140,10 @@ class Run:
                     "peak_memory_bytes": peak_memory(),
                 }
                 self._finish(stage, record)
+                done = True
+            if done:
+                self._measure_outputs()
+                _show(self.folder, self.config, self.net, self.report, self.progress)
         return self.report
 
     def _check_before_work(self, stages: Sequence[str]) -> None:
@@ -188,6 +198,24 @@ class Run:
         for activation in (a for a in found if a.dead):
             self.progress.note(f"activations: {activation.name} is dead: 0 on every calibration image")
         return {"images": len(feed.images), "layers": [asdict(activation) for activation in found]}
+
+    def _measure_outputs(self) -> None:
+        """Add the output SQNR per layer to the report, where there are images to measure it on."""
+        layers = [layer["name"] for layer in self.report["stages"]["weights"]["layers"]]
+        if self.config.data.calibration is None or not layers:
+            return
+        try:
+            count = min(MEASURED_IMAGES, len(calibration_feed(self.config, self.net, 1).images.source))
+            images = calibration_feed(self.config, self.net, count).images
+            candidates = _candidates(self.config, self.net)
+            versions = {name: Version(c.net, c.weights, c.blob) for name, c in candidates.items()}
+            full = versions.pop("fp32")
+            found = output_sqnr(full, versions, layers, images, self.open_engine, self.progress)
+        except LabelfreeError as error:
+            self.progress.note(f"output SQNR is not measured: {error}")
+            return
+        self.report["output_sqnr"] = {"images": count, "layers": [asdict(layer) for layer in found]}
+        _write_json(self.folder, self.report)
 
     def _renorm_feed(self) -> Feed:
         return calibration_feed(self.config, self.net, self.config.renorm.images, self.progress)
@@ -271,7 +299,7 @@ class Run:
         try:
             previous = json.loads(path.read_bytes())
             if previous["name"] == self.config.name and isinstance(previous["stages"], dict):
-                return {"inputs": previous["inputs"], "stages": previous["stages"]}
+                return {**{key: previous[key] for key in REPORT_KEYS}, **previous}
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         return {"inputs": {}, "stages": {}}
@@ -300,8 +328,7 @@ class Run:
             "stages": stages,
             "sizes": self._sizes(stages),
         }
-        with self.folder.writing(REPORT) as file:
-            file.write(json.dumps(self.report, indent=1).encode() + b"\n")
+        _write_json(self.folder, self.report)
 
     def _write_prototxts(self, stages: dict[str, Any]) -> list[str]:
         weights = Weights.read(self.config.output / self._latest(stages))
@@ -340,29 +367,126 @@ class Run:
         }
 
 
-def evaluate_run(config: Config, images: int | None = None, progress: Progress = SILENT) -> Evaluation:
+def evaluate_run(
+    config: Config, images: int | None = None, progress: Progress = SILENT, without_renorm: bool = False
+) -> Evaluation:
     """Compare the full-precision net with the quantized one in the output folder.
+
+    What is found is added to report.json and report.html.
+
+    Args:
+        images: the first so many; None: all.
+        without_renorm: evaluate the quantized weights before renorm too.
 
     Raises:
         InputError: nothing has been quantized yet, or no images.
     """
-    files = Files.of(config.name)
     net = read_model_prototxt(config)
     feed = validation_feed(config, net, images, progress)
-    prototxt = config.output / files.val
-    weights = next(
-        (path for name in (files.renorm, files.quantized) if (path := config.output / name).exists()), None
-    )
-    if weights is None or not prototxt.exists():
-        raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
-    quantized = InferenceNet.of(read_prototxt(prototxt))
-    full = InferenceNet.of(net)
-    candidates = {
-        "fp32": Candidate(full.net, Weights.read(config.model.weights), full.blob, full.scores),
-        "quantized": Candidate(quantized.net, Weights.read(weights), quantized.blob, quantized.scores),
-    }
+    candidates = _candidates(config, net)
+    if not without_renorm:
+        candidates.pop("without_renorm", None)
+    before = read_report(config)
     open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
-    return evaluate(candidates, feed.images, open_engine, progress)
+    found = evaluate(candidates, feed.images, open_engine, progress)
+    try:
+        with closing(OutputFolder(config.output)) as folder:
+            report = read_report(config)
+            if report["stages"] == before["stages"]:
+                report["evaluation"] = {**asdict(found), "images_from": evaluation_images(config)}
+                _write_json(folder, report)
+                _show(folder, config, net, report, progress)
+    except LabelfreeError as error:
+        progress.note(f"not added to {REPORT}: {error}")
+    return found
+
+
+def report_run(config: Config) -> Path:
+    """Make report.html again from what is in the output folder.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        InputError: nothing has been quantized yet.
+    """
+    net = read_model_prototxt(config)
+    report = read_report(config)
+    with closing(OutputFolder(config.output)) as folder:
+        _write_page(folder, config, net, report)
+    return config.output / PAGE
+
+
+def read_report(config: Config) -> dict[str, Any]:
+    """The content of report.json.
+
+    Raises:
+        InputError: there is none, or it is not one of ours.
+    """
+    path = config.output / REPORT
+    try:
+        report = json.loads(path.read_bytes())
+        return {**{key: report[key] for key in REPORT_KEYS}, **report}
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{config.output}: nothing quantized here yet; run `labelfree quantize` first"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not a report of labelfree; run `labelfree quantize` again") from error
+
+
+def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
+    """Full precision, quantized weights before renorm where renorm has run, and the final net, in that order.
+
+    Raises:
+        InputError: nothing has been quantized yet.
+    """
+    files = Files.of(config.name)
+    quantized, renormed = config.output / files.quantized, config.output / files.renorm
+    prototxt = config.output / files.val
+    if not quantized.exists() or not prototxt.exists():
+        raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
+    full = InferenceNet.of(net)
+    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.blob, full.scores)}
+    weights = Weights.read(quantized)
+    if renormed.exists():
+        unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
+        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.blob, unrepaired.scores)
+        weights = Weights.read(renormed)
+    final = InferenceNet.of(read_prototxt(prototxt))
+    found["quantized"] = Candidate(final.net, weights, final.blob, final.scores)
+    return found
+
+
+def _write_json(folder: OutputFolder, report: dict[str, Any]) -> None:
+    with folder.writing(REPORT) as file:
+        file.write(json.dumps(report, indent=1).encode() + b"\n")
+
+
+def _write_page(folder: OutputFolder, config: Config, net: NetParameter, report: dict[str, Any]) -> None:
+    files = Files.of(config.name)
+    renormed = config.output / files.renorm
+    weights = Caffemodels(
+        full=Weights.read(config.model.weights),
+        quantized=Weights.read(config.output / files.quantized),
+        renorm=Weights.read(renormed) if renormed.exists() else None,
+    )
+    page = render(report, InferenceNet.of(net).net, weights)
+    with folder.writing(PAGE) as file:
+        file.write(page.encode())
+
+
+def _show(
+    folder: OutputFolder, config: Config, net: NetParameter, report: dict[str, Any], progress: Progress
+) -> None:
+    """Write the page; what goes wrong with it is said but does not undo the work that it shows."""
+    try:
+        _write_page(folder, config, net, report)
+    except Exception as error:
+        folder.remove(PAGE)
+        progress.note(
+            f"{PAGE} could not be made ({type(error).__name__}: {error}); see `labelfree --verbose report`"
+        )
 
 
 def read_model_prototxt(config: Config) -> NetParameter:

@@ -3,40 +3,73 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
+
+import click
 
 from quantize.config import Config
 from quantize.evaluate import Evaluation
 
 KILOBYTE = 1000
+RESULT_COLUMN = 2
 
 
-def summary(report: dict[str, Any], config: Config) -> str:
-    """What was done, how long it took, what was written, and how to test it with Caffe."""
-    stages = report["stages"]
-    rows = [("stage", "layers", "result", "seconds", "peak MB")]
-    rows += [
-        (
-            name,
-            str(len(record["layers"])),
-            _result(name, record["layers"]),
-            f"{record['seconds']:.1f}",
-            f"{record['peak_memory_bytes'] / KILOBYTE**2:.0f}",
-        )
-        for name, record in stages.items()
+def print_summary(report: dict[str, Any], config: Config) -> None:
+    """Print what was done, how long it took, what was written, and how to test it with Caffe.
+
+    With colors and rules on a terminal, in plain aligned columns elsewhere. NO_COLOR is obeyed.
+    """
+    rows = _stage_rows(report)
+    if not sys.stdout.isatty():
+        click.echo("\n".join([table(rows), *_below(report, config)]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    shown = Table(title=Text(f"{report['name']}: done"), title_justify="left")
+    for place, heading in enumerate(rows[0]):
+        shown.add_column(heading, justify="left" if place in (0, RESULT_COLUMN) else "right")
+    for row in rows[1:]:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
+    console.print("\n".join(_below(report, config)), markup=False, highlight=False, soft_wrap=True)
+
+
+def _stage_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    heading = ("stage", "layers", "result", "seconds", "peak MB")
+    return [
+        heading,
+        *(
+            (
+                name,
+                str(len(record["layers"])),
+                _result(name, record["layers"]),
+                f"{record['seconds']:.1f}",
+                f"{record['peak_memory_bytes'] / KILOBYTE**2:.0f}",
+            )
+            for name, record in report["stages"].items()
+        ),
     ]
+
+
+def _below(report: dict[str, Any], config: Config) -> list[str]:
     sizes = report["sizes"]
-    lines = [
-        table(rows),
+    page = config.output / "report.html"
+    outputs = {name for record in report["stages"].values() for name in record["outputs"]}
+    return [
         "",
         f"size: {_size(sizes['model'])} as given, {_size(sizes['packed'])} packed "
         f"({sizes['model'] / sizes['packed']:.1f}x smaller)",
-        "wrote: " + ", ".join(sorted({name for record in stages.values() for name in record["outputs"]})),
+        f"wrote: {', '.join(sorted(outputs))}",
         f"   in: {config.output}",
+        *([f" look: {page}"] if page.exists() else []),
+        *_caffe_test(report, config),
     ]
-    return "\n".join([*lines, *_caffe_test(report, config)])
 
 
 def _result(stage: str, layers: Sequence[dict[str, Any]]) -> str:
@@ -77,13 +110,38 @@ def _caffe_test(report: dict[str, Any], config: Config) -> list[str]:
 
 
 def evaluation_table(found: Evaluation) -> str:
-    """Accuracy of both nets and their agreement."""
-    rows = [("", "top-1", "top-5")]
-    rows += [
-        (name, _percent(accuracy["top1"]), _percent(accuracy["top5"]))
-        for name, accuracy in found.accuracy.items()
-    ]
-    return f"{table(rows)}\nagreement {found.agreement:.2f} % of {found.images} images"
+    """Accuracy where there are labels, closeness to full precision, and what that means."""
+    labeled = all(value is not None for by_k in found.accuracy.values() for value in by_k.values())
+    rows = [("", *(("top-1", "top-5") if labeled else ()), "agreement", "KL divergence", "score SQNR")]
+    for name, accuracy in found.accuracy.items():
+        close = found.closeness.get(name)
+        tops = (_percent(accuracy["top1"]), _percent(accuracy["top5"])) if labeled else ()
+        closeness = (
+            ("-", "-", "-")
+            if close is None
+            else (
+                f"{close.agreement:.2f} %",
+                f"{close.divergence:.2g} nats",
+                "-" if close.sqnr_db is None else f"{close.sqnr_db:.1f} dB",
+            )
+        )
+        rows.append((name.replace("_", " "), *tops, *closeness))
+    return f"{table(rows)}\n{_meaning(found, labeled)}"
+
+
+def _meaning(found: Evaluation, labeled: bool) -> str:
+    final = list(found.accuracy.values())[-1]
+    if labeled:
+        full = found.accuracy["fp32"]
+        lost = (full["top1"] or 0.0) - (final["top1"] or 0.0)
+        change = (
+            f"{abs(lost):.2f} points of top-1 {'lost' if lost > 0 else 'won'}" if lost else "no top-1 lost"
+        )
+        return f"on {found.images} images: {change}, agreement {found.agreement:.2f} %"
+    return (
+        f"on {found.images} images without labels: agreement {found.agreement:.2f} %; top-1 accuracy can "
+        f"have changed by at most {100 - found.agreement:.2f} points on them"
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -10,46 +10,100 @@ from quantize.progress import Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
+    from rich.progress import Task, TaskID
+
+UNITS = {
+    "weights": "weights",
+    "renorm": "MAC",
+    "activations": "images",
+    "report": "images",
+    "evaluate": "images",
+    "make-lmdb": "images",
+}
+"""What a title's work is counted in; MAC: multiply-accumulates."""
+PREFIXES = ("", "k", "M", "G", "T")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def rate_text(title: str, rate: float | None) -> str:
+    """``1.2 Mweights/s``; empty where the rate or the unit is not known."""
+    if rate is None or rate <= 0 or title not in UNITS:
+        return ""
+    power = 0
+    while rate >= 1000 and power < len(PREFIXES) - 1:
+        rate, power = rate / 1000, power + 1
+    return f"{rate:.3g} {PREFIXES[power]}{UNITS[title]}/s"
 
 
 class Lines(Progress):
-    """One line to standard error when work begins and when it ends."""
+    """Lines to standard error: when work begins, every ten seconds, and when it ends."""
 
     def __init__(self) -> None:
         self._title = ""
         self._began = 0.0
+        self._spoke = 0.0
+        self._done = 0.0
+        self._total = 0.0
 
-    def start(self, title: str, total: float) -> None:  # noqa: ARG002 - lines show no share
+    def start(self, title: str, total: float) -> None:
         """End the work before and begin the next."""
         self.stop()
-        self._title, self._began = title, time.monotonic()
-        print(f"{title} ...", file=sys.stderr, flush=True)
+        self._title, self._total, self._done = title, total, 0.0
+        self._began = self._spoke = time.monotonic()
+        self._say(f"{title} ...")
+
+    def advance(self, amount: float = 1.0) -> None:
+        """Say every ten seconds how far the work is."""
+        self._done += amount
+        now = time.monotonic()
+        if now - self._spoke >= SECONDS_BETWEEN_LINES and 0 < self._done < self._total:
+            self._spoke = now
+            rate = self._done / (now - self._began)
+            left = (self._total - self._done) / rate
+            share = 100 * self._done / self._total
+            self._say(f"{self._title}: {share:.0f} %, {rate_text(self._title, rate)}, {left:.0f} s left")
 
     def note(self, text: str) -> None:
         """Show a line."""
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        self._say(f"note: {text}")
 
     def stop(self) -> None:
-        """Say how long the work took."""
+        """Say how long the work took and how fast it was."""
         if self._title:
-            print(f"{self._title}: {time.monotonic() - self._began:.1f} s", file=sys.stderr, flush=True)
+            took = time.monotonic() - self._began
+            rate = rate_text(self._title, self._done / took if took > 0 else None)
+            self._say(f"{self._title}: {took:.1f} s{f', {rate}' if rate else ''}")
         self._title = ""
 
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
-class Bars(Lines):
-    """A bar with the time passed and the time left."""
+
+class Bars(Progress):
+    """A bar with the rate, the time passed and the time left."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._bars: RichProgress | None = None
         self._task: TaskID | None = None
 
     def start(self, title: str, total: float) -> None:
         """A full bar stays, a new one begins."""
         from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            ProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as RichProgress
+        from rich.text import Text
+
+        class Rate(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                return Text(
+                    rate_text(task.description, task.finished_speed or task.speed), "progress.data.speed"
+                )
 
         if self._bars is None:
             self._bars = RichProgress(
@@ -59,6 +113,7 @@ class Bars(Lines):
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
+                Rate(),
                 console=Console(stderr=True),
             )
             self._bars.start()
@@ -73,7 +128,7 @@ class Bars(Lines):
     def note(self, text: str) -> None:
         """Show a line above the bar."""
         if self._bars is None:
-            super().note(text)
+            print(f"note: {text}", file=sys.stderr, flush=True)
         else:
             self._bars.console.print(f"note: {text}", markup=False, highlight=False)
 

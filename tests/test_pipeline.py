@@ -25,6 +25,7 @@ FILES = {
     "residual_val.prototxt",
     "residual_deploy.prototxt",
     "report.json",
+    "report.html",
 }
 
 
@@ -42,8 +43,8 @@ class Notes(Progress):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The output files but for the report, which holds times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.json"}
+    """The output files but for the reports, which hold times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.stem != "report"}
 
 
 def test_the_files_and_what_is_in_them(job: Job) -> None:

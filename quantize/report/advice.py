@@ -1,0 +1,228 @@
+"""What to do next, drawn from the numbers of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from quantize.report.facts import NormPlot, Record, Row
+
+ENOUGH_IMAGES = 500
+ENOUGH_VALUES = 1000
+"""Per channel: the relative error of a variance from m values is about sqrt(2 / m), 4.5 % at 1,000."""
+STANDS_OUT_DB = 2.0
+"""So far below the median layer, 1.6 times its error, a layer is worth a finer grid."""
+OVERRIDE = {"bits": 8, "grid": "fixed_point"}
+MUCH_CLIPPED = 0.01
+LOW_AGREEMENT = 97.0
+MUCH_MOVED = 2.0
+"""A variance that changed by this factor."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One finding.
+
+    Attributes:
+        level: ``warning``, ``note``, ``good`` or ``next``.
+        finding: what was seen.
+        remedy: what to do about it, may be empty.
+        code: lines to copy, may be empty.
+    """
+
+    level: str
+    finding: str
+    remedy: str = ""
+    code: str = ""
+
+
+def advise(report: dict[str, Any], rows: Sequence[Row], norms: Sequence[NormPlot]) -> list[Advice]:
+    """Everything worth saying about a run, the most important first."""
+    found = [
+        *_accuracy(report),
+        *_unfinished(report),
+        *_images(report),
+        *_weights(report, rows),
+        *_norms(report, norms),
+        *_activations(report),
+    ]
+    order = ("warning", "note", "good")
+    found.sort(key=lambda advice: order.index(advice.level))
+    if all(advice.level == "good" for advice in found):
+        found.append(Advice("good", "Nothing needs attention."))
+    return [*found, *_result(report)]
+
+
+def _result(report: Record) -> list[Advice]:
+    """The files to use."""
+    if "activations" not in report["stages"]:
+        return []
+    name = report["name"]
+    return [
+        Advice(
+            "next",
+            f"Use {name}_deploy.prototxt with {name}_renorm.caffemodel.",
+            "They need one layer type that stock Caffe lacks, ActQuantize: see docs/caffe.md of labelfree. "
+            "Where there are labels, Caffe itself measures the accuracy:",
+            f"caffe test -model {name}_val.prototxt -weights {name}_renorm.caffemodel -iterations N",
+        )
+    ]
+
+
+def _accuracy(report: Record) -> list[Advice]:
+    evaluation = report.get("evaluation")
+    if evaluation is None:
+        return [
+            Advice(
+                "note",
+                "Nobody has compared the results of the two networks yet.",
+                "Measure agreement with full precision, and accuracy where there are labels:",
+                "labelfree report --evaluate --config YOUR.yaml",
+            )
+        ]
+    agreement = evaluation["closeness"]["quantized"]["agreement"]
+    if agreement >= LOW_AGREEMENT:
+        return [Advice("good", f"Both networks choose the same class for {agreement:.2f} % of the images.")]
+    return [
+        Advice(
+            "warning",
+            f"The networks choose the same class for only {agreement:.2f} % of the images.",
+            "Give the layers with the lowest weight SQNR 8 bits first, then try one more bit everywhere:",
+            "--set weights.bits=5",
+        )
+    ]
+
+
+def _unfinished(report: Record) -> list[Advice]:
+    missing = [stage for stage in ("renorm", "activations") if stage not in report["stages"]]
+    if not missing:
+        return []
+    return [
+        Advice(
+            "warning",
+            f"Not run yet: {' and '.join(missing)}. The numbers below are those of an unfinished network.",
+            "Go on from here:",
+            f"labelfree quantize --config YOUR.yaml --stages {','.join(missing)}",
+        )
+    ]
+
+
+def _images(report: Record) -> list[Advice]:
+    renorm = report["stages"].get("renorm")
+    if renorm is None or not renorm["layers"]:
+        return []
+    fewest = min(renorm["layers"], key=lambda layer: int(layer["values"]))
+    if renorm["images"] < ENOUGH_IMAGES or fewest["values"] < ENOUGH_VALUES:
+        return [
+            Advice(
+                "warning" if fewest["values"] < ENOUGH_VALUES else "note",
+                f"Renorm saw {renorm['images']:,} images: {fewest['values']:,} values per channel at "
+                f"{fewest['name']}.",
+                "About 1,000 images are usual, and they need no labels. With more of them the statistics of "
+                "the deep layers get steadier:",
+                "--set renorm.images=1000",
+            )
+        ]
+    return []
+
+
+def _weights(report: Record, rows: Sequence[Row]) -> list[Advice]:
+    coarse = [row for row in rows if row.is_low_bit and row.weights and row.weights["sqnr_db"] is not None]
+    skipped = report["stages"]["weights"]["skipped"]
+    found = [Advice("note", f"{name} keeps full precision, as the configuration says.") for name in skipped]
+    if len(coarse) < 2:
+        return found
+    figure, what = (_output_sqnr, "output") if all(map(_output_sqnr, coarse)) else (_weight_sqnr, "weight")
+    worst = min(coarse, key=figure)
+    own, typical = figure(worst), median(map(figure, coarse))
+    if typical - own < STANDS_OUT_DB or worst.weights is None:
+        return found
+    bits = worst.weights["bits"]
+    cost = worst.weights["weights"] * (8 - bits) / 8
+    return [
+        *found,
+        Advice(
+            "note",
+            f"{worst.name} is furthest from full precision: {what} SQNR {own:.1f} dB, the median of the "
+            f"{bits}-bit layers is {typical:.1f} dB.",
+            f"8 bits for this layer cost {cost / 1000:,.1f} kB. In the YAML file, under weights:",
+            f"layers: {json.dumps({worst.name: OVERRIDE}, ensure_ascii=False)}",
+        ),
+    ]
+
+
+def _weight_sqnr(row: Row) -> float:
+    return row.weights["sqnr_db"] or 0.0 if row.weights else 0.0
+
+
+def _output_sqnr(row: Row) -> float:
+    return (row.output or {}).get("quantized") or 0.0
+
+
+def _norms(report: Record, norms: Sequence[NormPlot]) -> list[Advice]:
+    renorm = report["stages"].get("renorm")
+    if renorm is None:
+        return []
+    if not renorm["layers"]:
+        return [
+            Advice(
+                "warning",
+                "The network has no BatchNorm, so renorm had nothing to repair.",
+                "If BatchNorm was folded into the convolutions, quantize the network from before.",
+            )
+        ]
+    found = []
+    dead = {norm.name: norm.dead for norm in norms if norm.dead}
+    if dead:
+        layers = ", ".join(f"{name} ({count})" for name, count in list(dead.items())[:5])
+        more = f" and {len(dead) - 5} more layers" if len(dead) > 5 else ""
+        found.append(
+            Advice(
+                "note",
+                f"Dead channels, the same value for every image: {layers}{more}.",
+                "They were dead before quantization or lost all their weights to it; removing them makes the "
+                "network smaller still.",
+            )
+        )
+    moved = max(renorm["layers"], key=lambda layer: max(layer["variance_ratio"], 1 / layer["variance_ratio"]))
+    ratio = moved["variance_ratio"]
+    if not 1 / MUCH_MOVED < ratio < MUCH_MOVED:
+        found.append(
+            Advice(
+                "note",
+                f"At {moved['name']} the variance is {ratio:.2f} times what BatchNorm had stored.",
+                "Renorm repaired it. So large a change also comes from calibration images that are unlike "
+                "the training images: check data.transform (mean, scale, crop, order of channels).",
+            )
+        )
+    return found
+
+
+def _activations(report: Record) -> list[Advice]:
+    stage = report["stages"].get("activations")
+    if stage is None:
+        return []
+    found = [
+        Advice(
+            "note",
+            f"{layer['name']} is dead: its output was 0 for every calibration image.",
+            "Check data.transform and the images; if they are right, the layer does nothing.",
+        )
+        for layer in stage["layers"]
+        if layer["dead"]
+    ]
+    clipped = [layer for layer in stage["layers"] if layer["clipped"] > MUCH_CLIPPED]
+    if clipped:
+        worst = max(clipped, key=lambda layer: float(layer["clipped"]))
+        found.append(
+            Advice(
+                "note",
+                f"{worst['name']} clips {100 * worst['clipped']:.2f} % of its outputs, more than usual.",
+                "Least squares chose that range. Twice the levels would cost nothing in an unsigned byte:",
+                "--set activations.levels=255",
+            )
+        )
+    return found

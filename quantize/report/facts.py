@@ -1,0 +1,139 @@
+"""What the report says, as data: one row per layer in network order, and the numbers behind the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
+from quantize.grids import make_grid
+from quantize.report.chains import LINEAR, followers
+from quantize.weights_quan import ALPHA_SUFFIX, QUANTIZED_TYPES, to_kernels
+
+Floats = npt.NDArray[np.float64]
+Record = Mapping[str, Any]
+
+DEAD_VARIANCE = 1e-10
+"""A channel whose variance is below this share of its layer's median does not depend on the image."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the layer table.
+
+    Attributes:
+        name: the layer with weights; a BatchNorm or ReLU that belongs to none has a row of its own.
+        weights: stage 1's record of it.
+        output: output SQNR in decibels by version.
+        norm: stage 2's record of its BatchNorm.
+        relu: stage 3's record of its ReLU.
+    """
+
+    name: str
+    weights: Record | None = None
+    output: Mapping[str, float | None] | None = None
+    norm: Record | None = None
+    relu: Record | None = None
+
+    @property
+    def is_low_bit(self) -> bool:
+        """Whether it has the coarse grid, not that of the first and last layer."""
+        return self.weights is not None and self.weights["bits"] < 8
+
+
+def rows_of(report: Record, net: NetParameter) -> list[Row]:
+    """The lines of the table, in network order.
+
+    Args:
+        report: the content of report.json.
+        net: the full-precision inference net.
+    """
+    stages = report["stages"]
+    records = {stage: {layer["name"]: layer for layer in stages[stage]["layers"]} for stage in stages}
+    outputs = {layer["name"]: layer["sqnr_db"] for layer in report.get("output_sqnr", {}).get("layers", [])}
+    flat = single_assignment(net)
+    done: set[str] = set()
+    rows = []
+    for layer in flat.layer:
+        if layer.name in done:
+            continue
+        behind: list[LayerParameter] = []
+        if layer.type in QUANTIZED_TYPES:
+            behind = followers(flat, layer.name, LINEAR | {"ReLU"})
+        group = [layer.name, *(follower.name for follower in behind)]
+        norm, relu = (
+            next((records[stage][name] for name in group if name in records.get(stage, {})), None)
+            for stage in ("renorm", "activations")
+        )
+        weights = records["weights"].get(layer.name)
+        if weights or norm or relu:
+            rows.append(Row(layer.name, weights, outputs.get(layer.name), norm, relu))
+            done.update(group)
+    return rows
+
+
+@dataclass(frozen=True)
+class WeightPlot:
+    """A layer's weights in units of their kernels' alpha, and the levels of the grid."""
+
+    name: str
+    units: Floats
+    levels: Floats
+    logarithmic: bool
+
+
+def weight_plot(row: Record, layer: LayerParameter, full: Weights, quantized: Weights) -> WeightPlot:
+    """The weights of a layer as its grid sees them: w / alpha, where alpha is not 0.
+
+    Args:
+        row: stage 1's record of the layer.
+    """
+    alpha = np.asarray(quantized[row["name"] + ALPHA_SUFFIX][0], np.float64).reshape(-1)
+    kernels = to_kernels(layer, full[row["name"]][0])
+    used = alpha != 0
+    grid = make_grid(row["grid"], row["bits"])
+    Q = to_kernels(layer, quantized[row["name"]][0])
+    largest = np.abs(Q).max(initial=0)
+    # The reference solver chooses among variants of one shape: the one whose levels all Q are.
+    fitting = [v for v in grid.variants if np.isin(np.unique(Q), grid.levels(v)).all()]
+    levels = min(
+        (grid.levels(v) for v in fitting or [grid.canonical]), key=lambda found: abs(found.max() - largest)
+    )
+    return WeightPlot(
+        row["name"],
+        (kernels[used] / alpha[used, None]).reshape(-1).astype(np.float64),
+        levels,
+        row["grid"] == "power_of_two",
+    )
+
+
+@dataclass(frozen=True)
+class NormPlot:
+    """Statistics of one BatchNorm before and after renorm, float64 (channels,)."""
+
+    name: str
+    mean: Floats
+    variance: Floats
+    new_mean: Floats
+    new_variance: Floats
+
+    @property
+    def dead(self) -> int:
+        """Channels that do not vary any more."""
+        typical = np.median(self.new_variance)
+        return int((self.new_variance <= DEAD_VARIANCE * typical).sum()) if typical > 0 else 0
+
+
+def norm_plot(name: str, before: Weights, after: Weights) -> NormPlot:
+    """The statistics of a BatchNorm layer in two caffemodels."""
+    return NormPlot(name, *_statistics(before, name), *_statistics(after, name))
+
+
+def _statistics(weights: Weights, name: str) -> tuple[Floats, Floats]:
+    mean, variance, factor = (np.asarray(blob, np.float64).reshape(-1) for blob in weights[name])
+    scale = 1 / factor[0] if factor[0] else 0.0
+    return mean * scale, variance * scale

@@ -1,0 +1,134 @@
+"""From the facts of a run to one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from quantize.caffenet import NetParameter, Weights
+from quantize.report import plots
+from quantize.report.advice import advise
+from quantize.report.facts import Row, norm_plot, rows_of, weight_plot
+
+SMALL_MULTIPLES = 6
+"""Layers with a plot of their own, the worst ones; the others are in the overview."""
+VERSIONS = (
+    ("fp32", "full precision"),
+    ("without_renorm", "quantized weights, no renorm"),
+    ("quantized", "final"),
+)
+STAGE_TITLES = {
+    "weights": "weights onto the grid",
+    "renorm": "BatchNorm measured again",
+    "activations": "one step per ReLU",
+}
+IMAGES_FROM = {
+    "validation": "images of data.validation",
+    "held_out": "calibration images that no stage had used",
+    "calibration": "the calibration images themselves, which the network was fitted to",
+}
+
+
+@dataclass(frozen=True)
+class Caffemodels:
+    """The blobs at the points of a run; ``renorm`` is None where that stage has not run."""
+
+    full: Weights
+    quantized: Weights
+    renorm: Weights | None
+
+
+def render(report: dict[str, Any], net: NetParameter, weights: Caffemodels) -> str:
+    """The report as HTML that needs nothing from outside.
+
+    Args:
+        report: the content of report.json.
+        net: the full-precision inference net.
+        weights: the caffemodels of the run.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    rows = rows_of(report, net)
+    after = weights.renorm
+    norms = [
+        norm_plot(layer["name"], weights.quantized, after)
+        for layer in report["stages"].get("renorm", {}).get("layers", [])
+        if after is not None
+    ]
+    script = files("quantize.report").joinpath("sort.js").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=PackageLoader("quantize.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"db": decibels, "percent": percent, "size": size, "number": number}
+    stage = report["stages"].get("renorm")
+    moved = max(stage["layers"], key=_shift)["name"] if stage and stage["layers"] else None
+    pictures = {
+        "depth": [plots.depth_plot(rows)],
+        "weights": _weight_plots(rows, net, weights),
+        "norms": plots.norm_scatters(norms, moved) if norms else [],
+        "activations": _activation_plots(report),
+    }
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        rows=rows,
+        advice=advise(report, rows, norms),
+        plots={name: [Markup(svg) for svg in found] for name, found in pictures.items()},
+        moved=moved,
+        versions=VERSIONS,
+        stage_titles=STAGE_TITLES,
+        images_from=IMAGES_FROM,
+        settings=json.dumps(report["settings"], indent=2, ensure_ascii=False),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _weight_plots(rows: Sequence[Row], net: NetParameter, weights: Caffemodels) -> list[str]:
+    layers = {layer.name: layer for layer in net.layer}
+    coarse = [row.weights for row in rows if row.weights and row.weights["sqnr_db"] is not None]
+    coarse.sort(key=lambda record: float(record["sqnr_db"]))
+    return [
+        plots.weight_histogram(weight_plot(record, layers[record["name"]], weights.full, weights.quantized))
+        for record in coarse[:SMALL_MULTIPLES]
+    ]
+
+
+def _activation_plots(report: dict[str, Any]) -> list[str]:
+    layers = report["stages"].get("activations", {}).get("layers", [])
+    seen = [layer for layer in layers if not layer["dead"] and layer.get("histogram")]
+    seen.sort(key=lambda layer: layer["sqnr_db"] if layer["sqnr_db"] is not None else float("inf"))
+    return [plots.activation_histogram(layer) for layer in seen[:SMALL_MULTIPLES]]
+
+
+def _shift(layer: dict[str, Any]) -> float:
+    return float(layer["mean_shift"])
+
+
+def decibels(value: float | None) -> str:
+    """A ratio in decibels; a dash where there is none."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Percent without the sign."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def size(value: float) -> str:
+    """Bytes in kB or MB of 1000."""
+    return f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"
+
+
+def number(value: float) -> str:
+    """A plain number of about three digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

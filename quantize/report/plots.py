@@ -1,0 +1,255 @@
+"""The plots of the report, as SVG that takes its colors and its font from the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quantize.report.facts import NormPlot, Record, Row, WeightPlot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {
+    "#010101": "var(--text)",
+    "#020202": "var(--faint)",
+    "#030303": "var(--line)",
+    "#040404": "var(--weights)",
+    "#050505": "var(--before)",
+    "#060606": "var(--final)",
+    "#070707": "var(--alert)",
+}
+"""What matplotlib draws with, and the CSS value that takes its place: one plot serves light and dark."""
+TEXT, FAINT, LINE, WEIGHTS, BEFORE, FINAL, ALERT = COLORS
+SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "labelfree",
+    "text.parse_math": False,  # a layer may be called a$b$
+    "font.size": 9.5,
+    "text.color": TEXT,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": FAINT,
+    "ytick.labelcolor": FAINT,
+    "grid.color": LINE,
+    "legend.frameon": False,
+}
+NAMED_LAYERS = 26
+"""With more layers than this the depth plot numbers them."""
+MAX_POINTS = 6000
+"""Of a scatter: more cannot be told apart and make the file large."""
+WEIGHT_BINS = 90
+LEVELS_DRAWN = 40
+RATIO_TICKS = (0.01, 0.1, 0.2, 0.5, 0.8, 1, 1.25, 2, 5, 10, 100)
+LOWEST = 0.7
+"""Where the logarithmic count axis begins: below 1."""
+LABEL_CHARACTERS = 22
+PANEL = (3.4, 2.3)
+"""Inches of a small plot."""
+WIDE = (9.0, 3.4)
+
+
+def depth_plot(rows: Sequence[Row]) -> str:
+    """SQNR of the weights and of the output of every layer with weights, along the depth."""
+    layers = [row for row in rows if row.weights is not None]
+
+    def draw(axes: Axes) -> None:
+        place = np.arange(1, len(layers) + 1)
+        for label, color, style, values in (
+            ("weights alone", WEIGHTS, "o", [row.weights and row.weights["sqnr_db"] for row in layers]),
+            ("output without renorm", BEFORE, "s--", [_output(row, "without_renorm") for row in layers]),
+            ("output, final network", FINAL, "D-", [_output(row, "quantized") for row in layers]),
+        ):
+            numbers = np.array([np.nan if v is None else v for v in values], float)
+            if not np.isnan(numbers).all():
+                axes.plot(place, numbers, style, color=color, label=label, markersize=4, linewidth=1.4)
+        axes.set_ylabel("SQNR, dB (higher is better)")
+        axes.grid(axis="y", linewidth=0.6)
+        axes.set_xlim(0.5, len(layers) + 0.5)
+        if len(layers) <= NAMED_LAYERS:
+            names = [shortened(row.name) for row in layers]
+            axes.set_xticks(place, names, rotation=35, ha="right", rotation_mode="anchor")
+        else:
+            axes.set_xlabel("layer, as numbered in the table")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+    return _svg(draw, WIDE, "SQNR of every layer along the depth of the network")
+
+
+def weight_histogram(plot: WeightPlot) -> str:
+    """The weights in units of alpha, and where the grid has levels."""
+
+    def draw(axes: Axes) -> None:
+        scale = _signed_log if plot.logarithmic else _identity
+        edge = float(np.abs(plot.levels).max()) * 1.25
+        inside = np.clip(plot.units, -edge, edge)
+        counts, edges = np.histogram(scale(inside), WEIGHT_BINS, (scale(-edge), scale(edge)))
+        axes.stairs(counts, edges, fill=True, color=WEIGHTS)
+        few = plot.levels if len(plot.levels) <= LEVELS_DRAWN else plot.levels[[0, -1]]
+        for level in few:
+            axes.axvline(float(scale(level)), color=FINAL, linewidth=0.8, alpha=0.75)
+        ticks = few if len(few) <= 5 else np.array([x for x in few if abs(x) in (0, 1, 4, 16, 64)])
+        ticks = ticks if len(ticks) else few[[0, -1]]
+        axes.set_xticks([float(scale(t)) for t in ticks], [f"{t:g}" for t in ticks])
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("weight / alpha")
+        axes.set_title(shortened(plot.name))
+
+    return _svg(draw, PANEL, f"Histogram of the weights of {plot.name} with the levels of its grid")
+
+
+def norm_scatters(plots: Sequence[NormPlot], worst: str | None) -> list[str]:
+    """Two scatters of all channels of all BatchNorms, before against after: means and variances.
+
+    Args:
+        worst: the layer to stand out.
+    """
+    thin = max(1, -(-sum(len(plot.mean) for plot in plots) // MAX_POINTS))
+    alive = {plot.name: (plot.variance > 0) & (plot.new_variance > 0) for plot in plots}
+
+    def means(axes: Axes) -> None:
+        for plot in plots:
+            some = alive[plot.name]
+            deviation = np.sqrt(plot.variance[some])
+            _scatter(axes, plot.mean[some] / deviation, plot.new_mean[some] / deviation, plot.name)
+        _diagonal(axes)
+        axes.set_xlabel("mean stored, in standard deviations")
+        axes.set_ylabel("mean measured")
+
+    def variances(axes: Axes) -> None:
+        for plot in plots:
+            some = alive[plot.name]
+            _scatter(axes, plot.variance[some], plot.new_variance[some] / plot.variance[some], plot.name)
+        axes.axhline(1, color=FINAL, linewidth=1, zorder=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(lambda _, __: "")
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0.5), max(high, 2))
+        axes.set_yticks([tick for tick in RATIO_TICKS if min(low, 0.5) <= tick <= max(high, 2)])
+        axes.set_xlabel("variance stored")
+        axes.set_ylabel("variance measured / stored")
+
+    def _scatter(axes: Axes, x: Any, y: Any, name: str) -> None:
+        is_worst = name == worst
+        axes.scatter(
+            x[:: 1 if is_worst else thin],
+            y[:: 1 if is_worst else thin],
+            s=9,
+            color=ALERT if is_worst else WEIGHTS,
+            alpha=0.9 if is_worst else 0.55,
+            linewidth=0,
+            zorder=3 if is_worst else 2,
+        )
+
+    size = (4.3, 3.3)
+    return [
+        _svg(means, size, "Means of BatchNorm before and after renorm"),
+        _svg(variances, size, "Variances of BatchNorm before and after renorm"),
+    ]
+
+
+def activation_histogram(record: Record) -> str:
+    """The positive outputs of a ReLU and the largest value that its codes reach.
+
+    Args:
+        record: stage 3's record of the layer.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    def draw(axes: Axes) -> None:
+        counts = np.array(record["histogram"], float)
+        edges = np.linspace(0, record["maximum"], len(counts) + 1)
+        axes.stairs(np.maximum(counts, LOWEST), edges, baseline=LOWEST, fill=True, color=WEIGHTS)
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=LOWEST)
+        clip = record["levels"] * record["step"]
+        axes.axvline(clip, color=FINAL, linewidth=1.4)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        right = max(clip, record["maximum"])
+        axes.set_xlim(0, right * 1.02)
+        side = "right" if clip > right / 2 else "left"
+        text = f" clips at {clip:.3g} "
+        axes.text(clip, 0.97, text, ha=side, va="top", transform=axes.get_xaxis_transform(), color=FINAL)
+        axes.set_yticks([])
+        axes.minorticks_off()
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("output (log count)")
+        axes.set_title(shortened(record["name"]))
+
+    return _svg(draw, PANEL, f"Histogram of the outputs of {record['name']} with its clip point")
+
+
+def shortened(name: str) -> str:
+    """A name that fits a plot; the middle of a long one is left out."""
+    if len(name) <= LABEL_CHARACTERS:
+        return name
+    half = (LABEL_CHARACTERS - 1) // 2
+    return f"{name[:half]}…{name[-half:]}"
+
+
+def _output(row: Row, version: str) -> float | None:
+    return (row.output or {}).get(version)
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+def _signed_log(x: Any) -> Any:
+    """Spaces powers of two evenly, 0 in the middle."""
+    return np.sign(x) * np.log2(1 + np.abs(x))
+
+
+def _diagonal(axes: Axes) -> None:
+    low = min(axes.get_xlim()[0], axes.get_ylim()[0])
+    high = max(axes.get_xlim()[1], axes.get_ylim()[1])
+    axes.plot([low, high], [low, high], color=FINAL, linewidth=1, zorder=1)
+    axes.set_xlim(low, high)
+    axes.set_ylim(low, high)
+
+
+def _svg(draw: Callable[[Axes], None], size: tuple[float, float], description: str) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        return _inline(figure, description)
+
+
+def _inline(figure: Figure, description: str) -> str:
+    """The figure as an <svg> element without fixed colors, fonts, sizes or repeated ids."""
+    from markupsafe import escape
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r"font-family: [^;\"]*; ", "", text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    for drawn, shown in COLORS.items():
+        text = text.replace(drawn, shown)
+    view = re.search(r'viewBox="[^"]*"', text)
+    assert view is not None
+    head = f'<svg role="img" aria-label="{escape(description)}" {view[0]}>'
+    return head + text[text.index(">") + 1 :]
