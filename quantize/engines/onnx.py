@@ -31,6 +31,9 @@ reordering at the ends of a range, are spread so as well, and no thread waits fo
 LONG_SUM = 4096
 """More squares than this are added up row by row: one float32 sum of 224 * 224 of them loses 4 digits."""
 
+LONGEST_SUM, SHORTEST_SUM = 1024, 16
+"""How many float32 may be added up in float32, and how many should be lest the sums take much memory."""
+
 ERRORS_ONLY = 3
 """Of onnxruntime's log levels. It warns of what is no fault here, such as constants that folding leaves."""
 
@@ -314,11 +317,12 @@ class _ImageMoments:
     """Sums per image and channel, as outputs of a graph, that make the moments of a blob.
 
     A sum of squares loses all digits where the mean is large, so the mean is subtracted first. That mean is
-    rounded; the sum of what is left gives the digits that it lacks.
+    rounded; the sum of what is left gives the digits that it lacks. Sums of many float32 of one sign lose
+    digits as well, so they are made in parts, which are added up in float64.
 
     Attributes:
-        blobs: the means, and the sums and sums of squares of what is left, all (N, C); only the first where a
-            channel has just one value.
+        blobs: the means (N, C), and the sums and sums of squares of what is left (N, C, parts); only the
+            means where a channel has just one value.
         values: values per image and channel.
     """
 
@@ -337,13 +341,18 @@ class _ImageMoments:
         space = graph.integers([2])
         mean = graph.op("ReduceMean", x, space)
         tensors = [graph.reshape(mean, (-1, channels))]
+        shapes: list[Shape] = [(blob.shape[0], channels)]
         if values > 1:
-            left = graph.op("Sub", x, mean)
-            tensors.append(graph.op("ReduceSum", left, space, keepdims=0))
-            tensors.append(graph.op("ReduceSum", graph.op("Mul", left, left), space, keepdims=0))
-        shape = (blob.shape[0], channels)
+            part = _part_size(values)
+            parts = (channels, values // part)
+            left = graph.reshape(graph.op("Sub", x, mean), (-1, *parts, part))
+            for summed in (left, graph.op("Mul", left, left)):
+                tensors.append(graph.op("ReduceSum", summed, graph.integers([3]), keepdims=0))
+                shapes.append((blob.shape[0], *parts))
+        outputs = zip(tensors, shapes, strict=True)
         return cls(
-            tuple(_Blob(blob.name, graph.output(tensor), shape, blob.grows) for tensor in tensors), values
+            tuple(_Blob(blob.name, graph.output(tensor), shape, blob.grows) for tensor, shape in outputs),
+            values,
         )
 
     def arrays(self, batch: int) -> list[FloatArray]:
@@ -352,15 +361,21 @@ class _ImageMoments:
 
     def merged(self, arrays: Sequence[FloatArray]) -> Moments:
         """The moments over all images (``Moments.merged``, of all at once)."""
-        means, *sums = (array.astype(np.float64) for array in arrays)
+        means = arrays[0].astype(np.float64)
         m2 = np.zeros(means.shape[1])
-        if sums:
-            total, squares = sums
+        if self.values > 1:
+            total, squares = (array.sum(axis=2, dtype=np.float64) for array in arrays[1:])
             means += total / self.values
             m2 += np.maximum(squares - total * total / self.values, 0).sum(axis=0)
         mean = means.mean(axis=0)
         m2 += self.values * np.square(means - mean).sum(axis=0)
         return Moments(len(means) * self.values, mean, m2)
+
+
+def _part_size(values: int) -> int:
+    """The largest divisor of ``values`` up to LONGEST_SUM; all of them if there is but a small one."""
+    divisor = max(d for d in range(1, min(values, LONGEST_SUM) + 1) if values % d == 0)
+    return divisor if divisor >= SHORTEST_SUM else values
 
 
 def _session(
