@@ -92,6 +92,8 @@ class TransformKeys(Section):
     scale: float | None = Field(None, description="factor after the mean is subtracted")
     mean_value: list[float] | None = Field(None, description="per channel (BGR), or one for all")
     mean_file: Path | None = Field(None, description="binaryproto with a mean image")
+    force_color: bool | None = Field(None, description="decode images to three channels whatever they have")
+    force_gray: bool | None = Field(None, description="decode images to one channel")
     resize_short: int | None = Field(None, ge=1, description="resize the shorter side to this first")
     resize: tuple[int, int] | None = Field(None, description="resize to [height, width] first")
 
@@ -149,7 +151,12 @@ class LayerChoice(GridChoice):
 class WeightSettings(GridChoice):
     """Stage 1."""
 
-    solver: Literal["optimal", "reference"] = Field("optimal", description="reference: the paper's iteration")
+    solver: Literal["optimal", "reference", "data_aware"] = Field(
+        "optimal",
+        description="data_aware: what changes each layer's output least on the calibration images; "
+        "optimal: the least error of the weights; reference: the paper's iteration",
+    )
+    images: int = Field(1000, ge=1, description="calibration images, for solver data_aware")
     first_last: GridChoice = Field(
         GridChoice(bits=8, grid="fixed_point"), description="for the first and the last quantized layer"
     )

@@ -39,6 +39,7 @@ from quantize.caffenet import (
     read_prototxt,
 )
 from quantize.config import Config
+from quantize.data_aware import Calibration
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
 from quantize.evaluate import Candidate, Evaluation, evaluate
@@ -152,6 +153,8 @@ class Run:
             choices(InferenceNet.of(self.net).net, self.config.weights)
         if "renorm" in stages or "activations" in stages:
             calibration_feed(self.config, self.net, 1)
+        if "weights" in stages:
+            self._calibration()
         if "renorm" in stages:
             self._renorm_feed()
         if "activations" in stages:
@@ -163,7 +166,7 @@ class Run:
         self._check(weights)
         chosen = choices(test.net, self.config.weights)
         _, quantized, layers = weights_quan(
-            self.net, weights, chosen, self.config.weights.solver, self.progress
+            self.net, weights, chosen, self.config.weights.solver, self.progress, self._calibration()
         )
         self._write_weights(self.files.quantized, quantized)
         skipped = [
@@ -217,6 +220,14 @@ class Run:
         self.report["output_sqnr"] = {"images": count, "layers": [asdict(layer) for layer in found]}
         _write_json(self.folder, self.report)
 
+    def _calibration(self) -> Calibration | None:
+        """What the data-aware solver needs; None with the other solvers, which need no images."""
+        settings = self.config.weights
+        if settings.solver != "data_aware":
+            return None
+        feed = calibration_feed(self.config, self.net, settings.images, self.progress)
+        return Calibration(InferenceNet.of(self.net).net, feed, self.open_engine, self.config.renorm.memory)
+
     def _renorm_feed(self) -> Feed:
         return calibration_feed(self.config, self.net, self.config.renorm.images, self.progress)
 
@@ -267,6 +278,8 @@ class Run:
         parts: dict[str, Any] = {"version": __version__, "prototxt": self.inputs["prototxt"]}
         if stage == "weights":
             parts |= {"weights": self._hash_inputs()["weights"], "settings": dump(config.weights)}
+            if config.weights.solver == "data_aware":
+                parts |= self._image_key()
         else:
             before = self.files.quantized if stage == "renorm" else self.files.renorm
             path = config.output / before
@@ -274,13 +287,19 @@ class Run:
             parts |= {
                 "before": sha256(path) if path.exists() else None,
                 "settings": dump(settings),
-                "augment": config.renorm.augment,
-                "data": dump(config.data),
-                "calibration": fingerprint(config),
-                "engine": config.engine,
-                "threads": config.threads or available_threads(),
+                **self._image_key(),
             }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _image_key(self) -> dict[str, Any]:
+        """What the result of running the calibration images through a net depends on."""
+        return {
+            "augment": self.config.renorm.augment,
+            "data": dump(self.config.data),
+            "calibration": fingerprint(self.config),
+            "engine": self.config.engine,
+            "threads": self.config.threads or available_threads(),
+        }
 
     def _is_done(self, stage: str, key: str) -> bool:
         record = self.report["stages"].get(stage)

@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from quantize.caffenet import LayerParameter, NetParameter, Weights, insert_after
 from quantize.config import GridChoice, LayerChoice, WeightSettings
-from quantize.engines.base import FloatArray
+from quantize.data_aware import Calibration, DataAwareFit, data_aware
 from quantize.errors import InputError
 from quantize.grids import make_grid
+from quantize.kernels import from_kernels, to_kernels
 from quantize.progress import SILENT, Progress
 from quantize.solvers import Solver, fit
 
@@ -38,6 +40,8 @@ class QuantizedLayer:
         weights: number of weights n * k.
         loss: the sum over kernels of ||w - alpha * Q||^2.
         sqnr_db: 10 log10(||w||^2 / loss), None where the loss is 0.
+        output_sqnr_db: of the layer's output against full precision, measured by the data-aware solver.
+        nearest_sqnr_db: the same with every weight at its nearest level; None with other solvers.
     """
 
     name: str
@@ -47,6 +51,8 @@ class QuantizedLayer:
     weights: int
     loss: float
     sqnr_db: float | None
+    output_sqnr_db: float | None = None
+    nearest_sqnr_db: float | None = None
 
 
 def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice]:
@@ -84,8 +90,9 @@ def weights_quan(
     net: NetParameter,
     weights: Weights,
     chosen: Mapping[str, GridChoice],
-    solver: Solver,
+    solver: Solver | Literal["data_aware"],
     progress: Progress = SILENT,
+    calibration: Calibration | None = None,
 ) -> tuple[NetParameter, Weights, list[QuantizedLayer]]:
     """Quantize the weights of the layers in ``chosen``.
 
@@ -93,23 +100,33 @@ def weights_quan(
         net: the net with all its phases.
         weights: its blobs.
         chosen: grid by layer name (see `choices`).
-        solver: ``optimal`` or ``reference``.
+        solver: ``optimal``, ``reference`` or ``data_aware``.
+        calibration: the images for ``data_aware``.
 
     Returns:
         The new net, its blobs (everything else carried over untouched), and what was done per layer.
     """
     weights = weights.copy()
     progress.start("weights", sum(weights[name][0].size for name in chosen))
+    aware: dict[str, DataAwareFit] = {}
+    if solver == "data_aware":
+        if calibration is None:
+            raise ValueError("the data_aware solver needs a calibration")
+        aware = data_aware(weights, chosen, calibration, progress)
+        solver = "optimal"
     findings = []
     for name, choice in chosen.items():
         layer = _layer(net, name)
         blob, *bias = weights[name]
         w = to_kernels(layer, blob)
-        found = fit(w, make_grid(choice.grid, choice.bits), solver)
+        informed = aware.get(name)
+        found = informed or fit(w, make_grid(choice.grid, choice.bits), solver)
+        if informed is not None and informed.bias is not None:
+            bias = [informed.bias.reshape(bias[0].shape)]
         weights.replace(name, [from_kernels(layer, found.Q, blob.shape), *bias])
         shift = [(b.reshape(-1) * (1 - found.alpha)).astype(np.float32) for b in bias]
         weights.insert_after(name, _alpha_layer(layer), [found.alpha.astype(np.float32), *shift])
-        loss = float(found.loss.sum())
+        loss = float(np.square(w - found.alpha[:, None] * found.Q).sum())
         energy = float(np.square(w, dtype=np.float64).sum())
         findings.append(
             QuantizedLayer(
@@ -120,9 +137,12 @@ def weights_quan(
                 weights=w.size,
                 loss=loss,
                 sqnr_db=10 * math.log10(energy / loss) if loss > 0 and energy > 0 else None,
+                output_sqnr_db=informed.output_sqnr_db if informed else None,
+                nearest_sqnr_db=informed.nearest_sqnr_db if informed else None,
             )
         )
-        progress.advance(w.size)
+        if informed is None:
+            progress.advance(w.size)
     return with_alpha_terms(net, weights), weights, findings
 
 
@@ -135,21 +155,6 @@ def with_alpha_terms(net: NetParameter, weights: Weights) -> NetParameter:
         if name + ALPHA_SUFFIX in weights and name + ALPHA_SUFFIX not in present:
             insert_after(changed, name, _alpha_layer(_layer(net, name)))
     return changed
-
-
-def to_kernels(layer: LayerParameter, blob: FloatArray) -> FloatArray:
-    """A layer's weight blob as n kernels (output channels) by k weights."""
-    if layer.type == "InnerProduct":
-        if layer.inner_product_param.transpose:
-            return np.ascontiguousarray(blob.reshape(-1, layer.inner_product_param.num_output).T)
-        return blob.reshape(layer.inner_product_param.num_output, -1)
-    return blob.reshape(layer.convolution_param.num_output, -1)
-
-
-def from_kernels(layer: LayerParameter, kernels: FloatArray, shape: tuple[int, ...]) -> FloatArray:
-    """The inverse of `to_kernels`."""
-    transposed = layer.type == "InnerProduct" and layer.inner_product_param.transpose
-    return np.ascontiguousarray(kernels.T if transposed else kernels, np.float32).reshape(shape)
 
 
 def _layer(net: NetParameter, name: str) -> LayerParameter:

@@ -12,7 +12,8 @@ from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.feeds import InferenceNet
 from quantize.grids import make_grid
-from quantize.weights_quan import choices, to_kernels, weights_quan, with_alpha_terms
+from quantize.kernels import to_kernels
+from quantize.weights_quan import choices, weights_quan, with_alpha_terms
 from tests.nets import CROPPED, RESIDUAL, parse, random_weights
 
 OPEN = engine_opener("onnx", CaffeProcess(), 2)

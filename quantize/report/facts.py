@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
 from quantize.grids import make_grid
+from quantize.kernels import to_kernels
 from quantize.report.chains import LINEAR, followers
-from quantize.weights_quan import ALPHA_SUFFIX, QUANTIZED_TYPES, to_kernels
+from quantize.weights_quan import ALPHA_SUFFIX, QUANTIZED_TYPES
 
 Floats = npt.NDArray[np.float64]
 Record = Mapping[str, Any]

@@ -1,0 +1,23 @@
+"""Weight blobs as matrices of kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quantize.caffenet import LayerParameter
+from quantize.engines.base import FloatArray
+
+
+def to_kernels(layer: LayerParameter, blob: FloatArray) -> FloatArray:
+    """A layer's weight blob as n kernels (output channels) by k weights."""
+    if layer.type == "InnerProduct":
+        if layer.inner_product_param.transpose:
+            return np.ascontiguousarray(blob.reshape(-1, layer.inner_product_param.num_output).T)
+        return blob.reshape(layer.inner_product_param.num_output, -1)
+    return blob.reshape(layer.convolution_param.num_output, -1)
+
+
+def from_kernels(layer: LayerParameter, kernels: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    """The inverse of `to_kernels`."""
+    transposed = layer.type == "InnerProduct" and layer.inner_product_param.transpose
+    return np.ascontiguousarray(kernels.T if transposed else kernels, np.float32).reshape(shape)

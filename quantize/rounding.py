@@ -1,0 +1,234 @@
+"""Round the kernels of a layer to alpha * Q so that its output changes least, given its input.
+
+With x the input patches of the net as quantized so far and y the output that the full-precision net gives at
+the same places, a kernel q should minimise E (y - q x)^2 = E y^2 - 2 q b + q H q^T, H = E x x^T, b = E x y.
+Without the grid the minimum is the target w* = b H^-1: it makes up for what the layers before have changed.
+With it, E (y - q x)^2 = (w* - q) H (w* - q)^T + constant, and that is what is rounded:
+
+- the recursion of OBQ and GPTQ (Frantar & Alistarh 2022, Frantar et al. 2023): round one weight after the
+  other and let those not yet rounded make up for the error. It is written here as Babai's nearest plane
+  (Babai 1986; the two are the same): with H = R^T R, R upper triangular,
+  (w* - q) H (w* - q)^T = sum_i R_ii^2 (w*_i - q_i + sum_{j>i} R_ij / R_ii (w*_j - q_j))^2,
+  so going from the last weight to the first, each is rounded after the errors behind it have been added;
+- coordinate descent: each weight in turn takes the best level given all others;
+- alpha in closed form, <w* H, Q> / <Q H, Q>, and all of it again with that alpha, as long as it helps.
+
+All arrays have a leading axis for the groups of a convolution: G groups of n kernels by k weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from quantize.grids import Floats, Grid
+from quantize.solvers import fit
+
+DAMPING = 0.01
+"""Added to the diagonal of H, relative to its mean (Frantar et al. 2023): a prior for the weights."""
+BLOCK = 128
+"""Weights whose mutual corrections are made one by one; those to weights beyond are one matrix product."""
+ALPHA_RATIOS = np.geomspace(0.4, 1.25, 24)
+"""Scales tried for each kernel, relative to the one with the least error of the weights."""
+ROUNDS = 2
+SWEEPS = 4
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of a layer's input and output.
+
+    Attributes:
+        H: float64 (G, k, k): E x x^T of the quantized net's input patches.
+        B: float64 (G, n, k): E y x^T with the full-precision net's output y.
+        energy: float64 (G, n): E y^2.
+    """
+
+    H: Floats
+    B: Floats
+    energy: Floats
+
+    def error(self, kernels: Floats) -> Floats:
+        """E (y - q x)^2 for ``kernels`` (G, n, k): shape (G, n)."""
+        change: Floats = np.einsum("gnk,gnk->gn", kernels, kernels @ self.H - 2 * self.B)
+        return np.maximum(self.energy + change, 0)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Minimise (target - alpha * Q) H (target - alpha * Q)^T for every kernel.
+
+    Attributes:
+        target: float64 (G, n, k).
+        H: float64 (G, k, k), positive definite.
+    """
+
+    target: Floats
+    H: Floats
+
+    @classmethod
+    def of(cls, weights: Floats, statistics: Statistics, damping: float = DAMPING) -> Problem:
+        """The damped problem: where the images say nothing, the weights stay what they are.
+
+        With d the damping times the mean of H's diagonal, d * ||q - w||^2 is added to the error. Inputs that
+        are always 0 and fewer patches than weights then leave the problem positive definite. Where all
+        inputs are always 0, what remains is the rounding of the weights as they are.
+        """
+        k = weights.shape[2]
+        mean = np.trace(statistics.H, axis1=1, axis2=2) / k
+        d = np.where(mean > 0, damping * mean, 1.0)[:, None, None]
+        H = statistics.H + d * np.eye(k)
+        correction = np.linalg.solve(H, np.swapaxes(statistics.B - weights @ statistics.H, 1, 2))
+        return cls(weights + np.swapaxes(correction, 1, 2), H)
+
+    def loss(self, kernels: Floats) -> Floats:
+        """The objective, shape (G, n)."""
+        error = self.target - kernels
+        loss: Floats = np.einsum("gnk,gnk->gn", error @ self.H, error)
+        return loss
+
+    def ordered(self, order: npt.NDArray[np.int64]) -> Problem:
+        """The problem with the weights of each group in ``order`` (G, k)."""
+        H = np.take_along_axis(self.H, order[:, :, None], axis=1)
+        return Problem(
+            np.take_along_axis(self.target, order[:, None, :], axis=2),
+            np.take_along_axis(H, order[:, None, :], axis=2),
+        )
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """alpha (G, n) and Q (G, n, k) on the grid, and the loss (G, n) of alpha * Q."""
+
+    alpha: Floats
+    Q: Floats
+    loss: Floats
+
+    def better(self, other: Rounding) -> Rounding:
+        """Per kernel the one with the lower loss."""
+        wins = other.loss < self.loss
+        return Rounding(
+            np.where(wins, other.alpha, self.alpha),
+            np.where(wins[:, :, None], other.Q, self.Q),
+            np.where(wins, other.loss, self.loss),
+        )
+
+
+def round_kernels(problem: Problem, grid: Grid) -> Rounding:
+    """Quantize the kernels of a problem: the best of what the steps in this module's text find."""
+    order = np.argsort(np.diagonal(problem.H, axis1=1, axis2=2), axis=1, kind="stable")
+    sorted_problem = problem.ordered(order)
+    factor = np.swapaxes(np.linalg.cholesky(sorted_problem.H), 1, 2)
+    nearest = Nearest(grid)
+    starts = start_alphas(sorted_problem, grid, nearest)
+    best = refitted(sorted_problem, nearest(sorted_problem.target, starts[0]), starts[0])
+    for alpha in starts:
+        for _ in range(ROUNDS):
+            found = refitted(sorted_problem, recursion(sorted_problem.target, factor, alpha, nearest), alpha)
+            found = descended(sorted_problem, found, nearest)
+            best = best.better(found)
+            alpha = found.alpha
+    inverse = np.argsort(order, axis=1)
+    return Rounding(best.alpha, np.take_along_axis(best.Q, inverse[:, None, :], axis=2), best.loss)
+
+
+class Nearest:
+    """The nearest level of a grid, for values divided by alpha."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.levels = grid.levels(grid.canonical)
+        self.midpoints = (self.levels[1:] + self.levels[:-1]) / 2
+
+    def __call__(self, values: Floats, alpha: Floats) -> Floats:
+        """Levels for ``values`` (..., k) and ``alpha`` (...): alpha * level is the nearest to the value."""
+        scale = np.where(alpha == 0, 1.0, alpha)[..., None]
+        return self.levels[np.searchsorted(self.midpoints, values / scale)]
+
+
+def start_alphas(problem: Problem, grid: Grid, nearest: Nearest) -> tuple[Floats, Floats]:
+    """Per kernel the alpha with the least error of the weights, and of some around it the best under diag(H).
+
+    Returns:
+        Two arrays (G, n).
+    """
+    G, n, k = problem.target.shape
+    plain = fit(problem.target.reshape(-1, k), grid).alpha.reshape(G, n)
+    importance = np.diagonal(problem.H, axis1=1, axis2=2)
+    best, least = plain, np.full((G, n), np.inf)
+    for ratio in ALPHA_RATIOS:
+        alpha = plain * ratio
+        error = problem.target - alpha[:, :, None] * nearest(problem.target, alpha)
+        loss = np.einsum("gnk,gk->gn", error * error, importance)
+        best, least = np.where(loss < least, alpha, best), np.minimum(loss, least)
+    return plain, best
+
+
+def recursion(target: Floats, factor: Floats, alpha: Floats, nearest: Nearest) -> Floats:
+    """Round ``target`` (G, n, k) from the last weight to the first, passing errors on.
+
+    Args:
+        factor: R (G, k, k), upper triangular, with H = R^T R.
+        alpha: (G, n).
+    """
+    Q = np.empty_like(target)
+    errors = np.zeros_like(target)
+    ratios = factor / np.diagonal(factor, axis1=1, axis2=2)[:, :, None]
+    for block in reversed(list(_blocks(target.shape[2]))):
+        behind = slice(block.stop, None)
+        aim = target[:, :, block] + errors[:, :, behind] @ np.swapaxes(ratios[:, block, behind], 1, 2)
+        inner = ratios[:, block, block]
+        for i in reversed(range(aim.shape[2])):
+            at = block.start + i
+            Q[:, :, at] = nearest(aim[:, :, i, None], alpha)[:, :, 0]
+            errors[:, :, at] = target[:, :, at] - alpha * Q[:, :, at]
+            aim[:, :, :i] += errors[:, :, at, None] * inner[:, None, :i, i]
+    return Q
+
+
+def coordinate_descent(problem: Problem, Q: Floats, alpha: Floats, nearest: Nearest) -> Floats:
+    """One sweep: each weight takes the level that is best given all others. It never raises the loss."""
+    H = problem.H
+    diagonal = np.diagonal(H, axis1=1, axis2=2)
+    Q = Q.copy()
+    error = problem.target - alpha[:, :, None] * Q
+    slope = error @ H
+    for block in reversed(list(_blocks(Q.shape[2]))):
+        before = error[:, :, block].copy()
+        inside, near = H[:, block, block], slope[:, :, block].copy()
+        for i in reversed(range(near.shape[2])):
+            at = block.start + i
+            wished = alpha * Q[:, :, at] + near[:, :, i] / diagonal[:, None, at]
+            level = nearest(wished[:, :, None], alpha)[:, :, 0]
+            change = alpha * (Q[:, :, at] - level)
+            Q[:, :, at] = level
+            error[:, :, at] += change
+            near += change[:, :, None] * inside[:, None, i, :]
+        slope += (error[:, :, block] - before) @ H[:, block, :]
+    return Q
+
+
+def descended(problem: Problem, start: Rounding, nearest: Nearest) -> Rounding:
+    """Sweeps of coordinate descent with alpha refitted after each, as long as they change anything."""
+    found = start
+    for _ in range(SWEEPS):
+        Q = coordinate_descent(problem, found.Q, found.alpha, nearest)
+        if np.array_equal(Q, found.Q):
+            break
+        found = refitted(problem, Q, found.alpha)
+    return found
+
+
+def refitted(problem: Problem, Q: Floats, alpha: Floats) -> Rounding:
+    """The alpha with the least loss for Q: <w* H, Q> / <Q H, Q>; as it was where Q is 0."""
+    QH = Q @ problem.H
+    qq = np.einsum("gnk,gnk->gn", QH, Q)
+    wq = np.einsum("gnk,gnk->gn", QH, problem.target)
+    alpha = np.where(qq > 0, wq / np.where(qq > 0, qq, 1.0), alpha)
+    return Rounding(alpha, Q, problem.loss(alpha[:, :, None] * Q))
+
+
+def _blocks(k: int) -> Iterator[slice]:
+    return (slice(start, min(start + BLOCK, k)) for start in range(0, k, BLOCK))
