@@ -11,6 +11,9 @@ import numpy.typing as npt
 
 from quantize.errors import InputError
 
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+"""What OpenCV would print of damaged images is in our messages, with the name of the image."""
+
 MAX_PIXELS = 178_956_970
 """Larger images are refused before they are decoded (Pillow's limit: half a gigabyte of BGR)."""
 
