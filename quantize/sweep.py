@@ -11,13 +11,15 @@ moments of micro-batches are merged in float64, so only the order of rounding di
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from quantize.caffenet import LayerParameter, NetParameter, Shapes, live_blobs
 from quantize.data.loader import Images
@@ -26,7 +28,6 @@ from quantize.errors import InputError
 from quantize.progress import SILENT, Progress
 
 FLOAT_BYTES = 4
-ALIGNMENT = 64
 MICRO_BATCH_BYTES = 64 << 20
 """What one micro-batch may hold at the widest layer: large enough to keep the cores busy, small enough for
 the rest of the memory bound."""
@@ -107,7 +108,7 @@ class Costs:
             for layer in net.layer
         ]
         live = [
-            sum(aligned(values[name] * FLOAT_BYTES) for name in live_blobs(net, place, outputs))
+            sum(values[name] * FLOAT_BYTES for name in live_blobs(net, place, outputs))
             for place in range(len(net.layer) + 1)
         ]
         widest = max(
@@ -116,6 +117,14 @@ class Costs:
         )
         source = SOURCE_COST_PER_VALUE * sum(values[name] for name in inputs)
         return cls(tuple(accumulate(per_layer, initial=0.0)), source, tuple(live), widest)
+
+    def between(self, origin: int | None, stop: int) -> float:
+        """Work of the layers from a place on (None: and of reading the image) up to another."""
+        return self.work[stop] - (self.work[origin] if origin is not None else -self.source)
+
+    def held(self, places: Sequence[int | None]) -> tuple[int, ...]:
+        """Bytes of the frontiers at some places; None: of none."""
+        return tuple(0 if place is None else self.live[place] for place in places)
 
 
 @dataclass(frozen=True)
@@ -126,20 +135,20 @@ class Route:
         images: how many images go this way.
         origin: per step the place whose frontier it starts from; None: from the source.
         keep: per step the place whose frontier is kept from then on; None: what is kept stays.
-        kept_bytes: the largest frontier kept, per image.
+        held_bytes: per step the bytes of the frontier kept behind it, per image.
         work: per image over all steps, in multiply-accumulates.
     """
 
     images: int
     origin: tuple[int | None, ...]
     keep: tuple[int | None, ...]
-    kept_bytes: int
+    held_bytes: tuple[int, ...]
     work: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One or two routes, the micro-batch, and what one plain pass would cost."""
+    """The routes, in the order of the images; the micro-batch; and what one plain pass would cost."""
 
     routes: tuple[Route, ...]
     micro_batch: int
@@ -152,13 +161,16 @@ class Plan:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of all arenas."""
-        return sum(_arena_bytes(route, self.micro_batch) for route in self.routes)
-
-
-def aligned(size: int) -> int:
-    """``size`` rounded up so that blobs laid one behind the other stay aligned."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+        """The most bytes that are kept at a time, old and new frontier of the chunk being run included."""
+        behind_steps = zip(*(route.held_bytes for route in self.routes), strict=True)
+        return max(
+            (
+                sum(route.images * held for route, held in zip(self.routes, behind, strict=True))
+                + self.micro_batch * max(behind)
+                for behind in behind_steps
+            ),
+            default=0,
+        )
 
 
 def micro_batch_size(widest: int, images: int, memory: int | None) -> int:
@@ -177,105 +189,200 @@ def micro_batch_size(widest: int, images: int, memory: int | None) -> int:
 
 
 def plan(costs: Costs, steps: Sequence[Step], images: int, memory: int | None) -> Plan:
-    """The cheapest way of passing ``images`` images through ``steps`` within ``memory`` bytes.
+    """A cheap way of passing ``images`` images through ``steps`` within ``memory`` bytes.
 
-    With at most b bytes kept per image, the best is to keep, at every step, the last frontier before its cut
-    that fits into b: whatever can be computed from an earlier frontier can be computed from a later one
-    with less work. So each b gives one `Route`, and only the live sizes that occur matter as b. The memory
-    bound is on the sum over all images; the cheapest mixture of routes for a sum is a mixture of at most two
-    (it lies on an edge of the lower convex hull of work over bytes), so all pairs are tried.
+    With at most b bytes kept per image, the best is to keep, behind every step, the last frontier before its
+    cut that fits into b: whatever can be computed from an earlier frontier can be computed from a later one
+    with less work. So each b gives one way, and only the sizes that occur matter as b. The memory bound is on
+    the sum over all images; of all mixtures of ways under a bound on one sum, one of at most two is the
+    cheapest (work over bytes: it lies on an edge of the lower convex hull).
+
+    The sizes rise and fall along the net, and so does the best mixture. At a *joint* all images keep the same
+    frontier, the last that fits for all. Between two joints one mixture of two ways is used; dynamic
+    programming finds the joints for which the sum of the work is least.
 
     Raises:
         InputError: the memory is too small for even one image.
     """
     batch = micro_batch_size(costs.widest, images, memory)
-    places = range(1, max((step.stop for step in steps), default=0) + 1)
-    bounds = sorted({0, *(costs.live[place] for place in places)})
-    routes = [_route(costs, steps, bound) for bound in bounds]
-    plain = costs.source + costs.work[steps[-1].stop] if steps else 0.0
+    plain = (costs.source + costs.work[steps[-1].stop]) * images if steps else 0.0
     if memory is None:
-        return Plan((_with_images(routes[-1], images),), batch, plain * images)
-    best: tuple[Route, ...] = (_with_images(routes[0], images),)
-    best_work = best[0].work * images
-    for i, small in enumerate(routes):
-        for large in routes[i:]:
-            budget = memory - 2 * batch * (small.kept_bytes + large.kept_bytes)
-            spare = budget - images * small.kept_bytes
-            if spare < 0:
+        memory = (images + batch) * max(costs.live)
+    joints = _joints(costs, steps, memory // (images + batch))
+    best: dict[_Joint, tuple[float, tuple[_Stretch, ...]]] = {joints[0]: (0.0, ())}
+    for number, joint in enumerate(joints[:-1]):
+        before, stretches = best[joint]
+        ways = _ways(costs, steps, joint)
+        for end in joints[number + 1 :]:
+            stretch = _stretch(costs, ways, joint, end, images, batch, memory)
+            if stretch is None:
                 continue
-            extra = large.kept_bytes - small.kept_bytes
-            many = images if extra == 0 else min(images, spare // extra)
-            work = many * large.work + (images - many) * small.work
-            if work < best_work:
-                best_work = work
-                pair = (_with_images(large, many), _with_images(small, images - many))
-                best = tuple(route for route in pair if route.images)
-    return Plan(best, batch, plain * images)
+            total = before + stretch.work
+            if end not in best or total < best[end][0]:
+                best[end] = (total, (*stretches, stretch))
+    return Plan(_routes(costs, steps, best[joints[-1]][1], images), batch, plain)
 
 
-def _with_images(route: Route, images: int) -> Route:
-    return Route(images, route.origin, route.keep, route.kept_bytes, route.work)
+@dataclass(frozen=True)
+class _Joint:
+    """Behind the first ``done`` steps all images keep the frontier at ``place``; None: nothing."""
+
+    done: int
+    place: int | None
 
 
-def _route(costs: Costs, steps: Sequence[Step], bound: int) -> Route:
-    origin: list[int | None] = []
-    keep: list[int | None] = []
-    held: int | None = None
-    work = 0.0
-    for number, step in enumerate(steps):
-        origin.append(held)
-        work += costs.work[step.stop] - (costs.work[held] if held is not None else -costs.source)
-        after = [p for p in range((held or 0) + 1, step.stop + 1) if 0 < costs.live[p] <= bound]
-        last = number == len(steps) - 1
-        held = after[-1] if after and not last else held
-        keep.append(held if after and not last else None)
-    kept_bytes = max((costs.live[place] for place in keep if place is not None), default=0)
-    return Route(0, tuple(origin), tuple(keep), kept_bytes, work)
+@dataclass(frozen=True)
+class _Way:
+    """One image's way from a joint on.
 
-
-def _arena_bytes(route: Route, micro_batch: int) -> int:
-    if route.kept_bytes == 0:
-        return 0
-    chunks = -(-route.images // micro_batch)
-    return (chunks + 1) * micro_batch * route.kept_bytes
-
-
-class Arena:
-    """One buffer that holds the frontier of every chunk of images, old and new at the same time.
-
-    The old frontier is laid out from one end and the new one from the other. Chunks are taken so that the new
-    frontier grows into the place of chunks already read. A buffer one chunk larger than the larger of both
-    frontiers is therefore enough, and it is never reallocated.
+    Attributes:
+        held: the place whose frontier is kept behind each step.
+        work: of all steps up to each step.
     """
 
-    def __init__(self, chunks: int, largest: int) -> None:
-        self.chunks = chunks
-        self.buffer: npt.NDArray[np.uint8] = np.empty((chunks + 1) * largest, np.uint8)
-        self.size = 0
-        self.from_left = False
+    held: list[int | None]
+    work: list[float]
 
-    def order(self) -> Iterator[int]:
-        """Chunks in the order in which they may be replaced."""
-        return iter(
-            range(self.chunks) if not self.from_left or not self.size else reversed(range(self.chunks))
-        )
 
-    def old(self, chunk: int) -> npt.NDArray[np.uint8]:
-        """Bytes of the frontier that is kept for a chunk."""
-        return self._slot(chunk, self.size, self.from_left)
+@dataclass(frozen=True)
+class _Stretch:
+    """The first ``many`` images go one way from joint to joint, the others another.
 
-    def new(self, chunk: int, size: int) -> npt.NDArray[np.uint8]:
-        """Room for a chunk's next frontier of ``size`` bytes."""
-        return self._slot(chunk, size, not self.from_left)
+    Attributes:
+        large, small: the places whose frontiers are kept behind each step, for both.
+        work: for all images.
+    """
 
-    def advance(self, size: int) -> None:
-        """All chunks have their next frontier: it becomes the one that is kept."""
-        self.size = size
-        self.from_left = not self.from_left
+    many: int
+    large: tuple[int | None, ...]
+    small: tuple[int | None, ...]
+    work: float
 
-    def _slot(self, chunk: int, size: int, from_left: bool) -> npt.NDArray[np.uint8]:
-        start = chunk * size if from_left else len(self.buffer) - (self.chunks - chunk) * size
-        return self.buffer[start : start + size]
+
+def _joints(costs: Costs, steps: Sequence[Step], most: int) -> list[_Joint]:
+    """The start, wherever a later frontier of at most ``most`` bytes can be kept than before, and the end."""
+    joints = [_Joint(0, None)]
+    for done, step in enumerate(steps[:-1], 1):
+        place = _latest(costs, joints[-1].place, step.stop, most)
+        if place != joints[-1].place:
+            joints.append(_Joint(done, place))
+    return [*joints, _Joint(len(steps), None)]
+
+
+def _latest(costs: Costs, held: int | None, stop: int, bound: int) -> int | None:
+    """The last place up to ``stop`` whose frontier fits into the bound; ``held`` if none behind it does."""
+    places = range(stop, held or 0, -1)
+    return next((place for place in places if 0 < costs.live[place] <= bound), held)
+
+
+def _ways(costs: Costs, steps: Sequence[Step], joint: _Joint) -> list[_Way]:
+    """From a joint to the last step, one way for each size that a frontier may have."""
+    sizes = sorted({0, *costs.live[(joint.place or 0) + 1 : steps[-1].stop + 1]})
+    ways = []
+    for bound in sizes:
+        way = _Way([], [])
+        held, work = joint.place, 0.0
+        for step in steps[joint.done :]:
+            work += costs.between(held, step.stop)
+            held = _latest(costs, held, step.stop, bound)
+            way.held.append(held)
+            way.work.append(work)
+        ways.append(way)
+    return ways
+
+
+def _stretch(
+    costs: Costs, ways: Sequence[_Way], start: _Joint, end: _Joint, images: int, batch: int, memory: int
+) -> _Stretch | None:
+    """The cheapest mixture of two ways between two joints; None where none keeps the bound."""
+    length = end.done - start.done
+    ending: dict[tuple[int | None, ...], float] = {}
+    for way in ways:
+        before_last = way.held[length - 2] if length > 1 else start.place
+        if end.place is None or (before_last or 0) <= end.place:
+            ending[(*way.held[: length - 1], end.place)] = way.work[length - 1]
+    found = None
+    for small, small_work in ending.items():
+        for large, large_work in ending.items():
+            if large_work > small_work:
+                continue
+            many = _share(costs.held(large), costs.held(small), images, batch, memory)
+            if many is None:
+                continue
+            work = many * large_work + (images - many) * small_work
+            if found is None or work < found.work:
+                found = _Stretch(many, large, small, work)
+    return found
+
+
+def _share(large: Sequence[int], small: Sequence[int], images: int, batch: int, memory: int) -> int | None:
+    """How many images, in whole micro-batches, may keep ``large`` bytes behind each step, if the others keep
+    ``small``; None if not even ``small`` fits.
+    """
+    many = images
+    for most, least in zip(large, small, strict=True):
+        spare = memory - batch * max(most, least) - images * least
+        if spare < 0:
+            return None
+        if most > least:
+            many = min(many, spare // (most - least))
+    return many if many == images else many // batch * batch
+
+
+def _routes(
+    costs: Costs, steps: Sequence[Step], stretches: Sequence[_Stretch], images: int
+) -> tuple[Route, ...]:
+    """The routes of the groups of images that go the same way on every stretch."""
+    borders = sorted({0, images, *(stretch.many for stretch in stretches)})
+    routes = []
+    for first, last in pairwise(borders):
+        held: list[int | None] = []
+        for stretch in stretches:
+            held += stretch.large if first < stretch.many else stretch.small
+        origin = [None, *held[:-1]]
+        keep = [new if new != old else None for old, new in zip(origin, held, strict=True)]
+        work = sum(costs.between(o, step.stop) for o, step in zip(origin, steps, strict=True))
+        routes.append(Route(last - first, tuple(origin), tuple(keep), costs.held(held), work))
+    return tuple(routes)
+
+
+class Buffers:
+    """Arrays for frontiers.
+
+    A new array costs a page fault per page when it is first written, so an array that is given back is used
+    again where the size fits. Where it does not, unused arrays go back to the system, so that all together
+    never take more than the limit if those in use do not. Each is a mapping of its own: freed memory of the
+    allocator may stay with the process.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._unused: dict[int, list[FloatArray]] = defaultdict(list)
+
+    def take(self, shape: tuple[int, ...]) -> FloatArray:
+        """An array with any content."""
+        size = FLOAT_BYTES * math.prod(shape)
+        unused = self._unused[size]
+        if not unused:
+            self._shrink(size)
+            self.bytes += size
+            pages = mmap.mmap(-1, max(size, 1))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            unused.append(np.frombuffer(pages, np.float32, math.prod(shape)))
+        return unused.pop().reshape(shape)
+
+    def give(self, array: FloatArray) -> None:
+        """Give back an array that was taken; nobody may use it from now on."""
+        self._unused[array.nbytes].append(array.reshape(-1))
+
+    def _shrink(self, size: int) -> None:
+        """Make room for ``size`` bytes as far as arrays are unused."""
+        for other, arrays in self._unused.items():
+            while arrays and self.limit is not None and self.bytes + size > self.limit:
+                arrays.pop()
+                self.bytes -= other
 
 
 class Sweep:
@@ -292,6 +399,7 @@ class Sweep:
         self.engine = engine
         self.feed = feed
         self.steps = steps
+        self.memory = memory
         self.costs = Costs.of(engine.net, engine.shapes, list(engine.inputs), ())
         self.plan = plan(self.costs, steps, len(feed.images), memory)
 
@@ -302,70 +410,64 @@ class Sweep:
             measured: called after each step with the moments over all images; it may change the engine's
                 blobs of layers at or behind the step's cut.
         """
-        batch = self.plan.micro_batch
+        buffers = Buffers(self.memory)
         groups: list[_Group] = []
         first = 0
         for route in self.plan.routes:
-            groups.append(_Group(self, route, range(first, first + route.images), batch))
+            groups.append(_Group(self, route, range(first, first + route.images), buffers))
             first += route.images
         for number, step in enumerate(self.steps):
             found: list[dict[str, Moments]] = []
-            for group in groups:
+            # Those whose frontiers grow the most come last, into the room that the others have left.
+            for group in sorted(groups, key=lambda group: group.growth(number)):
                 found.extend(group.step(number, step, progress))
             measured(step, {name: reduce(Moments.merged, (m[name] for m in found)) for name in step.measured})
 
 
 class _Group:
-    """The images of one route, in chunks of one micro-batch, and what is kept of them."""
+    """The images of one route, in chunks of one micro-batch, and the blobs that are kept of each chunk."""
 
-    def __init__(self, sweep: Sweep, route: Route, images: range, batch: int) -> None:
+    def __init__(self, sweep: Sweep, route: Route, images: range, buffers: Buffers) -> None:
         self.sweep = sweep
         self.route = route
-        self.chunks = [images[i : i + batch] for i in range(0, len(images), batch)]
-        self.batch = batch
-        self.arena = Arena(len(self.chunks), batch * route.kept_bytes)
-        self.kept: dict[str, tuple[int, ...]] = {}
+        self.batch = sweep.plan.micro_batch
+        self.images = images
+        self.buffers = buffers
+        self.kept: list[dict[str, FloatArray]] = [{} for _ in range(0, len(images), self.batch)]
+
+    def growth(self, number: int) -> int:
+        """By how many bytes per image the frontier grows at a step."""
+        held = (0, *self.route.held_bytes)
+        return held[number + 1] - held[number]
 
     def step(self, number: int, step: Step, progress: Progress) -> Iterator[dict[str, Moments]]:
         """Run one step for all chunks and yield each chunk's moments."""
-        sweep, origin, keep = self.sweep, self.route.origin[number], self.route.keep[number]
-        engine = sweep.engine
-        kept_next = {} if keep is None else self._layout(keep)
-        runner = engine.compile(origin or 0, step.stop, list(kept_next), step.measured)
-        slot = self.batch * sum(aligned(int(np.prod(shape)) * FLOAT_BYTES) for shape in kept_next.values())
-        costs = sweep.costs
-        work = costs.work[step.stop] - (costs.work[origin] if origin is not None else -costs.source)
-        for chunk, feeds in self._feeds(origin):
-            room = self._views(self.arena.new(chunk, slot), kept_next, chunk) if keep is not None else None
+        engine, costs = self.sweep.engine, self.sweep.costs
+        origin, keep = self.route.origin[number], self.route.keep[number]
+        held = [] if origin is None else live_blobs(engine.net, origin)
+        wanted = held if keep is None else live_blobs(engine.net, keep)
+        last = number == len(self.sweep.steps) - 1
+        fresh = [] if last else [name for name in wanted if name not in held]
+        runner = engine.compile(origin or 0, step.stop, fresh, step.measured)
+        work = costs.between(origin, step.stop)
+        for chunk, feeds in enumerate(self._feeds(origin)):
+            count = len(next(iter(feeds.values())))
+            room = {name: self.buffers.take((count, *engine.shapes.blobs[name][1:])) for name in fresh}
             yield runner.run({name: feeds[name] for name in runner.inputs}, room).moments
-            progress.advance(work * len(self.chunks[chunk]))
-        if keep is not None:
-            self.kept = kept_next
-            self.arena.advance(slot)
+            self._keep(chunk, {} if last else {**self.kept[chunk], **room}, wanted)
+            progress.advance(work * count)
 
-    def _layout(self, place: int) -> dict[str, tuple[int, ...]]:
-        engine = self.sweep.engine
-        return {name: engine.shapes.blobs[name][1:] for name in live_blobs(engine.net, place)}
+    def _keep(self, chunk: int, blobs: Mapping[str, FloatArray], wanted: Sequence[str]) -> None:
+        """Keep the blobs that are wanted; what was kept before and is not among them is given back."""
+        kept = {name: array for name, array in blobs.items() if name in wanted}
+        for name, array in self.kept[chunk].items():
+            if name not in kept:
+                self.buffers.give(array)
+        self.kept[chunk] = kept
 
-    def _feeds(self, origin: int | None) -> Iterator[tuple[int, Mapping[str, FloatArray]]]:
-        if origin is None:
-            first, last = self.chunks[0].start, self.chunks[-1].stop
-            batches = self.sweep.feed.images.batches(self.batch, first, last)
-            for chunk, (pixels, _) in enumerate(batches):
-                yield chunk, {self.sweep.feed.blob: pixels}
-        else:
-            for chunk in self.arena.order():
-                yield chunk, self._views(self.arena.old(chunk), self.kept, chunk)
-
-    def _views(
-        self, slot: npt.NDArray[np.uint8], layout: Mapping[str, tuple[int, ...]], chunk: int
-    ) -> dict[str, FloatArray]:
-        """A chunk's slot as one float32 array per blob."""
-        count = len(self.chunks[chunk])
-        views: dict[str, FloatArray] = {}
-        offset = 0
-        for name, shape in layout.items():
-            size = int(np.prod(shape)) * FLOAT_BYTES
-            views[name] = slot[offset : offset + count * size].view(np.float32).reshape(count, *shape)
-            offset += self.batch * aligned(size)
-        return views
+    def _feeds(self, origin: int | None) -> Iterator[Mapping[str, FloatArray]]:
+        if origin is not None:
+            return iter(self.kept)
+        feed = self.sweep.feed
+        batches = feed.images.batches(self.batch, self.images.start, self.images.stop)
+        return ({feed.blob: pixels} for pixels, _ in batches)
