@@ -355,8 +355,8 @@ class Run:
         if "activations" in stages:
             found = [QuantizedActivation(**layer) for layer in stages["activations"]["layers"]]
             net = with_act_quantize(net, found)
-        written = {self.files.val: validation_prototxt(net, self.config)}
         shape = image_shape(self.config, self.net)
+        written = {self.files.val: validation_prototxt(net, self.config, shape)}
         if shape is not None:
             written[self.files.deploy] = deploy_prototxt(net, shape)
         for name, content in written.items():
