@@ -79,7 +79,8 @@ def output_sqnr(
                 energy[layer] += squared(reference[layer])
             for name, own in zip(others, taps[1:], strict=True):
                 for layer, output in own.run(pixels).items():
-                    loss[name][layer] += squared(reference[layer] - output)
+                    with np.errstate(over="ignore", invalid="ignore"):  # an infinite output has no decibels
+                        loss[name][layer] += squared(reference[layer] - output)
             progress.advance(len(pixels))
     return [
         LayerSqnr(layer, {name: decibels(energy[layer], loss[name][layer]) for name in others})
