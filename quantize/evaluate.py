@@ -13,7 +13,7 @@ import numpy.typing as npt
 from quantize.caffenet import NetParameter, Weights
 from quantize.data.loader import Images
 from quantize.engines.base import Engine, FloatArray, OpenEngine
-from quantize.errors import InputError
+from quantize.errors import InputError, LabelfreeError
 from quantize.progress import SILENT, Progress
 from quantize.sweep import Costs, micro_batch_size
 
@@ -88,6 +88,7 @@ def evaluate(
 
     Raises:
         InputError: a label does not fit the number of classes, or the nets' scores do not fit each other.
+        LabelfreeError: scores are not finite.
     """
     with ExitStack() as stack:
         engines = [
@@ -115,6 +116,8 @@ def _compare(
         for (name, candidate), runner in zip(candidates, runners, strict=True):
             scores = runner.run({candidate.blob: pixels}).blobs[candidate.scores]
             scores = scores.reshape(len(pixels), -1)
+            if not np.isfinite(scores).all():
+                raise LabelfreeError(f"{name}: blob {candidate.scores} is not finite; layers before it overflow")
             if labels is not None:
                 for k in TOP_K:
                     hits[name][k] += count_top_k(scores, labels, k)
@@ -171,8 +174,8 @@ def log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def decibels(energy: float, loss: float) -> float | None:
-    """10 log10(energy / loss): a signal-to-quantization-noise ratio; None where either is 0."""
-    return 10 * math.log10(energy / loss) if energy > 0 and loss > 0 else None
+    """10 log10(energy / loss): a signal-to-quantization-noise ratio; None where either is 0 or not finite."""
+    return 10 * math.log10(energy / loss) if 0 < energy < math.inf and 0 < loss < math.inf else None
 
 
 def count_top_k(scores: FloatArray, labels: npt.NDArray[np.int64], k: int) -> int:
