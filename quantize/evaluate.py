@@ -117,7 +117,9 @@ def _compare(
             scores = runner.run({candidate.blob: pixels}).blobs[candidate.scores]
             scores = scores.reshape(len(pixels), -1)
             if not np.isfinite(scores).all():
-                raise LabelfreeError(f"{name}: blob {candidate.scores} is not finite; layers before it overflow")
+                raise LabelfreeError(
+                    f"{name}: blob {candidate.scores} is not finite; layers before it overflow"
+                )
             if labels is not None:
                 for k in TOP_K:
                     hits[name][k] += count_top_k(scores, labels, k)
