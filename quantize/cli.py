@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -312,6 +313,8 @@ def doctor(**given: Any) -> None:
 def main() -> None:
     """Run a command; every way it can end is an exit code and at most one line."""
     verbose = any(argument in ("-v", "--verbose") for argument in sys.argv[1:])
+    if not verbose and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # they are for programmers; what matters to users is checked and said
     try:
         cli.main(standalone_mode=False)
         sys.stdout.flush()

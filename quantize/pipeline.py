@@ -57,7 +57,6 @@ from quantize.weights_quan import ALPHA_SUFFIX, QUANTIZED_TYPES, choices, weight
 
 STAGES = ("weights", "renorm", "activations")
 REPORT = "report.json"
-REPORT_KEYS = ("tool", "name", "versions", "settings", "inputs", "stages", "sizes")
 PAGE = "report.html"
 LIBRARIES = ("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb")
 READ_BLOCK = 1 << 20
@@ -126,7 +125,6 @@ class Run:
         self._check_before_work(stages)
         with closing(OutputFolder(self.config.output)) as self.folder:
             self.report = self._previous_report()
-            done = False
             for stage in (s for s in STAGES if s in stages):
                 key = self._key(stage)
                 if resume and not force and self._is_done(stage, key):
@@ -141,8 +139,7 @@ class Run:
                     "peak_memory_bytes": peak_memory(),
                 }
                 self._finish(stage, record)
-                done = True
-            if done:
+            if not (self.config.output / PAGE).exists():
                 self._measure_outputs()
                 _show(self.folder, self.config, self.net, self.report, self.progress)
         return self.report
@@ -316,12 +313,15 @@ class Run:
         """The report in the output folder, or an empty one where there is none that can be used."""
         path = self.config.output / REPORT
         try:
-            previous = json.loads(path.read_bytes())
-            if previous["name"] == self.config.name and isinstance(previous["stages"], dict):
-                return {**{key: previous[key] for key in REPORT_KEYS}, **previous}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            pass
-        return {"inputs": {}, "stages": {}}
+            previous = _parse_report(path.read_bytes())
+        except FileNotFoundError:
+            previous = {}
+        except (OSError, ValueError) as error:
+            self.progress.note(f"{path}: not usable ({error}); nothing is taken over from it")
+            previous = {}
+        if previous.get("name") != self.config.name:
+            return {"inputs": {}, "stages": {}}
+        return previous
 
     def _finish(self, stage: str, record: dict[str, Any]) -> None:
         """Write the prototxts and the report for what there is now; drop what is behind the stage."""
@@ -330,6 +330,7 @@ class Run:
         for later in STAGES[STAGES.index(stage) + 1 :]:
             for name in results[later]:
                 self.folder.remove(name)
+        self.folder.remove(PAGE)  # lest a run that is killed from here on leaves a page about other results
         stages[stage] = record
         names = [*results[stage], *self._write_prototxts(stages)]
         record["outputs"] = {name: sha256(self.config.output / name) for name in names}
@@ -444,14 +445,13 @@ def read_report(config: Config) -> dict[str, Any]:
     """
     path = config.output / REPORT
     try:
-        report = json.loads(path.read_bytes())
-        return {**{key: report[key] for key in REPORT_KEYS}, **report}
+        return _parse_report(path.read_bytes())
     except FileNotFoundError as error:
         raise InputError(
             f"{config.output}: nothing quantized here yet; run `labelfree quantize` first"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not a report of labelfree; run `labelfree quantize` again") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}; run `labelfree quantize` again") from error
 
 
 def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
@@ -477,7 +477,29 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
     return found
 
 
+def _parse_report(content: bytes) -> dict[str, Any]:
+    """A report as it was written.
+
+    Raises:
+        ValueError: it is not a report of labelfree, or somebody has changed it.
+    """
+    try:
+        report = json.loads(content)
+        if isinstance(report, dict) and report.get("digest") == _digest(report):
+            return report
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError("not a report of labelfree, or changed since")
+
+
+def _digest(report: dict[str, Any]) -> str:
+    """A hash of everything else in a report, so that what is read back need not be checked bit by bit."""
+    content = {key: value for key, value in report.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _write_json(folder: OutputFolder, report: dict[str, Any]) -> None:
+    report["digest"] = _digest(json.loads(json.dumps(report)))
     with folder.writing(REPORT) as file:
         file.write(json.dumps(report, indent=1).encode() + b"\n")
 

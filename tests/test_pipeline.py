@@ -130,6 +130,34 @@ def test_resume_skips_only_what_fits(job: Job) -> None:
     assert done("weights.bits=3") == ["weights"]
 
 
+def test_resume_makes_the_page_that_a_killed_run_had_no_time_for(job: Job) -> None:
+    Run(job.config()).quantize()
+    before = (job.out / "report.json").read_bytes()
+    (job.out / "report.html").unlink()
+    Run(job.config()).quantize(resume=True)
+    assert (job.out / "report.html").exists()
+    assert (job.out / "report.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("spoil", [b"{", b'{"stages": 3}', b"[" * 100_000])
+def test_resume_takes_nothing_from_a_report_that_is_not_ours(job: Job, spoil: bytes) -> None:
+    Run(job.config()).quantize(("weights",))
+    (job.out / "report.json").write_bytes(spoil)
+    notes = Notes()
+    report = Run(job.config(), notes).quantize(("weights",), resume=True)
+    assert list(report["stages"]) == ["weights"]
+    assert not any("skipped" in note for note in notes.notes)
+    assert any("nothing is taken over" in note for note in notes.notes)
+
+
+def test_a_changed_report_is_noticed(job: Job) -> None:
+    Run(job.config()).quantize(("weights",))
+    path = job.out / "report.json"
+    path.write_text(path.read_text().replace('"bits": 4', '"bits": 5'))
+    with pytest.raises(InputError, match="changed since"):
+        evaluate_run(job.config())
+
+
 def test_the_same_settings_give_the_same_bytes(make_job: Callable[[str], Job]) -> None:
     job = make_job("job")
     Run(job.config()).quantize()
