@@ -203,7 +203,8 @@ def image_shape(config: Config, net: NetParameter) -> tuple[int, ...] | None:
 def effective_transform(net: NetParameter, phase: int, config: Config) -> Transform:
     """The transform of a phase: the prototxt's (of the other phase if need be), then ``data.transform``.
 
-    A net with an Input layer and no crop_size anywhere gets the crop that its input's shape needs.
+    A net with an Input layer and no crop_size anywhere gets the crop that its input's shape needs, and gray
+    images where that has one channel.
     """
     layer = data_layer(net, phase) or data_layer(net, TRAIN + TEST - phase)
     base = config.model.prototxt.parent
@@ -220,6 +221,8 @@ def effective_transform(net: NetParameter, phase: int, config: Config) -> Transf
     shape = declared_shape(net, InferenceNet.of(net).blob)
     if not (transform.crop_size or "crop_size" in given or "resize" in given) and shape is not None:
         given["crop_size"] = shape[-1] if len(shape) == 3 and shape[1] == shape[2] else 0
+    if not (transform.force_color or {"force_color", "force_gray"} & given.keys()):
+        given["force_gray"] = transform.force_gray or (shape is not None and shape[0] == 1)
     return replace(transform, **given)
 
 

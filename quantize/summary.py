@@ -158,4 +158,4 @@ def _percent(value: float | None) -> str:
 
 
 def _size(size: int) -> str:
-    return f"{size / KILOBYTE**2:.2f} MB"
+    return f"{size / KILOBYTE**2:.2f} MB" if size >= KILOBYTE**2 else f"{size / KILOBYTE:.1f} kB"

@@ -73,7 +73,7 @@ def page_of(job: Job) -> str:
 def test_quantize_writes_what_the_user_wants_to_know(done: Job) -> None:
     page, report = page_of(done), report_of(done)
     sizes = report["sizes"]
-    assert f"{sizes['model'] / sizes['packed']:.1f}× smaller" in page
+    assert f"<b>{sizes['model'] / sizes['packed']:.1f}×</b>" in page
     for layer in report["stages"]["weights"]["layers"]:
         assert f'<td title="{layer["name"]}">' in page
         assert f">{layer['sqnr_db']:.1f}</td>" in page

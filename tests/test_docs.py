@@ -1,0 +1,234 @@
+"""The documentation: every command in it runs, every link leads somewhere, what is generated is current."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from quantize.caffenet import Weights, format_prototxt, read_prototxt
+from quantize.config import load
+from quantize.data import open_source
+from quantize.prototxts import deploy_prototxt
+from tests.caffe.conftest import caffe_plugin, caffe_root, caffe_run  # noqa: F401 - fixtures
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "configs/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+RUN_HERE = (
+    "README.md",
+    "tutorial.md",
+    "your-model.md",
+    "configuration.md",
+    "layers.md",
+    "method.md",
+    "command-line.md",
+)
+"""Pages whose ``sh`` blocks this module runs; the others' are run by the tests of what they describe."""
+NOT_AGAIN = ("scripts/test", "scripts/demo")
+"""The first runs this test; the second has one of its own."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: ``sh``, ``sh caffe`` (runs where Caffe is), ``python caffe``, or something to read."""
+
+    kind: str
+    text: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"^ *```([^\n]*)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL):
+        yield Block(match[1].strip(), match[2])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a copy of what the project's documentation leans on."""
+
+    folder: Path
+
+    def run(self, script: str) -> str:
+        binaries = Path(sys.executable).parent
+        environment = {
+            **os.environ,
+            "PATH": f"{binaries}:{os.environ['PATH']}",
+            "LABELFREE_VENV": str(binaries.parent),
+            "HOME": str(self.folder),
+        }
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("docs") / "labelfree"
+    for name in ("configs", "scripts", "quantize"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # The environment is there already: this one.
+    (folder / "scripts/setup_env").write_text("#!/bin/sh\n")
+    user_files(folder)
+    return Place(folder)
+
+
+def user_files(folder: Path) -> None:
+    """What a reader of your-model.md brings along: a network without data layers, photographs, some labels.
+
+    The network is that of the digits, made to look at the sum of three colors.
+    """
+    config = load(ROOT / "configs/digits.yaml")
+    net = deploy_prototxt(read_prototxt(config.model.prototxt), (3, 8, 8))
+    net.name = "net"
+    (folder / "net.prototxt").write_text(format_prototxt(net))
+    weights = Weights.read(config.model.weights)
+    weights.replace("conv1", [weights["conv1"][0].repeat(3, axis=1) / 3])
+    with open(folder / "net.caffemodel", "wb") as file:
+        weights.write(file)
+    (folder / "photos").mkdir()
+    assert config.data.calibration is not None
+    source = open_source(config.data.calibration.source)
+    lines = []
+    for number in range(1050):
+        image = source.read(number % len(source))
+        pixels = np.kron(image.pixels[0], np.ones((3, 4), np.uint8)).astype(np.uint8)
+        path = folder / "photos" / f"{number:04d}.png"
+        assert cv2.imwrite(str(path), pixels)
+        if number < 100:
+            lines.append(f"photos/{path.name} {image.label}\n")
+    (folder / "labeled.txt").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("name", RUN_HERE)
+def test_every_command_runs(place: Place, name: str) -> None:
+    page = ROOT / name if name == "README.md" else ROOT / "docs" / name
+    for block in blocks(page):
+        if block.kind == "sh":
+            lines = [line for line in block.text.splitlines() if line.split(" ")[0] not in NOT_AGAIN]
+            # The network here is for 8x8 pixels, so `init` chose a shorter side of 9 and not 256.
+            place.run("\n".join(lines).replace("--resize-short 256", "--resize-short 9"))
+
+
+def test_what_needs_caffe_runs_in_caffe(
+    place: Place,
+    caffe_plugin: str,  # noqa: F811
+    caffe_run: Callable[..., "subprocess.CompletedProcess[str]"],  # noqa: F811
+) -> None:
+    if not (place.folder / "out/net/net_val.prototxt").exists():
+        test_every_command_runs(place, "your-model.md")
+    val = (place.folder / "out/net/net_val.prototxt").read_text()
+    files = {
+        "out/net/net_val.prototxt": val.replace(f"{place.folder}/", ""),
+        **{
+            f"out/net/{name}": place.folder / "out/net" / name
+            for name in ("net_deploy.prototxt", "net_renorm.caffemodel")
+        },
+        "val_lmdb": place.folder / "val_lmdb",
+    }
+    seen = []
+    for block in blocks(ROOT / "docs/your-model.md"):
+        if block.kind.endswith(" caffe"):
+            interpreter = "python3" if block.kind.startswith("python") else "sh"
+            command = [
+                "env",
+                f"LD_PRELOAD={caffe_plugin}",
+                "GLOG_minloglevel=0",
+                interpreter,
+                "-ec" if interpreter == "sh" else "-c",
+            ]
+            done = caffe_run([*command, block.text], files)
+            assert done.returncode == 0, done.stderr
+            seen.append(done.stdout + done.stderr)
+    assert len(seen) == 2
+    accuracies = [float(value) for value in re.findall(r"caffe\.cpp:\d+\] \S+ = ([\d.e-]+)\n", seen[0])]
+    ours = json.loads(place.run("labelfree -q evaluate --config net.yaml --validation val_lmdb --json"))
+    assert 100 * accuracies[0] == pytest.approx(ours["quantized"]["top1"], abs=1e-4)
+    assert "class" in seen[1]
+
+
+def test_the_demo_prints_what_the_readme_shows(place: Place) -> None:
+    """The table in README.md is what scripts/demo prints, to a few images (engines round differently)."""
+    shown = re.search(
+        r"^fp32 .*?^quantized [^\n]*", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    printed = re.search(r"^fp32 .*?^quantized [^\n]*", place.run("scripts/demo"), re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    assert printed is not None
+    for left, right in zip(shown[0].splitlines(), printed[0].splitlines(), strict=True):
+        numbers = [
+            [float(n) for n in re.findall(r"[\d.]+", line.removeprefix("fp32"))[:2]] for line in (left, right)
+        ]
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.8), (left, right)
+
+
+def test_what_is_generated_is_current() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/make_docs", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), target
+        if anchor:
+            assert anchor in anchors(other), target
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in readme, page.name
+
+
+def test_every_command_and_option_is_in_the_help() -> None:
+    """An option that a page mentions exists."""
+    commands = ("quantize", "evaluate", "inspect", "init", "make-lmdb", "doctor", "report", "renorm")
+    helps = "".join(
+        subprocess.run(
+            [sys.executable, "-m", "quantize.cli", command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for command in commands
+    )
+    for page in PAGES:
+        for mentioned in re.findall(r"labelfree [a-z-]+[^`\n]*", page.read_text()):
+            for option in re.findall(r" (--[a-z-]+)", mentioned):
+                assert option in helps or option in ("--quiet", "--verbose", "--version"), (
+                    page.name,
+                    mentioned,
+                )
