@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from quantize.caffenet import (
+    TRAIN,
     LayerParameter,
     NetParameter,
     Weights,
@@ -23,12 +26,15 @@ from quantize.caffenet import (
 )
 from quantize.config import CaffeProcess, Config
 from quantize.data.sources import open_source
+from quantize.data.transform import Transform
 from quantize.engines import engine_opener
+from quantize.engines.caffe import Worker
 from quantize.errors import LabelfreeError
 from quantize.feeds import InferenceNet, effective_transform, image_shape
 from quantize.pipeline import LIBRARIES, read_model_prototxt
 from quantize.threads import available_threads
 
+REPORT_LIBRARIES = ("matplotlib", "Jinja2")
 MEMINFO = Path("/proc/meminfo")
 PROBE = np.array([[[[-1.0, 0.24, 0.26, 99.0]]]], np.float32)
 """Input of the engine check: an ActQuantize of step 0.5 makes 0, 0, 0.5 and 63.5 of it."""
@@ -53,13 +59,16 @@ def examine(config: Config | None, process: CaffeProcess | None) -> Iterator[Che
     yield Check(
         "python", sys.version_info >= (3, 10), f"{platform.python_version()} (3.10 or newer is needed)"
     )
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *REPORT_LIBRARIES):
         yield _library(name)
     yield Check("processors", True, f"{available_threads()} usable")
     yield _memory(config)
     yield _attempt("onnx engine", lambda: _engine("onnx", CaffeProcess()))
     if process is not None:
-        yield _attempt("caffe engine", lambda: _engine("caffe", process))
+        worker = _attempt("caffe worker", lambda: _caffe_worker(process))
+        yield worker
+        if worker.well:
+            yield _attempt("caffe plug-in", lambda: _engine("caffe", process))
     if config is not None:
         yield from _job(config)
 
@@ -106,7 +115,13 @@ def _engine(name: str, process: CaffeProcess) -> str:
         raise LabelfreeError(
             f"its ActQuantize computes {found.ravel().tolist()}: install ours (docs/caffe.md)"
         )
-    return "runs, with the ActQuantize layer"
+    return "runs, ActQuantize too"
+
+
+def _caffe_worker(process: CaffeProcess) -> str:
+    """Start pycaffe."""
+    with closing(Worker(process.python, process.pycaffe_path, process.preload, 1)) as worker:
+        return ", ".join(f"{name} {number}" for name, number in worker.versions.items())
 
 
 def _job(config: Config) -> Iterator[Check]:
@@ -131,12 +146,19 @@ def _job(config: Config) -> Iterator[Check]:
     yield _attempt("model.prototxt", prototxt)
     if nets:
         yield _attempt("model.weights", weights)
-        yield _attempt("transform", lambda: str(effective_transform(nets[0], 0, config)))
+        yield _attempt("transform", lambda: _transform(effective_transform(nets[0], TRAIN, config)))
     for name in ("calibration", "validation"):
         given = getattr(config.data, name)
         if given is not None:
             yield _attempt(f"data.{name}", partial(_source, given.source))
     yield _output(config.output)
+
+
+def _transform(transform: Transform) -> str:
+    """What is not at its default."""
+    chosen = {field.name: getattr(transform, field.name) for field in fields(transform)}
+    shown = [f"{key} {value}" for key, value in chosen.items() if value != getattr(Transform(), key)]
+    return ", ".join(shown) or "none: pixels as they are"
 
 
 def _source(path: Path) -> str:
@@ -149,7 +171,10 @@ def _source(path: Path) -> str:
 
 
 def _output(path: Path) -> Check:
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    path = Path(os.path.abspath(path))
+    existing = next(p for p in (path, *path.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     shown = f"{free / 1e9:.1f} GB free at {existing}"
+    if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
+        return Check("output", False, f"cannot write to {existing}: choose another folder")
     return Check("output", free > 1 << 30, shown if free > 1 << 30 else f"{shown}: make room")
