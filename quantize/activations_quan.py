@@ -18,6 +18,7 @@ import numpy as np
 from quantize import histogram
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
 from quantize.config import ActivationSettings
+from quantize.decibels import decibels
 from quantize.engines.base import OpenEngine
 from quantize.histogram import Histogram
 from quantize.progress import SILENT, Progress
@@ -158,7 +159,7 @@ def _finding(
         levels=levels,
         clipped=histogram.clipped_share(seen, step, levels),
         maximum=seen.maximum,
-        sqnr_db=10 * math.log10(energy / loss) if loss > 0 and energy > 0 else None,
+        sqnr_db=decibels(energy, loss),
         dead=seen.dead,
         histogram=[int(n) for n in np.histogram(means, BINS, (0, seen.maximum or 1), weights=counts)[0]],
     )

@@ -17,6 +17,7 @@ import numpy as np
 
 from quantize.caffenet import LayerParameter, NetParameter, Weights, live_blobs, single_assignment
 from quantize.config import GridChoice
+from quantize.decibels import decibels
 from quantize.engines.base import Engine, FloatArray, Moments, OpenEngine, RangeResult
 from quantize.errors import LabelfreeError
 from quantize.grids import Floats, make_grid
@@ -314,4 +315,4 @@ def _rounded(
 
 def _sqnr(statistics: Statistics, kernels: Floats) -> float | None:
     energy, error = float(statistics.energy.sum()), float(statistics.error(kernels).sum())
-    return 10 * math.log10(energy / error) if energy > 0 and error > 0 else None
+    return decibels(energy, error)

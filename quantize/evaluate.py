@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from quantize.caffenet import NetParameter, Weights
 from quantize.data.loader import Images
+from quantize.decibels import decibels
 from quantize.engines.base import Engine, FloatArray, OpenEngine
 from quantize.errors import InputError, LabelfreeError
 from quantize.progress import SILENT, Progress
@@ -173,11 +173,6 @@ def log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     below = scores - scores.max(axis=1, keepdims=True)
     shifted: npt.NDArray[np.float64] = below - np.log(np.exp(below).sum(axis=1, keepdims=True))
     return shifted
-
-
-def decibels(energy: float, loss: float) -> float | None:
-    """10 log10(energy / loss): a signal-to-quantization-noise ratio; None where either is 0 or not finite."""
-    return 10 * math.log10(energy / loss) if 0 < energy < math.inf and 0 < loss < math.inf else None
 
 
 def count_top_k(scores: FloatArray, labels: npt.NDArray[np.int64], k: int) -> int:

@@ -8,7 +8,6 @@ alpha * Qx + b.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,7 @@ import numpy as np
 from quantize.caffenet import LayerParameter, NetParameter, Weights, insert_after
 from quantize.config import GridChoice, LayerChoice, WeightSettings
 from quantize.data_aware import Calibration, DataAwareFit, data_aware
+from quantize.decibels import decibels
 from quantize.errors import InputError
 from quantize.grids import make_grid
 from quantize.kernels import from_kernels, to_kernels
@@ -136,7 +136,7 @@ def weights_quan(
                 kernels=len(w),
                 weights=w.size,
                 loss=loss,
-                sqnr_db=10 * math.log10(energy / loss) if loss > 0 and energy > 0 else None,
+                sqnr_db=decibels(energy, loss),
                 output_sqnr_db=informed.output_sqnr_db if informed else None,
                 nearest_sqnr_db=informed.nearest_sqnr_db if informed else None,
             )

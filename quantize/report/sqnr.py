@@ -15,13 +15,16 @@ import numpy as np
 
 from quantize.caffenet import NetParameter, Weights, single_assignment
 from quantize.data.loader import Images
+from quantize.decibels import decibels
 from quantize.engines.base import FloatArray, OpenEngine, Range
-from quantize.evaluate import decibels
 from quantize.progress import SILENT, Progress
 from quantize.report.chains import LINEAR, followers
 
-MEASURED_IMAGES = 32
+MOST_IMAGES = 32
 """Enough for a tenth of a decibel: every image adds thousands of values per layer."""
+FEWEST_IMAGES = 4
+SHARE = 1 / 32
+"""Of the images that the stages pass through the net. Three nets see each: a tenth of the run's time."""
 MICRO_BATCH_BYTES = 32 << 20
 """What the measured outputs of one net may take in one micro-batch."""
 FLOAT_BYTES = 4
@@ -49,6 +52,11 @@ class LayerSqnr:
     sqnr_db: dict[str, float | None]
 
 
+def images_to_measure(passed: int) -> int:
+    """How many images are enough, where the stages pass ``passed`` through the net."""
+    return min(MOST_IMAGES, max(FEWEST_IMAGES, int(passed * SHARE)))
+
+
 def output_sqnr(
     full: Version,
     others: Mapping[str, Version],
@@ -63,17 +71,16 @@ def output_sqnr(
         full: the net before compression.
         others: versions that have layers of the same names.
         layers: names of layers with weights.
-        images: what to measure on; the first `MEASURED_IMAGES` of them.
+        images: what to measure on.
     """
     energy = dict.fromkeys(layers, 0.0)
     loss = {name: dict.fromkeys(layers, 0.0) for name in others}
     with ExitStack() as stack:
-        count = min(MEASURED_IMAGES, len(images))
-        progress.start("report", count)
+        progress.start("report", len(images))
         versions = [full, *others.values()]
         taps = [_Taps(version, layers, images, open_engine, stack) for version in versions]
-        batch = max(1, min(count, MICRO_BATCH_BYTES // max(t.bytes_per_image for t in taps)))
-        for pixels, _ in images.batches(batch, 0, count):
+        batch = max(1, min(len(images), MICRO_BATCH_BYTES // max(t.bytes_per_image for t in taps)))
+        for pixels, _ in images.batches(batch):
             reference = taps[0].run(pixels)
             for layer in layers:
                 energy[layer] += squared(reference[layer])
