@@ -50,7 +50,7 @@ from quantize.progress import SILENT, Progress
 from quantize.prototxts import deploy_prototxt, validation_prototxt
 from quantize.renorm import renorm
 from quantize.report.page import Caffemodels, render
-from quantize.report.sqnr import MEASURED_IMAGES, Version, output_sqnr
+from quantize.report.sqnr import Version, images_to_measure, output_sqnr
 from quantize.sweep import Feed
 from quantize.threads import available_threads
 from quantize.weights_quan import ALPHA_SUFFIX, QUANTIZED_TYPES, choices, weights_quan, with_alpha_terms
@@ -205,8 +205,9 @@ class Run:
         if self.config.data.calibration is None or not layers:
             return
         try:
-            count = min(MEASURED_IMAGES, len(calibration_feed(self.config, self.net, 1).images.source))
-            images = calibration_feed(self.config, self.net, count).images
+            enough = images_to_measure(self.config.renorm.images + self.config.activations.images)
+            present = len(calibration_feed(self.config, self.net, 1).images.source)
+            images = calibration_feed(self.config, self.net, min(enough, present)).images
             candidates = _candidates(self.config, self.net)
             versions = {name: Version(c.net, c.weights, c.blob) for name, c in candidates.items()}
             full = versions.pop("fp32")
@@ -214,7 +215,7 @@ class Run:
         except LabelfreeError as error:
             self.progress.note(f"output SQNR is not measured: {error}")
             return
-        self.report["output_sqnr"] = {"images": count, "layers": [asdict(layer) for layer in found]}
+        self.report["output_sqnr"] = {"images": len(images), "layers": [asdict(layer) for layer in found]}
         _write_json(self.folder, self.report)
 
     def _calibration(self) -> Calibration | None:
