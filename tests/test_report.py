@@ -175,6 +175,15 @@ def test_the_first_stage_alone_has_a_page_that_says_so(job: Job) -> None:
     assert "BatchNorm before and after" not in page
 
 
+def test_a_network_that_is_left_as_it_is_has_a_page(job: Job) -> None:
+    layers = ("conv1", "left", "right_a", "right_b", "fc1", "fc2")
+    skipping = ", ".join(f"{name}: {{skip: true}}" for name in layers)
+    notes = Notes()
+    Run(job.config(f"weights.layers={{{skipping}}}"), notes).quantize()
+    assert not any("report.html" in note for note in notes.notes), notes.notes
+    assert "fc2 keeps full precision" in page_of(job)
+
+
 def test_without_calibration_images_the_page_has_no_output_sqnr(job: Job) -> None:
     Run(job.config("data.calibration=null")).quantize(("weights",))
     assert "output_sqnr" not in report_of(job)

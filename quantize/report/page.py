@@ -73,7 +73,7 @@ def render(report: dict[str, Any], net: NetParameter, weights: Caffemodels) -> s
     stage = report["stages"].get("renorm")
     moved = max(stage["layers"], key=_shift)["name"] if stage and stage["layers"] else None
     pictures = {
-        "depth": [plots.depth_plot(rows)],
+        "depth": [plots.depth_plot(rows)] if any(row.weights for row in rows) else [],
         "weights": _weight_plots(rows, net, weights),
         "norms": plots.norm_scatters(norms, moved) if norms else [],
         "activations": _activation_plots(report),

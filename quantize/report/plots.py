@@ -74,10 +74,12 @@ SQUARE = Panel((4.3, 3.3), (0.15, 0.15, 0.82, 0.82))
 
 def depth_plot(rows: Sequence[Row]) -> str:
     """SQNR of the weights and of the output of every layer with weights, along the depth."""
-    layers = [row for row in rows if row.weights is not None]
+    numbered = [(number, row) for number, row in enumerate(rows, 1) if row.weights is not None]
+    layers = [row for _, row in numbered]
+    named = len(layers) <= NAMED_LAYERS
 
     def draw(axes: Axes) -> None:
-        place = np.arange(1, len(layers) + 1)
+        place = np.arange(1, len(layers) + 1) if named else np.array([number for number, _ in numbered])
         for label, color, style, values in (
             ("weights alone", WEIGHTS, "o", [row.weights and row.weights["sqnr_db"] for row in layers]),
             ("output without renorm", BEFORE, "s--", [_output(row, "without_renorm") for row in layers]),
@@ -88,8 +90,8 @@ def depth_plot(rows: Sequence[Row]) -> str:
                 axes.plot(place, numbers, style, color=color, label=label, markersize=4, linewidth=1.4)
         axes.set_ylabel("SQNR, dB (higher is better)")
         axes.grid(axis="y", linewidth=0.6)
-        axes.set_xlim(0.5, len(layers) + 0.5)
-        if len(layers) <= NAMED_LAYERS:
+        axes.set_xlim(place[0] - 0.5, place[-1] + 0.5)
+        if named:
             names = [shortened(row.name) for row in layers]
             axes.set_xticks(place, names, rotation=35, ha="right", rotation_mode="anchor")
         else:
