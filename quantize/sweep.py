@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections import defaultdict
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -28,6 +28,9 @@ from quantize.errors import InputError
 from quantize.progress import SILENT, Progress
 
 FLOAT_BYTES = 4
+ALIGNMENT = 64
+GAPS = 4
+"""An arena has one part in so many more than what is in use."""
 MICRO_BATCH_BYTES = 64 << 20
 """What one micro-batch may hold at the widest layer: large enough to keep the cores busy, small enough for
 the rest of the memory bound."""
@@ -108,7 +111,7 @@ class Costs:
             for layer in net.layer
         ]
         live = [
-            sum(values[name] * FLOAT_BYTES for name in live_blobs(net, place, outputs))
+            sum(aligned(values[name] * FLOAT_BYTES) for name in live_blobs(net, place, outputs))
             for place in range(len(net.layer) + 1)
         ]
         widest = max(
@@ -171,6 +174,11 @@ class Plan:
             ),
             default=0,
         )
+
+
+def aligned(size: int) -> int:
+    """``size`` rounded up so that arrays laid one behind the other stay aligned."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def micro_batch_size(widest: int, images: int, memory: int | None) -> int:
@@ -346,43 +354,48 @@ def _routes(
     return tuple(routes)
 
 
-class Buffers:
-    """Arrays for frontiers.
+class Arena:
+    """One mapping of memory in which frontiers come and go.
 
-    A new array costs a page fault per page when it is first written, so an array that is given back is used
-    again where the size fits. Where it does not, unused arrays go back to the system, so that all together
-    never take more than the limit if those in use do not. Each is a mapping of its own: freed memory of the
-    allocator may stay with the process.
+    The first touch of every page is a page fault, which may cost more than computing what is written there.
+    So arrays are put at the lowest free place, where most likely others have been. Gaps between arrays may be
+    too small for others, so the mapping is a little larger than all that is kept at a time. What is never
+    touched takes no memory.
+
+    Args:
+        size: bytes that are in use at a time, at most.
     """
 
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self.bytes = 0
-        self._unused: dict[int, list[FloatArray]] = defaultdict(list)
+    def __init__(self, size: int) -> None:
+        size = max(size + size // GAPS, 1)
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = np.frombuffer(pages, np.uint8)
+        self._free = [(0, size)]
+        """Start and end of the free places, in order; no two are adjacent."""
 
     def take(self, shape: tuple[int, ...]) -> FloatArray:
-        """An array with any content."""
+        """An array with any content; outside of the arena should all gaps be too small."""
         size = FLOAT_BYTES * math.prod(shape)
-        unused = self._unused[size]
-        if not unused:
-            self._shrink(size)
-            self.bytes += size
-            pages = mmap.mmap(-1, max(size, 1))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                pages.madvise(mmap.MADV_HUGEPAGE)
-            unused.append(np.frombuffer(pages, np.float32, math.prod(shape)))
-        return unused.pop().reshape(shape)
+        for index, (start, end) in enumerate(self._free):
+            if end - start >= aligned(size):
+                rest = (start + aligned(size), end)
+                self._free[index : index + 1] = [rest] if rest[0] < end else []
+                return self._memory[start : start + size].view(np.float32).reshape(shape)
+        return np.empty(shape, np.float32)
 
     def give(self, array: FloatArray) -> None:
         """Give back an array that was taken; nobody may use it from now on."""
-        self._unused[array.nbytes].append(array.reshape(-1))
-
-    def _shrink(self, size: int) -> None:
-        """Make room for ``size`` bytes as far as arrays are unused."""
-        for other, arrays in self._unused.items():
-            while arrays and self.limit is not None and self.bytes + size > self.limit:
-                arrays.pop()
-                self.bytes -= other
+        start = array.ctypes.data - self._memory.ctypes.data
+        if not 0 <= start < len(self._memory):
+            return
+        end = start + aligned(array.nbytes)
+        index = bisect(self._free, (start, end))
+        if index < len(self._free) and self._free[index][0] == end:
+            end = self._free.pop(index)[1]
+        if index and self._free[index - 1][1] == start:
+            index -= 1
+            start = self._free.pop(index)[0]
+        self._free.insert(index, (start, end))
 
 
 class Sweep:
@@ -399,7 +412,6 @@ class Sweep:
         self.engine = engine
         self.feed = feed
         self.steps = steps
-        self.memory = memory
         self.costs = Costs.of(engine.net, engine.shapes, list(engine.inputs), ())
         self.plan = plan(self.costs, steps, len(feed.images), memory)
 
@@ -410,11 +422,11 @@ class Sweep:
             measured: called after each step with the moments over all images; it may change the engine's
                 blobs of layers at or behind the step's cut.
         """
-        buffers = Buffers(self.memory)
+        arena = Arena(self.plan.kept_bytes)
         groups: list[_Group] = []
         first = 0
         for route in self.plan.routes:
-            groups.append(_Group(self, route, range(first, first + route.images), buffers))
+            groups.append(_Group(self, route, range(first, first + route.images), arena))
             first += route.images
         for number, step in enumerate(self.steps):
             found: list[dict[str, Moments]] = []
@@ -427,12 +439,12 @@ class Sweep:
 class _Group:
     """The images of one route, in chunks of one micro-batch, and the blobs that are kept of each chunk."""
 
-    def __init__(self, sweep: Sweep, route: Route, images: range, buffers: Buffers) -> None:
+    def __init__(self, sweep: Sweep, route: Route, images: range, arena: Arena) -> None:
         self.sweep = sweep
         self.route = route
         self.batch = sweep.plan.micro_batch
         self.images = images
-        self.buffers = buffers
+        self.arena = arena
         self.kept: list[dict[str, FloatArray]] = [{} for _ in range(0, len(images), self.batch)]
 
     def growth(self, number: int) -> int:
@@ -452,7 +464,7 @@ class _Group:
         work = costs.between(origin, step.stop)
         for chunk, feeds in enumerate(self._feeds(origin)):
             count = len(next(iter(feeds.values())))
-            room = {name: self.buffers.take((count, *engine.shapes.blobs[name][1:])) for name in fresh}
+            room = {name: self.arena.take((count, *engine.shapes.blobs[name][1:])) for name in fresh}
             yield runner.run({name: feeds[name] for name in runner.inputs}, room).moments
             self._keep(chunk, {} if last else {**self.kept[chunk], **room}, wanted)
             progress.advance(work * count)
@@ -462,7 +474,7 @@ class _Group:
         kept = {name: array for name, array in blobs.items() if name in wanted}
         for name, array in self.kept[chunk].items():
             if name not in kept:
-                self.buffers.give(array)
+                self.arena.give(array)
         self.kept[chunk] = kept
 
     def _feeds(self, origin: int | None) -> Iterator[Mapping[str, FloatArray]]:

@@ -2,12 +2,13 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.errors import InputError
-from quantize.sweep import Buffers, Costs, Plan, Route, Step, micro_batch_size, plan
+from quantize.sweep import Arena, Costs, Plan, Route, Step, micro_batch_size, plan
 
 
 def best_work(costs: Costs, steps: list[Step], bound: int) -> float:
@@ -118,27 +119,43 @@ def test_too_small_a_bound_names_the_least() -> None:
         micro_batch_size(2_000_000, 10, 1000)
 
 
-def test_buffers_are_used_again_and_given_up_for_others() -> None:
-    buffers = Buffers(limit=100 * 4)
-    first, second = buffers.take((5, 10)), buffers.take((50,))
-    first[:], second[:] = 1, 2
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), max_size=60))
+def test_arrays_of_an_arena_do_not_share_memory(requests: list[tuple[int, int]]) -> None:
+    """Arrays come and go at random; each keeps its content until it is given back."""
+    arena = Arena(64 * 40)
+    probe = arena.take((1,))
+    start = probe.ctypes.data
+    arena.give(probe)
+    taken: list[np.ndarray] = []
+    for number, (size, victim) in enumerate(requests):
+        array = arena.take((size, 2))
+        array[:] = number
+        taken.append(array)
+        while len(taken) > 5 or sum(a.nbytes for a in taken) > 64 * 20:
+            arena.give(taken.pop(victim % len(taken)))
+        for array in taken:
+            assert (array == array[0, 0]).all()
+        assert len({array[0, 0] for array in taken}) == len(taken)
+    for array in taken:
+        arena.give(array)
+    whole = arena.take((64 * 50 // 4,))  # what has been given back is in one piece again
+    assert whole.ctypes.data == start
+
+
+def test_an_arena_uses_touched_memory_first() -> None:
+    arena = Arena(64 * 8)
+    first, second = arena.take((16,)), arena.take((16,))
     address = first.ctypes.data
-    buffers.give(first)
-    again = buffers.take((10, 5))
-    assert again.ctypes.data == address
-    assert again.shape == (10, 5)
-    buffers.give(again)
-    third = buffers.take((30,))  # 50 + 50 + 30 values are more than the limit: what is unused makes room
-    assert buffers.bytes == 80 * 4
-    third[:] = 3
-    assert (second == 2).all()
-    buffers.take((1000,))  # what is in use is never taken away
-    assert buffers.bytes == 1080 * 4
-    assert (third == 3).all()
+    arena.give(first)
+    assert arena.take((16,)).ctypes.data == address
+    assert arena.take((16,)).ctypes.data == second.ctypes.data + 64
 
 
-def test_without_a_limit_nothing_is_given_up() -> None:
-    buffers = Buffers(None)
-    buffers.give(buffers.take((50,)))
-    buffers.take((60,))
-    assert buffers.bytes == 110 * 4
+def test_a_full_arena_still_gives_arrays() -> None:
+    arena = Arena(64)
+    arrays = [arena.take((16,)) for _ in range(3)]
+    for number, array in enumerate(arrays):
+        array[:] = number
+    assert [array[3] for array in arrays] == [0, 1, 2]
+    for array in arrays:
+        arena.give(array)
