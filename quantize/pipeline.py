@@ -58,7 +58,10 @@ from quantize.weights_quan import ALPHA_SUFFIX, QUANTIZED_TYPES, choices, weight
 STAGES = ("weights", "renorm", "activations")
 REPORT = "report.json"
 PAGE = "report.html"
-LIBRARIES = ("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb")
+LIBRARIES = (
+    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb"),
+    *("matplotlib", "jinja2"),
+)
 READ_BLOCK = 1 << 20
 
 

@@ -84,7 +84,7 @@ class Place:
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("docs") / "labelfree"
-    for name in ("configs", "scripts", "quantize"):
+    for name in ("configs", "scripts"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     # The environment is there already: this one.
     (folder / "scripts/setup_env").write_text("#!/bin/sh\n")

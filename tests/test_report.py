@@ -239,7 +239,13 @@ def test_softmax_of_large_scores() -> None:
     np.testing.assert_allclose(found[1], np.exp([0, 1, 2]) / np.exp([0, 1, 2]).sum())
 
 
-# ---- A large network ----
+# ---- What it costs ----
+
+
+def test_plots_are_only_imported_to_plot() -> None:
+    code = "import sys, quantize.pipeline; print([m for m in ('matplotlib', 'jinja2') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
 
 
 def test_a_large_network_has_a_small_page() -> None:

@@ -78,7 +78,7 @@ def _accuracy(report: Record) -> list[Advice]:
         return [
             Advice(
                 "note",
-                "Nobody has compared the results of the two networks yet.",
+                "The results of the two networks have not been compared yet.",
                 "Measure agreement with full precision, and accuracy where there are labels:",
                 "labelfree report --evaluate --config YOUR.yaml",
             )
