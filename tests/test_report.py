@@ -308,7 +308,9 @@ def test_a_large_network_has_a_small_page() -> None:
 def the_report(**stages: Any) -> dict[str, Any]:
     weights = {"layers": [], "skipped": []}
     evaluation = {"closeness": {"quantized": {"agreement": 99.0}}}
-    return {"name": "n", "evaluation": evaluation, "stages": {"weights": weights, **stages}}
+    settings = {"weights": {"solver": "optimal"}}
+    stages = {"weights": weights, **stages}
+    return {"name": "n", "settings": settings, "evaluation": evaluation, "stages": stages}
 
 
 RENORM = {
@@ -362,6 +364,15 @@ def test_advice_where_all_is_well() -> None:
         ({**the_report(), "evaluation": None}, [], "labelfree report --evaluate"),
         (
             {**the_report(), "evaluation": {"closeness": {"quantized": {"agreement": 80.0}}}},
+            [],
+            "warning: .*only 80.00 %.*--quality best",
+        ),
+        (
+            {
+                **the_report(),
+                "evaluation": {"closeness": {"quantized": {"agreement": 80.0}}},
+                "settings": {"weights": {"solver": "data_aware"}},
+            },
             [],
             "warning: .*only 80.00 %.*weights.bits=5",
         ),
