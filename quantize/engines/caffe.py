@@ -379,6 +379,7 @@ class CaffeEngine(Engine):
         worker: Worker | None = None,
     ) -> None:
         self._shares = worker is not None
+        self.number = 0  # until the net is open
         self.worker = worker or Worker(command, pycaffe_path, preload, threads, timeout)
         try:
             batch = {name: (1, *shape) for name, shape in inputs.items()}
@@ -409,7 +410,7 @@ class CaffeEngine(Engine):
         """Close the net, and the worker if it is this engine's own."""
         if not self._shares:
             self.worker.close()
-        elif self.worker.alive:
+        elif self.number and self.worker.alive:
             self.worker.call("closing a net", {"op": "close", "net": self.number})
 
 

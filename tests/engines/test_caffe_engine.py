@@ -65,6 +65,7 @@ class Net(object):
         self.name = re.search('name: "(.*)"', text).group(1)
         shape = [int(dim) for dim in re.findall(r"dim: (\\d+)", text)]
         self._layer_names = ["double"]
+        self.top_names = {"double": ["double"]}
         self.layers = [Layer()]
         self.blobs = OrderedDict([("data", Blob(*shape)), ("double", Blob(*shape))])
         self.params = OrderedDict([("double", [Blob(shape[1])])])
