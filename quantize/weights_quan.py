@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from quantize.caffenet import LayerParameter, NetParameter, Weights, insert_after
 from quantize.config import GridChoice, LayerChoice, WeightSettings
@@ -126,8 +127,9 @@ def weights_quan(
         weights.replace(name, [from_kernels(layer, found.Q, blob.shape), *bias])
         shift = [(b.reshape(-1) * (1 - found.alpha)).astype(np.float32) for b in bias]
         weights.insert_after(name, _alpha_layer(layer), [found.alpha.astype(np.float32), *shift])
-        loss = float(np.square(w - found.alpha[:, None] * found.Q).sum())
-        energy = float(np.square(w, dtype=np.float64).sum())
+        # Kernel by kernel: float64 copies of the largest layers would take more than the whole model.
+        loss = sum(_energy(kernel - a * q) for kernel, a, q in zip(w, found.alpha, found.Q, strict=True))
+        energy = sum(_energy(kernel) for kernel in w)
         findings.append(
             QuantizedLayer(
                 name=name,
@@ -155,6 +157,10 @@ def with_alpha_terms(net: NetParameter, weights: Weights) -> NetParameter:
         if name + ALPHA_SUFFIX in weights and name + ALPHA_SUFFIX not in present:
             insert_after(changed, name, _alpha_layer(_layer(net, name)))
     return changed
+
+
+def _energy(x: npt.NDArray[np.floating[Any]]) -> float:
+    return float(np.square(x, dtype=np.float64).sum())
 
 
 def _layer(net: NetParameter, name: str) -> LayerParameter:
