@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from quantize.errors import InputError
 
@@ -48,6 +48,8 @@ def parse_command(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+Whole = Annotated[int, Strict()]
+"""A number; ``true`` is none, although Python counts it as 1."""
 Bytes = Annotated[int | None, BeforeValidator(parse_size)]
 Command = Annotated[list[str], Field(min_length=1), BeforeValidator(parse_command)]
 GridName = Literal["power_of_two", "fixed_point", "uniform"]
@@ -72,7 +74,7 @@ class Calibration(Section):
     """The unlabeled images."""
 
     source: Path = Field(description="LMDB folder, image folder or list file")
-    images: int | None = Field(
+    images: Whole | None = Field(
         None, ge=1, description="use the first so many (default: as many as a stage asks)"
     )
 
@@ -81,20 +83,20 @@ class Validation(Section):
     """The labeled images that `evaluate` and `caffe test` use."""
 
     source: Path = Field(description="LMDB folder, image folder or list file")
-    batch_size: int = Field(50, ge=1, description="of the Data layer in NAME_val.prototxt")
+    batch_size: Whole = Field(50, ge=1, description="of the Data layer in NAME_val.prototxt")
 
 
 class TransformKeys(Section):
     """From image to input blob, as Caffe's transform_param; replaces the prototxt's own."""
 
-    crop_size: int | None = Field(None, ge=0, description="side of the square crop; 0: none")
+    crop_size: Whole | None = Field(None, ge=0, description="side of the square crop; 0: none")
     mirror: bool | None = Field(None, description="mirror every other image at random")
     scale: float | None = Field(None, description="factor after the mean is subtracted")
     mean_value: list[float] | None = Field(None, description="per channel (BGR), or one for all")
     mean_file: Path | None = Field(None, description="binaryproto with a mean image")
     force_color: bool | None = Field(None, description="decode images to three channels whatever they have")
     force_gray: bool | None = Field(None, description="decode images to one channel")
-    resize_short: int | None = Field(None, ge=1, description="resize the shorter side to this first")
+    resize_short: Whole | None = Field(None, ge=1, description="resize the shorter side to this first")
     resize: tuple[int, int] | None = Field(None, description="resize to [height, width] first")
 
     @model_validator(mode="before")
@@ -115,7 +117,7 @@ class Data(Section):
     transform: TransformKeys = Field(
         TransformKeys(), description="overrides of the prototxt's transform_param"
     )
-    seed: int = Field(0, ge=0, description="of the random crops and mirrors")
+    seed: Whole = Field(0, ge=0, description="of the random crops and mirrors")
 
 
 class CaffeProcess(Section):
@@ -129,7 +131,7 @@ class CaffeProcess(Section):
 class GridChoice(Section):
     """A grid and its number of bits."""
 
-    bits: int = Field(4, ge=2, le=8, description="bits per weight")
+    bits: Whole = Field(4, ge=2, le=8, description="bits per weight")
     grid: GridName = Field(
         "power_of_two", description="the levels a weight may take, times the kernel's alpha"
     )
@@ -156,7 +158,7 @@ class WeightSettings(GridChoice):
         description="data_aware: what changes each layer's output least on the calibration images; "
         "optimal: the least error of the weights; reference: the paper's iteration",
     )
-    images: int = Field(1000, ge=1, description="calibration images, for solver data_aware")
+    images: Whole = Field(1000, ge=1, description="calibration images, for solver data_aware")
     first_last: GridChoice = Field(
         GridChoice(bits=8, grid="fixed_point"), description="for the first and the last quantized layer"
     )
@@ -183,7 +185,7 @@ class WeightSettings(GridChoice):
 class RenormSettings(Section):
     """Stage 2."""
 
-    images: int = Field(1000, ge=1, description="calibration images")
+    images: Whole = Field(1000, ge=1, description="calibration images")
     augment: Literal["train", "test"] = Field(
         "train",
         description="train: random crop and mirror as the TRAIN transform says, seeded; test: centre crop",
@@ -194,11 +196,11 @@ class RenormSettings(Section):
 class ActivationSettings(Section):
     """Stage 3."""
 
-    bits: int = Field(8, ge=4, le=8, description="codes 0 .. 2^(bits-1) - 1")
-    levels: int | None = Field(
+    bits: Whole = Field(8, ge=4, le=8, description="codes 0 .. 2^(bits-1) - 1")
+    levels: Whole | None = Field(
         None, ge=1, le=255, description="the largest code, instead of bits; 255: full byte"
     )
-    images: int = Field(400, ge=1, description="calibration images")
+    images: Whole = Field(400, ge=1, description="calibration images")
     solver: Literal["optimal", "reference"] = Field("optimal", description="reference: the paper's iteration")
 
     @property
@@ -220,7 +222,7 @@ class Config(Section):
     weights: WeightSettings = Field(WeightSettings())
     renorm: RenormSettings = Field(RenormSettings())
     activations: ActivationSettings = Field(ActivationSettings())
-    threads: int | None = Field(
+    threads: Whole | None = Field(
         None, ge=1, le=1024, description="default: the processors this process may use"
     )
     output: Path = Field(description="folder for everything that is written")
@@ -235,10 +237,11 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} is given twice (line {node.start_mark.line + 1})")
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key.value, str)):
+            if key.value in seen:
+                raise yaml.YAMLError(f"key {key.value!r} is given twice (line {key.start_mark.line + 1})")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -83,6 +83,7 @@ def test_overrides_inherit_what_they_do_not_name() -> None:
         ("renorm.memory=0", ["renorm.memory", "above zero"]),
         ("renorm.memory=-1", ["renorm.memory", "-1", "2GiB"]),
         ("renorm.memory=2 potatoes", ["renorm.memory", "'2 potatoes'", "2GiB"]),
+        ("renorm.images=true", ["renorm.images", "True", "integer"]),
         ("renorm.images=0", ["renorm.images", "greater than or equal to 1"]),
         ("activations.levels=300", ["activations.levels", "255"]),
         ("name=../x", ["name", "'../x'"]),
