@@ -44,6 +44,7 @@ class Lines(Progress):
         self._spoke = 0.0
         self._done = 0.0
         self._total = 0.0
+        self._notes: set[str] = set()
 
     def start(self, title: str, total: float) -> None:
         """End the work before and begin the next."""
@@ -64,8 +65,10 @@ class Lines(Progress):
             self._say(f"{self._title}: {share:.0f} %, {rate_text(self._title, rate)}, {left:.0f} s left")
 
     def note(self, text: str) -> None:
-        """Show a line."""
-        self._say(f"note: {text}")
+        """Show a line; what several stages say is shown once."""
+        if text not in self._notes:
+            self._notes.add(text)
+            self._say(f"note: {text}")
 
     def stop(self) -> None:
         """Say how long the work took and how fast it was."""
@@ -85,6 +88,7 @@ class Bars(Progress):
     def __init__(self) -> None:
         self._bars: RichProgress | None = None
         self._task: TaskID | None = None
+        self._notes: set[str] = set()
 
     def start(self, title: str, total: float) -> None:
         """A full bar stays, a new one begins."""
@@ -126,7 +130,10 @@ class Bars(Progress):
             self._bars.advance(self._task, amount)
 
     def note(self, text: str) -> None:
-        """Show a line above the bar."""
+        """Show a line above the bar; what several stages say is shown once."""
+        if text in self._notes:
+            return
+        self._notes.add(text)
         if self._bars is None:
             print(f"note: {text}", file=sys.stderr, flush=True)
         else:

@@ -420,9 +420,11 @@ def test_lines_say_rate_and_time_left(
     lines.start("activations", 100)
     for amount in (10, 30, 10):
         lines.advance(amount)
+        lines.note("a guess")
     lines.stop()
     assert capsys.readouterr().err.splitlines() == [
         "activations ...",
+        "note: a guess",
         "activations: 40 %, 2 images/s, 30 s left",
         "activations: 30.0 s, 1.67 images/s",
     ]
