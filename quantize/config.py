@@ -245,6 +245,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _yaml_fault(error: Exception) -> str:
+    """What PyYAML says, in one line and without its name for text that is no file."""
+    return " ".join(str(error).replace('in "<byte string>", ', "at ").split())[:300]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -259,7 +264,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{path}: not valid YAML: {_yaml_fault(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a configuration: expected keys such as name, model, data, output")
     return content

@@ -73,7 +73,10 @@ def layer_shapes(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """
     registered = _rules.get(layer.type)
     if registered is None:
-        raise ShapeError(f"this layer type is not supported; supported are: {', '.join(sorted(_rules))}")
+        raise ShapeError(
+            "this layer type is not supported (engine: caffe runs what your Caffe knows); supported are: "
+            f"{', '.join(sorted(_rules))}"
+        )
     if not registered.least_bottoms <= len(bottoms) <= registered.most_bottoms:
         raise ShapeError(f"{len(bottoms)} bottoms; the type does not take so many or so few")
     return registered.rule(layer, bottoms)

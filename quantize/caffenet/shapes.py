@@ -106,7 +106,7 @@ def check_weights(net: NetParameter, weights: Weights, shapes: Shapes) -> None:
             if blob.shape != shape and blob.shape != (1,) * (4 - len(shape)) + shape:
                 raise InputError(
                     f"{where}: blob {index} must have the shape {shape} but has {blob.shape} in the "
-                    "caffemodel; it belongs to another net"
+                    "caffemodel; it belongs to another net, or the images have other channels or another size"
                 )
             if not _all_finite(blob):
                 raise InputError(
