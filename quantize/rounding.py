@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,8 @@ ALPHA_RATIOS = np.geomspace(0.4, 1.25, 24)
 """Scales tried for each kernel, relative to the one with the least error of the weights."""
 ROUNDS = 2
 SWEEPS = 4
+LEAST_GAIN = 1e-3
+"""Sweeps end when one lowers the loss of the layer by less than this share."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class Problem:
     target: Floats
     H: Floats
 
+    @cached_property
+    def targetH(self) -> Floats:  # noqa: N802
+        """The target times H: (G, n, k)."""
+        return self.target @ self.H
+
     @classmethod
     def of(cls, weights: Floats, statistics: Statistics, damping: float = DAMPING) -> Problem:
         """The damped problem: where the images say nothing, the weights stay what they are.
@@ -101,10 +109,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Rounding:
-    """alpha (G, n) and Q (G, n, k) on the grid, and the loss (G, n) of alpha * Q."""
+    """alpha (G, n) and Q (G, n, k) on the grid, Q times H, and the loss (G, n) of alpha * Q."""
 
     alpha: Floats
     Q: Floats
+    QH: Floats
     loss: Floats
 
     def better(self, other: Rounding) -> Rounding:
@@ -113,6 +122,7 @@ class Rounding:
         return Rounding(
             np.where(wins, other.alpha, self.alpha),
             np.where(wins[:, :, None], other.Q, self.Q),
+            np.where(wins[:, :, None], other.QH, self.QH),
             np.where(wins, other.loss, self.loss),
         )
 
@@ -131,8 +141,9 @@ def round_kernels(problem: Problem, grid: Grid) -> Rounding:
             found = descended(sorted_problem, found, nearest)
             best = best.better(found)
             alpha = found.alpha
-    inverse = np.argsort(order, axis=1)
-    return Rounding(best.alpha, np.take_along_axis(best.Q, inverse[:, None, :], axis=2), best.loss)
+    inverse = np.argsort(order, axis=1)[:, None, :]
+    Q, QH = (np.take_along_axis(rows, inverse, axis=2) for rows in (best.Q, best.QH))
+    return Rounding(best.alpha, Q, QH, best.loss)
 
 
 class Nearest:
@@ -188,15 +199,13 @@ def recursion(target: Floats, factor: Floats, alpha: Floats, nearest: Nearest) -
     return Q
 
 
-def coordinate_descent(problem: Problem, Q: Floats, alpha: Floats, nearest: Nearest) -> Floats:
+def coordinate_descent(problem: Problem, start: Rounding, nearest: Nearest) -> Floats:
     """One sweep: each weight takes the level that is best given all others. It never raises the loss."""
-    H = problem.H
+    H, alpha = problem.H, start.alpha
     diagonal = np.diagonal(H, axis1=1, axis2=2)
-    Q = Q.copy()
-    error = problem.target - alpha[:, :, None] * Q
-    slope = error @ H
+    Q = start.Q.copy()
+    slope = problem.targetH - alpha[:, :, None] * start.QH
     for block in reversed(list(_blocks(Q.shape[2]))):
-        before = error[:, :, block].copy()
         inside, near = H[:, block, block], slope[:, :, block].copy()
         for i in reversed(range(near.shape[2])):
             at = block.start + i
@@ -204,9 +213,10 @@ def coordinate_descent(problem: Problem, Q: Floats, alpha: Floats, nearest: Near
             level = nearest(wished[:, :, None], alpha)[:, :, 0]
             change = alpha * (Q[:, :, at] - level)
             Q[:, :, at] = level
-            error[:, :, at] += change
             near += change[:, :, None] * inside[:, None, i, :]
-        slope += (error[:, :, block] - before) @ H[:, block, :]
+        rest = slice(0, block.start)
+        change = alpha[:, :, None] * (start.Q[:, :, block] - Q[:, :, block])
+        slope[:, :, rest] += change @ H[:, block, rest]
     return Q
 
 
@@ -214,10 +224,10 @@ def descended(problem: Problem, start: Rounding, nearest: Nearest) -> Rounding:
     """Sweeps of coordinate descent with alpha refitted after each, as long as they change anything."""
     found = start
     for _ in range(SWEEPS):
-        Q = coordinate_descent(problem, found.Q, found.alpha, nearest)
-        if np.array_equal(Q, found.Q):
+        before = found.loss.sum()
+        found = refitted(problem, coordinate_descent(problem, found, nearest), found.alpha)
+        if found.loss.sum() >= before * (1 - LEAST_GAIN):
             break
-        found = refitted(problem, Q, found.alpha)
     return found
 
 
@@ -225,9 +235,11 @@ def refitted(problem: Problem, Q: Floats, alpha: Floats) -> Rounding:
     """The alpha with the least loss for Q: <w* H, Q> / <Q H, Q>; as it was where Q is 0."""
     QH = Q @ problem.H
     qq = np.einsum("gnk,gnk->gn", QH, Q)
-    wq = np.einsum("gnk,gnk->gn", QH, problem.target)
+    wq = np.einsum("gnk,gnk->gn", Q, problem.targetH)
     alpha = np.where(qq > 0, wq / np.where(qq > 0, qq, 1.0), alpha)
-    return Rounding(alpha, Q, problem.loss(alpha[:, :, None] * Q))
+    error = problem.target - alpha[:, :, None] * Q
+    loss = np.einsum("gnk,gnk->gn", error, problem.targetH - alpha[:, :, None] * QH)
+    return Rounding(alpha, Q, QH, np.maximum(loss, 0))
 
 
 def _blocks(k: int) -> Iterator[slice]:

@@ -124,7 +124,8 @@ def test_a_sweep_is_one_descent_over_the_coordinates(monkeypatch: pytest.MonkeyP
     problem, nearest = problem_of(2, 2, 8), Nearest(make_grid("uniform", 3))
     alpha = np.full((2, 2), 0.15)
     start = nearest(problem.target, alpha)
-    found = coordinate_descent(problem, start, alpha, nearest)
+    loss = problem.loss(alpha[:, :, None] * start)
+    found = coordinate_descent(problem, Rounding(alpha, start, start @ problem.H, loss), nearest)
     for group, n in product(range(2), range(2)):
         H, w, q = problem.H[group], problem.target[group, n], start[group, n].copy()
         for i in reversed(range(8)):
@@ -154,10 +155,11 @@ def test_no_step_raises_the_objective(name: str, bits: int) -> None:
     grid = make_grid(name, bits)
     problem, nearest = problem_of(3, 5, 20), Nearest(grid)
     alpha, _ = start_alphas(problem, grid, nearest)
-    first = Rounding(alpha, nearest(problem.target, alpha), np.full((3, 5), np.inf))
-    loss = problem.loss(alpha[:, :, None] * first.Q)
+    Q = nearest(problem.target, alpha)
+    loss = problem.loss(alpha[:, :, None] * Q)
+    first = Rounding(alpha, Q, Q @ problem.H, loss)
     for _ in range(4):
-        Q = coordinate_descent(problem, first.Q, first.alpha, nearest)
+        Q = coordinate_descent(problem, first, nearest)
         swept = problem.loss(first.alpha[:, :, None] * Q)
         assert (swept <= loss * (1 + 1e-12)).all()
         first = refitted(problem, Q, first.alpha)

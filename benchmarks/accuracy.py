@@ -1,0 +1,165 @@
+"""Accuracy of the solvers over calibration subsets, as a Markdown table.
+
+    python -m benchmarks.accuracy configs/digits.yaml --settings 4/8,2/8 --subsets 5
+
+Each subset is a random draw from the first images of the calibration source; everything is calibrated on it
+alone. The validation images are only looked at to fill the table.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from quantize.activations_quan import activations_quan, with_act_quantize
+from quantize.caffenet import NetParameter, Weights
+from quantize.config import ActivationSettings, Config, WeightSettings, load
+from quantize.data.loader import Images
+from quantize.data.sources import Image, Source
+from quantize.data_aware import Calibration
+from quantize.engines import engine_opener
+from quantize.evaluate import Candidate, Closeness, evaluate
+from quantize.feeds import InferenceNet, calibration_feed, validation_feed
+from quantize.pipeline import read_model_prototxt
+from quantize.renorm import renorm
+from quantize.sweep import Feed
+from quantize.threads import available_threads
+from quantize.weights_quan import choices, weights_quan, with_alpha_terms
+
+SOLVERS = {
+    "published": ("reference", "reference"),
+    "optimal": ("optimal", "optimal"),
+    "data_aware": ("data_aware", "optimal"),
+}
+"""Solvers of weights and activations by column; ``published`` is He & Cheng 2018 as its authors ran it."""
+
+
+class Subset(Source):
+    """Some images of a source, by number."""
+
+    def __init__(self, whole: Source, numbers: list[int]) -> None:
+        self.whole = whole
+        self.numbers = numbers
+        self.path = whole.path
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        return self.whole.name(self.numbers[index])
+
+    def read(self, index: int, color: bool | None = None) -> Image:
+        return self.whole.read(self.numbers[index], color)
+
+
+class Subject:
+    """A net, its images and how it runs."""
+
+    def __init__(self, config: Config, images: int | None) -> None:
+        self.config = config
+        self.net = read_model_prototxt(config)
+        self.weights = Weights.read(config.model.weights)
+        self.inference = InferenceNet.of(self.net)
+        self.calibration = calibration_feed(config, self.net, config.renorm.images)
+        self.validation = validation_feed(config, self.net, images).images
+        self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
+
+    def feed(self, numbers: list[int]) -> Feed:
+        """Calibration images by number."""
+        images = self.calibration.images
+        subset = Subset(images.source, numbers)
+        return Feed(self.calibration.blob, Images(subset, images.transform, images.phase, None, images.seed))
+
+    def quantized(
+        self, solver: str, settings: tuple[WeightSettings, ActivationSettings], numbers: list[int]
+    ) -> Candidate:
+        """The net after the three stages, calibrated on some images."""
+        weight_settings, activation_settings = settings
+        feed = self.feed(numbers)
+        of_weights, of_activations = SOLVERS[solver]
+        chosen = choices(self.inference.net, weight_settings)
+        memory = self.config.renorm.memory
+        net, weights, _ = weights_quan(
+            self.net,
+            self.weights,
+            chosen,
+            of_weights,  # type: ignore[arg-type]
+            calibration=Calibration(self.inference.net, feed, self.open_engine, memory),
+        )
+        with_terms = InferenceNet.of(with_alpha_terms(self.net, weights)).net
+        weights, _ = renorm(with_terms, weights, feed, self.open_engine, memory)
+        steps = activation_settings.model_copy(update={"solver": of_activations})
+        first = self.feed(numbers[: activation_settings.images])
+        found = activations_quan(with_terms, weights, first, steps, self.open_engine)
+        return self.candidate(with_act_quantize(net, found), weights)
+
+    def candidate(self, net: NetParameter, weights: Weights) -> Candidate:
+        """A net for `evaluate`."""
+        inference = InferenceNet.of(net)
+        return Candidate(inference.net, weights, inference.blob, inference.scores)
+
+
+def row(subject: Subject, setting: str, grid: str, subsets: int, share: float) -> str:
+    """One line of the table: mean and standard deviation over the subsets."""
+    bits, activation_bits = map(int, setting.split("/"))
+    general = subject.config.weights.model_dump() | {"bits": bits, "grid": grid, "layers": {}}
+    settings = (
+        WeightSettings.model_validate(general),
+        subject.config.activations.model_copy(update={"bits": activation_bits, "levels": None}),
+    )
+    total = len(subject.calibration.images)
+    top1: dict[str, list[float]] = {name: [] for name in ("fp32", *SOLVERS)}
+    close: dict[str, list[Closeness]] = {name: [] for name in SOLVERS}
+    seconds = 0.0
+    for number in range(subsets):
+        drawn = np.random.default_rng([subject.config.data.seed, number]).permutation(total)
+        numbers = drawn[: max(1, round(share * total))].tolist()
+        candidates = {"fp32": subject.candidate(subject.net, subject.weights)}
+        for solver in SOLVERS:
+            start = time.monotonic()
+            candidates[solver] = subject.quantized(solver, settings, numbers)
+            seconds += (time.monotonic() - start) / subsets if solver == "data_aware" else 0
+        found = evaluate(candidates, subject.validation, subject.open_engine)
+        for name in top1:
+            top1[name].append(found.accuracy[name]["top1"] or 0.0)
+        for name in close:
+            close[name].append(found.closeness[name])
+    cells = [mean_and_spread(top1[name]) for name in SOLVERS]
+    cells += [mean_and_spread([c.agreement for c in close[name]]) for name in SOLVERS]
+    fp32 = f"{np.mean(top1['fp32']):.2f}"
+    return f"| {' | '.join([subject.config.name, grid, setting, fp32, *cells, f'{seconds:.0f} s'])} |"
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean and standard deviation, percent."""
+    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}"
+
+
+@click.command(help=__doc__)
+@click.argument("configs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--settings", default="4/8,3/8,2/8,4/4", show_default=True, help="Weight / activation bits.")
+@click.option("--grids", default="power_of_two,uniform", show_default=True)
+@click.option("--subsets", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--share", type=click.FloatRange(0.01, 1), default=0.8, help="Of the images, per subset.")
+@click.option("--images", type=click.IntRange(1), help="Validation images (default: all).")
+def main(
+    configs: tuple[Path, ...], settings: str, grids: str, subsets: int, share: float, images: int | None
+) -> None:
+    """Print the table."""
+    top1 = " | ".join(f"{name}, top-1" for name in SOLVERS)
+    agreement = " | ".join(f"{name}, agreement" for name in SOLVERS)
+    click.echo(f"| net | grid | bits | fp32, top-1 | {top1} | {agreement} | time |")
+    click.echo("| --- " * (5 + 2 * len(SOLVERS)) + "|")
+    for path in configs:
+        subject = Subject(load(path), images)
+        for grid in grids.split(","):
+            for setting in settings.split(","):
+                click.echo(row(subject, setting, grid, subsets, share))
+
+
+if __name__ == "__main__":
+    main()
