@@ -101,6 +101,12 @@ def evaluate(
 def _compare(
     candidates: Sequence[tuple[str, Candidate]], engines: Sequence[Engine], images: Images, progress: Progress
 ) -> Evaluation:
+    for candidate in (candidate for _, candidate in candidates):
+        if not any(candidate.scores in layer.top for layer in candidate.net.layer):
+            raise InputError(
+                f"the net's scores, blob {candidate.scores!r}, cannot be computed from the images alone; check "
+                "the bottoms of its Accuracy or loss layer"
+            )
     runners = [
         engine.compile(0, len(candidate.net.layer), [candidate.scores])
         for engine, (_, candidate) in zip(engines, candidates, strict=True)

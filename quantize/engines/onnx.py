@@ -34,8 +34,8 @@ LONG_SUM = 4096
 LONGEST_SUM, SHORTEST_SUM = 1024, 16
 """How many float32 may be added up in float32, and how many should be lest the sums take much memory."""
 
-ERRORS_ONLY = 3
-"""Of onnxruntime's log levels. It warns of what is no fault here, such as constants that folding leaves."""
+FATAL_ONLY = 4
+"""Of onnxruntime's log levels. It warns of what is no fault here, and its errors come as exceptions too."""
 
 
 class OnnxEngine(Engine):
@@ -385,7 +385,7 @@ def _session(
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = 1
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = FATAL_ONLY
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in constants.values()]
     options.add_external_initializers(list(constants), values)
     try:
