@@ -1,0 +1,1 @@
+"""Programs that measure time and memory and print a table; see docs/performance.md."""
