@@ -104,8 +104,8 @@ def _compare(
     for candidate in (candidate for _, candidate in candidates):
         if not any(candidate.scores in layer.top for layer in candidate.net.layer):
             raise InputError(
-                f"the net's scores, blob {candidate.scores!r}, cannot be computed from the images alone; check "
-                "the bottoms of its Accuracy or loss layer"
+                f"the net's scores, blob {candidate.scores!r}, cannot be computed from the images alone; "
+                "check the bottoms of its Accuracy or loss layer"
             )
     runners = [
         engine.compile(0, len(candidate.net.layer), [candidate.scores])
