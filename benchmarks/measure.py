@@ -28,6 +28,9 @@ class Measurement:
     cpu_seconds: float = 0.0
     peak: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s, processor time {self.cpu_seconds:.1f} s, peak {self.peak >> 20} MiB"
+
 
 @contextmanager
 def measured() -> Iterator[Measurement]:

@@ -109,8 +109,7 @@ def main() -> None:
             print(f"published in all: {seconds:.1f} s, processor time {cpu:.1f} s, peak {peak >> 20} MiB")
             for run in (before, after):
                 print(
-                    f"ours: {run.seconds:.1f} s, processor time {run.cpu_seconds:.1f} s, "
-                    f"peak {run.peak >> 20} MiB; {seconds / run.seconds:.0f} times faster, "
+                    f"ours: {run}; {seconds / run.seconds:.0f} times faster, "
                     f"{cpu / run.cpu_seconds:.0f} times less processor time, "
                     f"1/{peak / run.peak:.1f} of the memory",
                     flush=True,

@@ -122,17 +122,16 @@ def stage(setting: Setting, row: Row) -> Measurement:
     net = read_net(setting.net)
     opener = engine_opener("onnx", CaffeProcess(), setting.threads)
     images = setting.feed(row.images, phase_of(row))
-    full, quantized = (Weights.read(setting.weights(kind)) for kind in ("full", "quantized"))
-    test = InferenceNet.of(net)
-    alpha = InferenceNet.of(with_alpha_terms(net, quantized)).net
+    weights = Weights.read(setting.weights("full" if row.stage == "evaluate" else "quantized"))
+    test = InferenceNet.of(with_alpha_terms(net, weights))
     feed = Feed(test.blob, images)
     with measured() as found:
         if row.stage == "renorm":
-            renorm(alpha, quantized, feed, opener, row.memory)
+            renorm(test.net, weights, feed, opener, row.memory)
         elif row.stage == "activations":
-            activations_quan(alpha, quantized, feed, ActivationSettings(), opener)
+            activations_quan(test.net, weights, feed, ActivationSettings(), opener)
         else:
-            evaluate({"fp32": Candidate(test.net, full, test.blob, test.scores)}, images, opener)
+            evaluate({"fp32": Candidate(test.net, weights, test.blob, test.scores)}, images, opener)
     return found
 
 
@@ -164,9 +163,11 @@ def main() -> None:
         for row in rows:
             setting = nets[row.net]
             pairs = []
-            for _ in range(arguments.runs):
+            for run in range(1, arguments.runs + 1):
                 plain = in_new_process(plain_pass, setting, row.images, phase_of(row), batches[setting.net])
-                pairs.append((plain, in_new_process(stage, setting, row)))
+                ours = in_new_process(stage, setting, row)
+                pairs.append((plain, ours))
+                print(f"{row.name}, run {run}: {ours}; plain: {plain}", flush=True)
             print(
                 f"{row.name}: seconds {spread([ours.seconds for _, ours in pairs], '.1f')}, "
                 f"plain {spread([plain.seconds for plain, _ in pairs], '.1f')}; "

@@ -154,3 +154,53 @@ def test_progress_ends_at_the_plans_work(net: NetParameter, weights: Weights, fe
     sweep.run(lambda step, moments: measured.append((step, moments)), Counting())  # type: ignore[arg-type]
     assert sum(done) == pytest.approx(sweep.plan.work)
     assert all(moments.count % COUNT == 0 for _, found in measured for moments in found.values())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("micro_batch_bytes", [1, 20_000, 64 << 20])
+def test_threads_and_micro_batches_do_not_change_the_result(
+    net: NetParameter,
+    weights: Weights,
+    feed: Feed,
+    threads: int,
+    micro_batch_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, _ = renorm(net, weights, feed, OPEN, None)
+    monkeypatch.setattr("quantize.sweep.MICRO_BATCH_BYTES", micro_batch_bytes)
+    opener = engine_opener("onnx", CaffeProcess(), threads)
+    for memory in (None, 60_000):
+        found, _ = renorm(net, weights, feed, opener, memory)
+        for name in ("bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"):
+            for got, wanted in zip(found[name], expected[name], strict=True):
+                np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [None, 60_000])
+def test_a_large_mean_does_not_drown_the_deviation(feed: Feed, memory: int | None) -> None:
+    """Mean 1e4 and deviation 1: the variance is 1e-8 of the mean square, less than float32 resolves."""
+    net = parse(
+        'layer { name: "conv" type: "Convolution" bottom: "data" top: "conv" '
+        "convolution_param { num_output: 2 kernel_size: 1 } } "
+        'layer { name: "bn" type: "BatchNorm" bottom: "conv" top: "conv" } '
+        'layer { name: "conv2" type: "Convolution" bottom: "conv" top: "conv2" '
+        "convolution_param { num_output: 2 kernel_size: 1 } } "
+        'layer { name: "bn2" type: "BatchNorm" bottom: "conv2" top: "conv2" }'
+    )
+    (pixels, _), *_ = feed.images.batches(COUNT)
+    deviation = pixels[:, 0].std(dtype=np.float64)
+    weights = random_weights(net, {"data": CROPPED})
+    kernels = np.zeros((2, 3, 1, 1), np.float32)
+    kernels[:, 0] = 1 / deviation
+    weights.replace("conv", [kernels, np.array([1e4, 0], np.float32)])
+    weights.replace(
+        "conv2", [np.eye(2, dtype=np.float32).reshape(2, 2, 1, 1), np.array([1e4, 0], np.float32)]
+    )
+    renormed, _ = renorm(net, weights, feed, OPEN, memory)
+    channel = (pixels[:, 0].astype(np.float64) / deviation).reshape(-1)
+    for name, first in (("bn", channel), ("bn2", (channel - channel.mean()) / channel.std())):
+        mean, variance, _ = renormed[name]
+        # What float32 makes of values around 1e4, in steps of 2^-10, bounds what anybody can measure.
+        np.testing.assert_allclose(mean[0], 1e4 + first.mean(), rtol=1e-7)
+        np.testing.assert_allclose(variance[0], first.var(ddof=1), rtol=2e-3)
+        np.testing.assert_allclose(variance[1], first.var(ddof=1), rtol=1e-4)
