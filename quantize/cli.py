@@ -133,6 +133,7 @@ def parse_stages(_: click.Context, __: click.Parameter, value: str) -> tuple[str
 
 
 RESUME = click.option("--resume", is_flag=True, help="Skip stages whose results fit inputs and settings.")
+CAFFE_PROTO = click.option("--caffe-proto", type=PATH, help="A fork's caffe.proto (model.caffe_proto).")
 FORCE = click.option("--force", is_flag=True, help="Do every stage again, also with --resume.")
 
 
@@ -228,6 +229,7 @@ def report(evaluating: bool, images: int | None, **given: Any) -> None:
 @click.argument("prototxt", type=PATH)
 @click.argument("weights", type=PATH, required=False)
 @click.option("--shape", metavar="C,H,W", help="Of an image; default: as the prototxt says.")
+@CAFFE_PROTO
 @click.option("--plan", "show_plan", is_flag=True, help="Show how renorm would go through the net.")
 @click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="For --plan.")
 @click.option("--memory", default="2GiB", show_default=True, help="For --plan: renorm.memory.")
@@ -236,6 +238,7 @@ def inspect(
     prototxt: Path,
     weights: Path | None,
     shape: str | None,
+    caffe_proto: Path | None,
     show_plan: bool,
     images: int,
     memory: str,
@@ -244,7 +247,7 @@ def inspect(
     """Show layers, shapes, parameters, multiply-accumulates and what would be quantized."""
     from quantize import inspection
 
-    found = inspection.Inspection.of(prototxt, weights, shape)
+    found = inspection.Inspection.of(prototxt, weights, shape, caffe_proto)
     if show_plan:
         click.echo(inspection.plan_text(found, images, memory, as_json))
     else:
@@ -255,13 +258,21 @@ def inspect(
 @click.option("--prototxt", type=PATH, required=True, help="The network's layers.")
 @click.option("--weights", type=PATH, required=True, help="The network's blobs (caffemodel).")
 @click.option("--calibration", type=PATH, required=True, help="LMDB, image folder or list file.")
+@CAFFE_PROTO
 @click.option("--config", "-c", "path", type=PATH, help="The YAML file to write (default: NAME.yaml).")
 @click.option("--force", is_flag=True, help="Overwrite it.")
-def init(prototxt: Path, weights: Path, calibration: Path, path: Path | None, force: bool) -> None:
+def init(
+    prototxt: Path,
+    weights: Path,
+    calibration: Path,
+    caffe_proto: Path | None,
+    path: Path | None,
+    force: bool,
+) -> None:
     """Write a commented configuration for a network; guesses are said, nothing is asked."""
     from quantize.init import write_initial
 
-    written, guesses = write_initial(prototxt, weights, calibration, path, force)
+    written, guesses = write_initial(prototxt, weights, calibration, path, force, caffe_proto)
     for guess in guesses:
         click.echo(f"guessed: {guess}")
     click.echo(f"wrote {written}; next: labelfree quantize --config {written}")

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.caffenet import TEST, TRAIN, NetParameter, Weights, read_prototxt
+from quantize.caffenet import TEST, TRAIN, NetParameter, Weights, load_schema, read_prototxt
 from quantize.data.sources import FileSource, open_source
 from quantize.errors import InputError
 from quantize.feeds import RESIZE_PER_CROP, InferenceNet, data_layer, declared_shape
@@ -22,7 +22,7 @@ TEMPLATE = """\
 name: {name}                          # prefix of every output file
 model:
   prototxt: {prototxt}
-  weights: {weights}
+  weights: {weights}{schema}
 data:
   calibration: {{source: {calibration}, images: {images}}}  # unlabeled
   # validation: {{source: /path/to/labeled_lmdb, batch_size: 50}}    # for evaluate and `caffe test`
@@ -55,7 +55,12 @@ class Initial:
 
 
 def initial_config(
-    net: NetParameter, prototxt: Path, weights: Path, calibration: Path, folder: Path
+    net: NetParameter,
+    prototxt: Path,
+    weights: Path,
+    calibration: Path,
+    folder: Path,
+    caffe_proto: Path | None = None,
 ) -> Initial:
     """A configuration for a net.
 
@@ -65,6 +70,7 @@ def initial_config(
         weights: its caffemodel.
         calibration: LMDB, image folder or list file.
         folder: where the YAML file will be; paths are written relative to it.
+        caffe_proto: the schema of the fork of Caffe that the net is for, if any.
 
     Raises:
         InputError: the net or the images cannot be read.
@@ -82,6 +88,7 @@ def initial_config(
         name=name,
         prototxt=_path(prototxt, folder),
         weights=_path(weights, folder),
+        schema=f"\n  caffe_proto: {_path(caffe_proto, folder)}" if caffe_proto else "",
         calibration=_path(calibration, folder),
         images=images,
         activation_images=min(400, count),
@@ -92,7 +99,12 @@ def initial_config(
 
 
 def write_initial(
-    prototxt: Path, weights: Path, calibration: Path, path: Path | None, force: bool
+    prototxt: Path,
+    weights: Path,
+    calibration: Path,
+    path: Path | None,
+    force: bool,
+    caffe_proto: Path | None = None,
 ) -> tuple[Path, list[str]]:
     """Write the configuration to ``path`` (default: NAME.yaml here).
 
@@ -102,10 +114,10 @@ def write_initial(
     Raises:
         InputError: bad input, or the file is there and ``force`` is not set.
     """
-    net = read_prototxt(prototxt)
+    net = read_prototxt(prototxt, load_schema(caffe_proto) if caffe_proto else None)
     Weights.read(weights)
     folder = path.parent if path is not None else Path()
-    initial = initial_config(net, prototxt, weights, calibration, folder)
+    initial = initial_config(net, prototxt, weights, calibration, folder, caffe_proto)
     target = path if path is not None else Path(f"{initial.name}.yaml")
     if target.exists() and not force:
         raise InputError(f"{target}: there already; choose another --config or give --force")

@@ -9,7 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quantize.activations_quan import plain_relus
-from quantize.caffenet import TEST, NetParameter, Weights, check_weights, infer_shapes, read_prototxt
+from quantize.caffenet import (
+    TEST,
+    NetParameter,
+    Weights,
+    check_weights,
+    infer_shapes,
+    load_schema,
+    read_prototxt,
+)
 from quantize.config import WeightSettings, parse_size
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
@@ -79,13 +87,15 @@ class Inspection:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, prototxt: Path, weights: Path | None, shape: str | None) -> Inspection:
+    def of(
+        cls, prototxt: Path, weights: Path | None, shape: str | None, caffe_proto: Path | None = None
+    ) -> Inspection:
         """Read a network; with ``weights`` check them against it.
 
         Raises:
             InputError: bad files, weights that do not fit, or a shape that is not known.
         """
-        net = read_prototxt(prototxt)
+        net = read_prototxt(prototxt, load_schema(caffe_proto) if caffe_proto else None)
         test = InferenceNet.of(net)
         found = parse_shape(shape) if shape is not None else declared_shape(net, test.blob) or _cropped(net)
         if found is None:

@@ -137,5 +137,5 @@ def _parse_message(path: str | Path, error: text_format.ParseError) -> str:
         what = what[:300] + "..."
     if "has no field named" in what or "has no value named" in what:
         what = f"unknown field or value: {what.rstrip('.')}"
-        what += ": if this belongs to a fork of Caffe, give its schema as model.caffe_proto"
+        what += ": if this belongs to a fork of Caffe, give its schema as model.caffe_proto (--caffe-proto)"
     return f"{where}: {what}"
