@@ -347,6 +347,10 @@ def main() -> None:
         if verbose:
             raise
         fail("out of memory; lower renorm.memory or use a machine with more", 1)
+    except OSError as error:  # files that vanished after they were checked, failing disks
+        if verbose:
+            raise
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except Exception as error:
         if verbose:
             raise
