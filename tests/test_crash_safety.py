@@ -66,9 +66,7 @@ def test_a_folder_that_one_may_not_write(
 ) -> None:
     for folder in (job.folder, *job.folder.parents[:3]):
         folder.chmod(0o755)
-    Run(job.config(f"output={job.folder / 'elsewhere'}")).quantize(
-        ("weights",)
-    )  # imports
+    Run(job.config(f"output={job.folder / 'elsewhere'}")).quantize(("weights",))  # imports
     monkeypatch.setattr(sys, "argv", ["labelfree", "--quiet", "quantize", "--config", str(job.yaml)])
     job.out.mkdir(mode=0o555)
     user = os.geteuid()
