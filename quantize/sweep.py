@@ -29,6 +29,8 @@ from quantize.progress import SILENT, Progress
 
 FLOAT_BYTES = 4
 ALIGNMENT = 64
+RESERVE = 32
+"""One part in so many of the memory is left for gaps between the arrays kept and for images being read."""
 GAPS = 4
 """An arena has one part in so many more than what is in use."""
 MICRO_BATCH_BYTES = 64 << 20
@@ -214,8 +216,7 @@ def plan(costs: Costs, steps: Sequence[Step], images: int, memory: int | None) -
     """
     batch = micro_batch_size(costs.widest, images, memory)
     plain = (costs.source + costs.work[steps[-1].stop]) * images if steps else 0.0
-    if memory is None:
-        memory = (images + batch) * max(costs.live)
+    memory = (images + batch) * max(costs.live) if memory is None else memory - memory // RESERVE
     joints = _joints(costs, steps, memory // (images + batch))
     best: dict[_Joint, tuple[float, tuple[_Stretch, ...]]] = {joints[0]: (0.0, ())}
     for number, joint in enumerate(joints[:-1]):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.errors import InputError
-from quantize.sweep import Arena, Costs, Plan, Route, Step, micro_batch_size, plan
+from quantize.sweep import RESERVE, Arena, Costs, Plan, Route, Step, micro_batch_size, plan
 
 
 def best_work(costs: Costs, steps: list[Step], bound: int) -> float:
@@ -23,6 +23,11 @@ def best_work(costs: Costs, steps: list[Step], bound: int) -> float:
         return work + min(least(number + 1, kept) for kept in [held, *allowed])
 
     return least(0, None)
+
+
+def with_reserve(kept: int) -> int:
+    """The memory that leaves so much for what is kept."""
+    return -(-kept * RESERVE // (RESERVE - 1))
 
 
 @st.composite
@@ -41,7 +46,7 @@ def test_a_route_is_the_cheapest_for_its_bytes(problem: tuple[Costs, list[Step]]
     costs, steps = problem
     bound = 64 * size
     # One image, so one route; twice the bound, for old and new frontier while it is run.
-    found = plan(costs, steps, 1, max(2 * bound, 64))
+    found = plan(costs, steps, 1, with_reserve(max(2 * bound, 64)))
     (route,) = found.routes
     assert 2 * max(route.held_bytes) <= max(2 * bound, 64)
     assert route.work == pytest.approx(best_work(costs, steps, bound))
@@ -59,7 +64,7 @@ def test_a_plan_keeps_its_bound_and_never_loses_to_one_route(
     single = [
         images * best_work(costs, steps, bound)
         for bound in bounds
-        if (images + found.micro_batch) * bound <= memory
+        if with_reserve((images + found.micro_batch) * bound) <= memory
     ]
     assert found.work <= min(single) + 1e-6
     for route in found.routes:
@@ -91,7 +96,7 @@ def test_the_mixture_follows_the_sizes_along_the_net() -> None:
     )
     steps = [Step(stop, ()) for stop in (1, 2, 3, 4, 5, 6)]
     # The memory is for one image per micro-batch; behind the third step all 60 fit with 64 bytes each.
-    found = plan(costs, steps, 60, 101 * 64)
+    found = plan(costs, steps, 60, with_reserve(101 * 64))
     bytes_held = [
         sum(route.images * route.held_bytes[number] for route in found.routes) for number in range(6)
     ]
