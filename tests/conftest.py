@@ -5,6 +5,7 @@ With CI=true a skipped test counts as failed, but for what needs a GPU.
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 from quantize.config import Config, load
 from quantize.feeds import InferenceNet
 from tests.nets import CROPPED, RESIDUAL, parse, random_weights, write_images
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the commands they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EXPECTED_SKIP = "no GPU"
 YAML = """

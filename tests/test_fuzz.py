@@ -49,4 +49,7 @@ def test_a_bug_would_be_seen(name: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setitem(fuzzing.KINDS, "nothing", lambda _rng, _job: [["quantize"]])
     monkeypatch.setattr(cli, "main", MISBEHAVIOURS[name])
     outcome, _ = fuzzing.run_case("nothing", 0, tmp_path / "seed", tmp_path / "case")
-    assert (outcome.name, outcome.is_bug) == (name, True)
+    # Where the address space is used up before, too much memory is a MemoryError that nobody caught.
+    names = {name, "traceback"} if name == "memory" else {name}
+    assert outcome.is_bug
+    assert outcome.name in names
