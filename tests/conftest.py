@@ -16,7 +16,7 @@ from quantize.config import Config, load
 from quantize.feeds import InferenceNet
 from tests.nets import CROPPED, RESIDUAL, parse, random_weights, write_images
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so would the commands they start.
+# A shell that starts the tests in the background has them ignore Ctrl-C; so would the commands they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EXPECTED_SKIP = "no GPU"
