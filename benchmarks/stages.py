@@ -25,7 +25,7 @@ from quantize.data.loader import Images
 from quantize.data.sources import open_source
 from quantize.data.transform import Transform
 from quantize.engines import engine_opener
-from quantize.engines.onnx import OnnxEngine, _needed, _Translation
+from quantize.engines.onnx import OnnxEngine, Translation, needed_layers
 from quantize.evaluate import Candidate, evaluate
 from quantize.feeds import InferenceNet
 from quantize.renorm import renorm
@@ -97,8 +97,8 @@ def plain_pass(setting: Setting, count: int, phase: int, batch: int) -> Measurem
     """One forward pass of the whole net through onnxruntime."""
     test = InferenceNet.of(read_net(setting.net))
     engine = OnnxEngine(test.net, Weights.read(setting.weights("full")), {test.blob: INPUT}, 1)
-    translation = _Translation(engine)
-    for layer in _needed(engine, 0, len(test.net.layer), {test.scores}):
+    translation = Translation(engine)
+    for layer in needed_layers(engine, 0, len(test.net.layer), {test.scores}):
         translation.add(layer)
     translation.graph.output(translation.blob(test.scores).tensor)
     model, (name,), constants = translation.graph.model()

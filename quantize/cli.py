@@ -298,7 +298,7 @@ def make_lmdb_command(images: Path, lmdb: Path, threads: int | None, **options: 
             images,
             lmdb,
             threads=threads or available_threads(),
-            on_unreadable=lambda image: progress.note(str(image)),
+            on_unreadable=lambda image: progress.note(f"left out: {image.reason}"),
             **options,
         )
     click.echo(f"wrote {report.written} images to {lmdb}, {len(report.unreadable)} unreadable")

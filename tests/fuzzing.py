@@ -64,6 +64,7 @@ WALL_SECONDS = 60
 GENERATOR_FAILED, NOT_CAUGHT = 98, 99
 DECODER_NOTE = re.compile(
     r"libpng (warning|error): |Corrupt JPEG data: |Premature end of JPEG|Warning: unknown JFIF"
+    r"|Invalid SOS parameters"
 )
 """What libpng and libjpeg write to standard error themselves, whatever their caller wants."""
 

@@ -153,10 +153,10 @@ class _OnnxRange(Range):
     def __init__(
         self, engine: OnnxEngine, start: int, stop: int, outputs: Sequence[str], moments: Sequence[str]
     ) -> None:
-        layers = _needed(engine, start, stop, {*outputs, *moments})
+        layers = needed_layers(engine, start, stop, {*outputs, *moments})
         first, last = (layers[0].name, layers[-1].name) if layers else ("", "")
         self._doing = f"running layers {first!r} to {last!r} in onnxruntime"
-        translation = _Translation(engine)
+        translation = Translation(engine)
         for layer in layers:
             translation.add(layer)
         graph = translation.graph
@@ -239,7 +239,7 @@ class _OnnxRange(Range):
             raise LabelfreeError(f"{self._doing}: {' '.join(str(error).split())}") from error
 
 
-def _needed(engine: OnnxEngine, start: int, stop: int, wanted: set[str]) -> list[LayerParameter]:
+def needed_layers(engine: OnnxEngine, start: int, stop: int, wanted: set[str]) -> list[LayerParameter]:
     """The layers of a range that the wanted blobs need."""
     needed = set(wanted)
     layers = []
@@ -264,7 +264,7 @@ def _widest(engine: OnnxEngine, layers: Sequence[LayerParameter]) -> int:
     )
 
 
-class _Translation:
+class Translation:
     """Layers being written into a graph; knows which tensor a blob's name stands for at this place."""
 
     def __init__(self, engine: OnnxEngine) -> None:
