@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -29,7 +29,7 @@ DEFAULT_LEVELS = 127
 """The largest code where a layer does not say it."""
 BINS = 48
 """Of the histogram kept for the report."""
-MICRO_BATCH_BYTES = 128 << 20
+MICRO_BATCH_BYTES = 64 << 20
 """What all ReLU outputs of one micro-batch may take."""
 
 
@@ -136,13 +136,22 @@ def collect(
         batch = max(1, min(MICRO_BATCH_BYTES // per_image, MAX_MICRO_BATCH, len(feed.images)))
         runner = engine.compile(0, len(net.layer), list(blobs))
         progress.start("activations", len(feed.images))
-        buffers = {name: np.empty((batch, *engine.shapes.blobs[name][1:]), np.float32) for name in blobs}
+        # Two sets: one is being counted while the net fills the other.
+        buffers = [
+            {name: np.empty((batch, *engine.shapes.blobs[name][1:]), np.float32) for name in blobs}
+            for _ in range(2)
+        ]
+        counting: list[Future[None]] = []
         with ThreadPoolExecutor(available_threads()) as pool:
-            for pixels, _ in feed.images.batches(batch):
-                into = {name: buffer[: len(pixels)] for name, buffer in buffers.items()}
+            for number, (pixels, _) in enumerate(feed.images.batches(batch)):
+                into = {name: buffer[: len(pixels)] for name, buffer in buffers[number % 2].items()}
                 runner.run({feed.blob: pixels}, into)
-                list(pool.map(lambda name, into=into: histograms[name].update(into[name]), blobs))
+                for done in counting:
+                    done.result()
+                counting = [pool.submit(histograms[name].update, into[name]) for name in blobs]
                 progress.advance(len(pixels))
+            for done in counting:
+                done.result()
     return histograms
 
 

@@ -37,6 +37,8 @@ MICRO_BATCH_BYTES = 64 << 20
 """What one micro-batch may hold at the widest layer: large enough to keep the cores busy, small enough for
 the rest of the memory bound."""
 MAX_MICRO_BATCH = 256
+EVEN = 8
+"""Micro-batches are multiples of this, or powers of two below it, so that threads get equal shares."""
 COST_PER_VALUE = 8
 """Work of writing and reading one value, in multiply-accumulates."""
 SOURCE_COST_PER_VALUE = 500
@@ -195,7 +197,9 @@ def micro_batch_size(widest: int, images: int, memory: int | None) -> int:
             f"the least that would do is {widest} bytes ({-(-widest // (1 << 20))}MiB)"
         )
     allowed = MICRO_BATCH_BYTES if memory is None else min(MICRO_BATCH_BYTES, memory // 4)
-    return max(1, min(allowed // max(widest, 1), MAX_MICRO_BATCH, images))
+    size = max(1, min(allowed // max(widest, 1), MAX_MICRO_BATCH))
+    even = size - size % min(EVEN, 1 << size.bit_length() - 1)
+    return min(even, images)
 
 
 def plan(costs: Costs, steps: Sequence[Step], images: int, memory: int | None) -> Plan:

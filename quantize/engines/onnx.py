@@ -204,8 +204,7 @@ class _OnnxRange(Range):
         writes = [(blob, blobs[blob.name]) for blob in self._outputs]
         for name, found in self._moments.items():
             writes += zip(found.blobs, taken[name], strict=True)
-        size = min(self._part, -(-batch // self._threads))
-        parts = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+        parts = split(batch, self._part, self._threads)
         list(self._pool.map(lambda part: self._run_part(part, reads, writes), parts))
         moments = {name: found.merged(taken[name]) for name, found in self._moments.items()}
         return RangeResult(blobs, moments)
@@ -237,6 +236,13 @@ class _OnnxRange(Range):
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise LabelfreeError(f"{self._doing}: {' '.join(str(error).split())}") from error
+
+
+def split(batch: int, most: int, threads: int) -> list[slice]:
+    """A batch in parts of at most ``most`` images, as even as can be and the same number for every thread."""
+    rounds = -(-batch // (most * threads))
+    count = min(batch, rounds * threads)
+    return [slice(batch * i // count, batch * (i + 1) // count) for i in range(count)]
 
 
 def needed_layers(engine: OnnxEngine, start: int, stop: int, wanted: set[str]) -> list[LayerParameter]:

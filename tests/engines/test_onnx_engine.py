@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quantize.caffenet import NetParameter, Weights, filter_net, inference_net, live_blobs, single_assignment
 from quantize.engines import onnx as onnx_engine
 from quantize.engines.base import Moments, moments_of
-from quantize.engines.onnx import OnnxEngine
+from quantize.engines.onnx import OnnxEngine, split
 from quantize.engines.onnx_graph import Graph
 from quantize.engines.onnx_layers import TRANSLATORS
 from quantize.errors import InputError, LabelfreeError
@@ -399,3 +399,13 @@ def test_weights_are_not_copied_into_the_model() -> None:
     assert model.ByteSize() < 1000
     (array,) = external.values()
     assert np.shares_memory(array, weights)
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 9))
+def test_threads_get_equal_shares(batch: int, most: int, threads: int) -> None:
+    parts = split(batch, most, threads)
+    assert [i for part in parts for i in range(batch)[part]] == list(range(batch))
+    sizes = [part.stop - part.start for part in parts]
+    assert min(sizes) >= 1
+    assert max(sizes) <= min(most, min(sizes) + 1)
+    assert len(parts) % threads == 0 or len(parts) == batch
