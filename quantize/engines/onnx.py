@@ -307,6 +307,7 @@ class Translation:
             layer,
             [blob.tensor for blob in bottoms],
             [blob.shape for blob in bottoms],
+            [blob.grows for blob in bottoms],
             [shapes.blobs[top] for top in layer.top],
             blobs,
         )

@@ -45,6 +45,7 @@ class Layer:
         proto: the layer's parameters.
         bottoms: tensors.
         shapes: of the bottoms, for a batch of 1.
+        grows: of each bottom whether it has values per image; otherwise it is the same for every batch.
         tops: shapes of the tops, for a batch of 1.
         blobs: the layer's own arrays, of the shapes that Caffe gives them.
     """
@@ -52,6 +53,7 @@ class Layer:
     proto: LayerParameter
     bottoms: Sequence[str]
     shapes: Sequence[Shape]
+    grows: Sequence[bool]
     tops: Sequence[Shape]
     blobs: Sequence[FloatArray]
 
@@ -170,8 +172,29 @@ def embed(g: Graph, layer: Layer) -> str:
     prototxt: embed_param.{input_dim, num_output, bias_term}
     """
     table, *bias = (g.floats(blob) for blob in layer.blobs)
-    y = g.op("Gather", table, g.op("Cast", layer.x, to=TensorProto.INT64))
+    y = _rows(g, table, layer.x, len(layer.blobs[0]))
     return g.op("Add", y, *bias) if bias else y
+
+
+@translator("BatchReindex")
+def batch_reindex(g: Graph, layer: Layer) -> str:
+    """y[n] = x[i[n]]; x (M, ...) must be the same for every batch, i (N,) holds whole numbers, y (N, ...).
+
+    Rows of what is computed from the images are refused: which images share a batch is not the net's to say.
+    """
+    if layer.grows[0]:
+        raise UnsupportedError(
+            "picks images out of the batch; images are run in batches of any size here, so the first bottom "
+            "must not depend on them (a Parameter or DummyData layer)"
+        )
+    return _rows(g, layer.x, layer.bottoms[1], layer.shape[0])
+
+
+def _rows(g: Graph, table: str, indices: str, rows: int) -> str:
+    """table[indices]; Gather counts negative indices from the end, so they are made too large for it."""
+    whole = g.op("Cast", indices, to=TensorProto.INT64)
+    negative = g.op("Less", whole, g.integers([0]))
+    return g.op("Gather", table, g.op("Where", negative, g.integers([rows]), whole))
 
 
 # ---- Per channel ----
