@@ -122,6 +122,19 @@ def test_rows_that_are_not_there_are_refused(index: float) -> None:
         run(net, weights, {"in0": np.array([0, index, 3], np.float32)})
 
 
+def test_places_of_maxima_need_a_pixel_in_every_window() -> None:
+    """5 pixels under windows of 1 every 3 pixels: Caffe rounds up, so the third window lies behind them."""
+    param = "pooling_param { pool: MAX kernel_size: 1 stride: 3 %s }"
+    layer = 'layer { name: "odd" type: "Pooling" bottom: "x" top: "y" top: "places" ' + param + " }"
+    x = np.arange(25, dtype=np.float32).reshape(1, 1, 5, 5)
+    with pytest.raises(InputError, match=r"outside the image wholly, .*; use engine: caffe$") as raised:
+        run(parse(layer % ""), Weights(), {"x": x})
+    assert str(raised.value).startswith("layer 'odd' (Pooling): ")
+    assert "\n" not in str(raised.value)
+    found = run(parse(layer % "round_mode: FLOOR"), Weights(), {"x": x})
+    np.testing.assert_array_equal(found["places"], [[[[0, 3], [15, 18]]]])
+
+
 def test_dummy_data_must_be_constant() -> None:
     text = 'dummy_data_param { shape { dim: 1 dim: 2 } data_filler { type: "gaussian" } }'
     net = parse(f'layer {{ name: "odd" type: "DummyData" top: "y" {text} }}')
