@@ -31,6 +31,7 @@ from quantize.data_aware import Calibration, Frontier, only_normalized
 from quantize.engines.base import Engine, FloatArray, Moments
 from quantize.errors import InputError, LabelfreeError
 from quantize.evaluate import check_scores, divergences
+from quantize.feeds import thinned
 from quantize.grids import make_grid
 from quantize.kernels import from_kernels, to_kernels
 from quantize.progress import SILENT, Progress
@@ -38,8 +39,11 @@ from quantize.solvers import fit
 from quantize.sweep import FLOAT_BYTES, Costs, Feed, micro_batch_size
 from quantize.weights_quan import choices, free_layers
 
-IMAGES = 64
-"""Images that sensitivities are measured on."""
+LEAST_IMAGES = 64
+"""Images that sensitivities are measured on, or all if there are fewer ..."""
+WORK = 1e12
+"""... or more of them, as many as take this many multiply-accumulates. A few images make most of a confident
+net's divergence, so many are better, and with a small net they take but seconds."""
 MAX_UNITS = 1 << 16
 """Bits are counted in units so large that there are no more of them than this."""
 
@@ -87,12 +91,12 @@ def keep_budget(
     free = free_layers(calibration.net, settings)
     counts = {name: weights[name][0].size for name in chosen}
     bits = bits_left(counts, {name: chosen[name].bits for name in chosen if name not in free}, settings)
-    found = sensitivities(weights, free, settings.grid, calibration, scores, progress)
+    found, images = sensitivities(weights, free, settings.grid, calibration, scores, progress)
     for name, best in allocate({name: counts[name] for name in free}, found, bits).items():
         chosen[name] = GridChoice(bits=best, grid=settings.grid)
     spent = sum(counts[name] * choice.bits for name, choice in chosen.items())
     divergence = {name: {str(b): value for b, value in by_bits.items()} for name, by_bits in found.items()}
-    return chosen, Budget(spent / sum(counts.values()), len(calibration.feed.images), divergence)
+    return chosen, Budget(spent / sum(counts.values()), images, divergence)
 
 
 def bits_left(counts: Mapping[str, int], fixed: Mapping[str, int], settings: WeightSettings) -> int:
@@ -172,7 +176,7 @@ def sensitivities(
     calibration: Calibration,
     scores: str,
     progress: Progress = SILENT,
-) -> Sensitivities:
+) -> tuple[Sensitivities, int]:
     """How far the net's output moves when one layer alone is quantized, for all bits that the grid has.
 
     The weights take the nearest levels (`solvers.fit`). Where only BatchNorms read the layer's output, renorm
@@ -183,12 +187,12 @@ def sensitivities(
         weights: the blobs of the net in full precision.
         layers: the layers, each on its own.
         grid: name of their grid.
-        calibration: the net and its images.
+        calibration: the net and its images; some of them are taken, spread evenly.
         scores: the net's blob with one score per class.
 
     Returns:
         Mean over the images of the Kullback-Leibler divergence of the softmax of the scores from that of full
-        precision, by layer and bits.
+        precision, by layer and bits; and the number of images.
 
     Raises:
         InputError: the scores cannot be computed or do not depend on a layer, or too little memory.
@@ -203,23 +207,25 @@ def sensitivities(
             )
     feed = calibration.feed
     offered = range(GRID_BITS[grid][0], GRID_BITS[grid][1] + 1)
-    found: Sensitivities = {}
+    found: Sensitivities = {name: {} for name in layers}
     with closing(calibration.open_engine(net, weights, {feed.blob: feed.images.shape})) as engine:
         costs = Costs.of(net, engine.shapes, [feed.blob], [scores])
         work = {name: costs.between(layer_index(net, name), len(net.layer)) for name in layers}
-        progress.start("budget", sum(work.values()) * len(offered) * len(feed.images))
+        per_image = sum(work.values()) * len(offered)
+        feed = thinned(feed, max(LEAST_IMAGES, int(WORK / max(per_image, 1))))
+        images = len(feed.images)
+        progress.start("budget", per_image * images)
         reference = _Reference.of(engine, feed, scores, costs.widest, calibration.memory)
         for name in layers:
             alone = _Alone(reference, name)
             w = to_kernels(alone.layer, weights[name][0])
-            found[name] = {}
             for bits in offered:
                 rounded = fit(w, make_grid(grid, bits))
                 kernels = rounded.alpha[:, None].astype(np.float32) * rounded.Q
                 blob = from_kernels(alone.layer, kernels, weights[name][0].shape)
                 found[name][bits] = alone.divergence([blob, *weights[name][1:]])
-                progress.advance(work[name] * len(feed.images))
-    return found
+                progress.advance(work[name] * images)
+    return found, images
 
 
 def _part_for(net: NetParameter, scores: str) -> tuple[NetParameter, str]:

@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 from quantize import __version__
 from quantize.activations_quan import QuantizedActivation, activations_quan, plain_relus, with_act_quantize
-from quantize.budget import IMAGES, keep_budget
+from quantize.budget import keep_budget
 from quantize.caffenet import (
     NetParameter,
     Weights,
@@ -49,7 +49,6 @@ from quantize.feeds import (
     calibration_feed,
     evaluation_images,
     image_shape,
-    thinned,
     validation_feed,
 )
 from quantize.memory import peak_memory, reset_peak_memory
@@ -164,7 +163,7 @@ class Run:
         if "weights" in stages:
             self._solver_calibration()
             if self.config.weights.budget is not None:
-                self._budget_calibration()
+                self._renorm_feed()
         if "renorm" in stages:
             self._renorm_feed()
         if "activations" in stages:
@@ -178,7 +177,7 @@ class Run:
         chosen = choices(test.net, settings)
         record: dict[str, Any] = {}
         if settings.budget is not None:
-            calibration = self._budget_calibration()
+            calibration = self._calibration(self._renorm_feed())
             chosen, found = keep_budget(weights, settings, calibration, test.scores, self.progress)
             record["budget"] = asdict(found)
         _, quantized, layers = weights_quan(
@@ -243,10 +242,6 @@ class Run:
         if settings.solver != "data_aware":
             return None
         return self._calibration(calibration_feed(self.config, self.net, settings.images, self.progress))
-
-    def _budget_calibration(self) -> Calibration:
-        """A few of renorm's images, to measure on what `weights.budget` is spent by."""
-        return self._calibration(thinned(self._renorm_feed(), IMAGES))
 
     def _calibration(self, feed: Feed) -> Calibration:
         return Calibration(InferenceNet.of(self.net).net, feed, self.open_engine, self.config.renorm.memory)
