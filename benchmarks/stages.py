@@ -140,16 +140,29 @@ def phase_of(row: Row) -> int:
     return TEST if row.stage == "evaluate" else TRAIN
 
 
+def rows_named(text: str) -> list[Row]:
+    """The rows that ``--rows`` asks for.
+
+    Raises:
+        ArgumentTypeError: there is no such row.
+    """
+    rows = {row.name: row for row in ROWS}
+    names = text.split(",")
+    for name in names:
+        if name not in rows:
+            raise argparse.ArgumentTypeError(f"no row {name!r}; these are: {', '.join(rows)}")
+    return [rows[name] for name in names]
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=Path, help="a folder of photographs; default: generated images")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=available_threads())
-    parser.add_argument("--rows", default=",".join(row.name for row in ROWS))
+    parser.add_argument("--rows", type=rows_named, default=ROWS)
     arguments = parser.parse_args()
-    names = arguments.rows.split(",")
-    rows = [row for row in ROWS if row.name in names]
+    rows = arguments.rows
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lmdb = make_images(folder, max(row.images for row in rows), arguments.images)

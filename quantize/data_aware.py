@@ -30,6 +30,8 @@ from quantize.sweep import FLOAT_BYTES, Costs, Feed, depth_order, micro_batch_si
 
 PATCHES = 1 << 16
 """Patches per layer, about: of each image the same number, at random places."""
+ROWS = 4096
+"""Patches that are added to the sums at once: adding a large H costs as much as multiplying a few patches."""
 MAX_COLUMNS = 10240
 """Layers with longer kernels are rounded to the nearest level: their H would take more than 800 MB."""
 
@@ -241,6 +243,7 @@ class LayerMoments:
         self.per_image = -(-max(PATCHES, 8 * patches.columns) // images)
         self.centered = centered
         self.count = 0
+        self._waiting: list[tuple[FloatArray, FloatArray]] = []
         groups, n, k = patches.groups, outputs // patches.groups, patches.columns
         self._xx: Floats = np.zeros((groups, k, k))
         self._yx: Floats = np.zeros((groups, n, k))
@@ -253,10 +256,21 @@ class LayerMoments:
         places = self.patches.sample(images, self.per_image, seed)
         x = self.patches.inputs(bottom, places)
         y = self.patches.outputs(top, places)
+        self._waiting.append((x, y))
+        if sum(inputs.shape[1] for inputs, _ in self._waiting) >= ROWS:
+            self._add()
+
+    def _add(self) -> None:
+        """Add what waits to the sums."""
+        if not self._waiting:
+            return
+        x, y = (np.concatenate(arrays, axis=1) for arrays in zip(*self._waiting, strict=True))
+        self._waiting.clear()
         self.count += x.shape[1]
-        # One group at a time: numpy computes half of a product of a matrix with its own transpose.
-        self._xx += np.stack([group.T @ group for group in x])
-        self._yx += np.stack([outputs.T @ inputs for outputs, inputs in zip(y, x, strict=True)])
+        for group, (inputs, outputs) in enumerate(zip(x, y, strict=True)):
+            # numpy computes half of a product of a matrix with its own transpose.
+            self._xx[group] += inputs.T @ inputs
+            self._yx[group] += outputs.T @ inputs
         self._yy += np.square(y, dtype=np.float64).sum(axis=1)
         self._x += x.sum(axis=1, dtype=np.float64)
         self._y += y.sum(axis=1, dtype=np.float64)
@@ -264,11 +278,13 @@ class LayerMoments:
     @property
     def means(self) -> tuple[Floats, Floats]:
         """E x (G, k) and E y (G, n)."""
+        self._add()
         return self._x / self.count, self._y / self.count
 
     @property
     def statistics(self) -> Statistics:
         """The second moments; around the means if those are free."""
+        self._add()
         H, B, energy = (sums / self.count for sums in (self._xx, self._yx, self._yy))
         if self.centered:
             x, y = self.means

@@ -1,4 +1,4 @@
-"""The output folder: one run at a time, and every file whole or not there at all."""
+"""The output folder: its files, one run at a time, and every file whole or not there at all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,33 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from quantize.errors import InputError, LabelfreeError
 
 PART_SUFFIX = ".part"
+
+
+@dataclass(frozen=True)
+class Files:
+    """Names of the output files."""
+
+    quantized: str
+    renorm: str
+    val: str
+    deploy: str
+
+    @classmethod
+    def of(cls, name: str) -> Files:
+        """The files of a run called ``name``."""
+        return cls(
+            f"{name}_quantized.caffemodel",
+            f"{name}_renorm.caffemodel",
+            f"{name}_val.prototxt",
+            f"{name}_deploy.prototxt",
+        )
 
 
 class OutputFolder:

@@ -19,7 +19,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,44 +52,30 @@ from quantize.feeds import (
     validation_feed,
 )
 from quantize.memory import peak_memory, reset_peak_memory
-from quantize.output import OutputFolder
+from quantize.output import Files, OutputFolder
 from quantize.progress import SILENT, Progress
 from quantize.prototxts import deploy_prototxt, validation_prototxt
 from quantize.renorm import renorm
-from quantize.report.page import Caffemodels, render
 from quantize.report.sqnr import Version, images_to_measure, output_sqnr
+from quantize.report.store import (
+    PAGE,
+    REPORT,
+    previous_report,
+    read_report,
+    show_page,
+    write_page,
+    write_report,
+)
 from quantize.sweep import Feed
 from quantize.threads import available_threads
 from quantize.weights_quan import ALPHA_SUFFIX, QUANTIZED_TYPES, choices, weights_quan, with_alpha_terms
 
 STAGES = ("weights", "renorm", "activations")
-REPORT = "report.json"
-PAGE = "report.html"
 LIBRARIES = (
     *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb"),
     *("matplotlib", "jinja2"),
 )
 READ_BLOCK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Files:
-    """Names of the output files."""
-
-    quantized: str
-    renorm: str
-    val: str
-    deploy: str
-
-    @classmethod
-    def of(cls, name: str) -> Files:
-        """The files of a run called ``name``."""
-        return cls(
-            f"{name}_quantized.caffemodel",
-            f"{name}_renorm.caffemodel",
-            f"{name}_val.prototxt",
-            f"{name}_deploy.prototxt",
-        )
 
 
 class Run:
@@ -134,7 +120,7 @@ class Run:
         }
         self._check_before_work(stages)
         with closing(OutputFolder(self.config.output)) as self.folder:
-            self.report = self._previous_report()
+            self.report = previous_report(self.config.output, self.config.name, self.progress)
             for stage in (s for s in STAGES if s in stages):
                 key = self._key(stage)
                 if resume and not force and self._is_done(stage, key):
@@ -151,7 +137,7 @@ class Run:
                 self._finish(stage, record)
             if not (self.config.output / PAGE).exists():
                 self._measure_outputs()
-                _show(self.folder, self.config, self.net, self.report, self.progress)
+                show_page(self.folder, self.config, self.net, self.report, self.progress)
         return self.report
 
     def _check_before_work(self, stages: Sequence[str]) -> None:
@@ -234,7 +220,7 @@ class Run:
             self.progress.note(f"output SQNR is not measured: {error}")
             return
         self.report["output_sqnr"] = {"images": len(images), "layers": [asdict(layer) for layer in found]}
-        _write_json(self.folder, self.report)
+        write_report(self.folder, self.report)
 
     def _solver_calibration(self) -> Calibration | None:
         """What the data-aware solver needs; None with the other solvers, which need no images."""
@@ -332,20 +318,6 @@ class Run:
             )
         )
 
-    def _previous_report(self) -> dict[str, Any]:
-        """The report in the output folder, or an empty one where there is none that can be used."""
-        path = self.config.output / REPORT
-        try:
-            previous = _parse_report(path.read_bytes())
-        except FileNotFoundError:
-            previous = {}
-        except (OSError, ValueError) as error:
-            self.progress.note(f"{path}: not usable ({error}); nothing is taken over from it")
-            previous = {}
-        if previous.get("name") != self.config.name:
-            return {"inputs": {}, "stages": {}}
-        return previous
-
     def _finish(self, stage: str, record: dict[str, Any]) -> None:
         """Write the prototxts and the report for what there is now; drop what is behind the stage."""
         results = {"weights": [self.files.quantized], "renorm": [self.files.renorm], "activations": []}
@@ -371,7 +343,7 @@ class Run:
             "stages": stages,
             "sizes": self._sizes(stages),
         }
-        _write_json(self.folder, self.report)
+        write_report(self.folder, self.report)
 
     def _write_prototxts(self, stages: dict[str, Any]) -> list[str]:
         weights = Weights.read(self.config.output / self._latest(stages))
@@ -429,16 +401,16 @@ def evaluate_run(
     candidates = _candidates(config, net)
     if not without_renorm:
         candidates.pop("without_renorm", None)
-    before = read_report(config)
+    before = read_report(config.output)
     open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
     found = evaluate(candidates, feed.images, open_engine, progress)
     try:
         with closing(OutputFolder(config.output)) as folder:
-            report = read_report(config)
+            report = read_report(config.output)
             if report["stages"] == before["stages"]:
                 report["evaluation"] = {**asdict(found), "images_from": evaluation_images(config)}
-                _write_json(folder, report)
-                _show(folder, config, net, report, progress)
+                write_report(folder, report)
+                show_page(folder, config, net, report, progress)
     except LabelfreeError as error:
         progress.note(f"not added to {REPORT}: {error}")
     return found
@@ -454,27 +426,10 @@ def report_run(config: Config) -> Path:
         InputError: nothing has been quantized yet.
     """
     net = read_model_prototxt(config)
-    report = read_report(config)
+    report = read_report(config.output)
     with closing(OutputFolder(config.output)) as folder:
-        _write_page(folder, config, net, report)
+        write_page(folder, config, net, report)
     return config.output / PAGE
-
-
-def read_report(config: Config) -> dict[str, Any]:
-    """The content of report.json.
-
-    Raises:
-        InputError: there is none, or it is not one of ours.
-    """
-    path = config.output / REPORT
-    try:
-        return _parse_report(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{config.output}: nothing quantized here yet; run `labelfree quantize` first"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}; run `labelfree quantize` again") from error
 
 
 def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
@@ -498,59 +453,6 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
     final = InferenceNet.of(read_prototxt(prototxt))
     found["quantized"] = Candidate(final.net, weights, final.blob, final.scores)
     return found
-
-
-def _parse_report(content: bytes) -> dict[str, Any]:
-    """A report as it was written.
-
-    Raises:
-        ValueError: it is not a report of labelfree, or somebody has changed it.
-    """
-    try:
-        report = json.loads(content)
-        if isinstance(report, dict) and report.get("digest") == _digest(report):
-            return report
-    except (ValueError, RecursionError):
-        pass
-    raise ValueError("not a report of labelfree, or changed since")
-
-
-def _digest(report: dict[str, Any]) -> str:
-    """A hash of everything else in a report, so that what is read back need not be checked bit by bit."""
-    content = {key: value for key, value in report.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _write_json(folder: OutputFolder, report: dict[str, Any]) -> None:
-    report["digest"] = _digest(json.loads(json.dumps(report)))
-    with folder.writing(REPORT) as file:
-        file.write(json.dumps(report, indent=1).encode() + b"\n")
-
-
-def _write_page(folder: OutputFolder, config: Config, net: NetParameter, report: dict[str, Any]) -> None:
-    files = Files.of(config.name)
-    renormed = config.output / files.renorm
-    weights = Caffemodels(
-        full=Weights.read(config.model.weights),
-        quantized=Weights.read(config.output / files.quantized),
-        renorm=Weights.read(renormed) if renormed.exists() else None,
-    )
-    page = render(report, InferenceNet.of(net).net, weights)
-    with folder.writing(PAGE) as file:
-        file.write(page.encode())
-
-
-def _show(
-    folder: OutputFolder, config: Config, net: NetParameter, report: dict[str, Any], progress: Progress
-) -> None:
-    """Write the page; what goes wrong with it is said but does not undo the work that it shows."""
-    try:
-        _write_page(folder, config, net, report)
-    except Exception as error:
-        folder.remove(PAGE)
-        progress.note(
-            f"{PAGE} could not be made ({type(error).__name__}: {error}); see `labelfree --verbose report`"
-        )
 
 
 def read_model_prototxt(config: Config) -> NetParameter:

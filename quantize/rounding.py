@@ -11,7 +11,10 @@ With it, E (y - q x)^2 = (w* - q) H (w* - q)^T + constant, and that is what is r
   (w* - q) H (w* - q)^T = sum_i R_ii^2 (w*_i - q_i + sum_{j>i} R_ij / R_ii (w*_j - q_j))^2,
   so going from the last weight to the first, each is rounded after the errors behind it have been added;
 - coordinate descent: each weight in turn takes the best level given all others;
-- alpha in closed form, <w* H, Q> / <Q H, Q>, and all of it again with that alpha, as long as it helps.
+- alpha in closed form, <w* H, Q> / <Q H, Q>.
+
+The recursion runs from two alphas; the better result of each kernel is descended from, and recursion and
+descent are done once more with its alpha.
 
 All arrays have a leading axis for the groups of a convolution: G groups of n kernels by k weights.
 """
@@ -30,11 +33,10 @@ from quantize.solvers import fit
 
 DAMPING = 0.01
 """Added to the diagonal of H, relative to its mean (Frantar et al. 2023): a prior for the weights."""
-BLOCK = 128
+BLOCK = 32
 """Weights whose mutual corrections are made one by one; those to weights beyond are one matrix product."""
 ALPHA_RATIOS = np.geomspace(0.4, 1.25, 24)
 """Scales tried for each kernel, relative to the one with the least error of the weights."""
-ROUNDS = 2
 SWEEPS = 4
 LEAST_GAIN = 1e-3
 """Sweeps end when one lowers the loss of the layer by less than this share."""
@@ -133,14 +135,17 @@ def round_kernels(problem: Problem, grid: Grid) -> Rounding:
     sorted_problem = problem.ordered(order)
     factor = np.swapaxes(np.linalg.cholesky(sorted_problem.H), 1, 2)
     nearest = Nearest(grid)
-    starts = start_alphas(sorted_problem, grid, nearest)
-    best = refitted(sorted_problem, nearest(sorted_problem.target, starts[0]), starts[0])
-    for alpha in starts:
-        for _ in range(ROUNDS):
-            found = refitted(sorted_problem, recursion(sorted_problem.target, factor, alpha, nearest), alpha)
-            found = descended(sorted_problem, found, nearest)
-            best = best.better(found)
-            alpha = found.alpha
+
+    def rounded(alpha: Floats) -> Rounding:
+        Q = recursion(sorted_problem.target, factor, alpha, nearest)
+        return refitted(sorted_problem, Q, Q @ sorted_problem.H, alpha)
+
+    first, second = start_alphas(sorted_problem, grid, nearest)
+    best = rounded(first).better(rounded(second))
+    best = best.better(descended(sorted_problem, best, nearest))
+    best = best.better(descended(sorted_problem, rounded(best.alpha), nearest))
+    plain = nearest(sorted_problem.target, first[:, :, None])
+    best = best.better(refitted(sorted_problem, plain, plain @ sorted_problem.H, first))
     inverse = np.argsort(order, axis=1)[:, None, :]
     Q, QH = (np.take_along_axis(rows, inverse, axis=2) for rows in (best.Q, best.QH))
     return Rounding(best.alpha, Q, QH, best.loss)
@@ -154,8 +159,8 @@ class Nearest:
         self.midpoints = (self.levels[1:] + self.levels[:-1]) / 2
 
     def __call__(self, values: Floats, alpha: Floats) -> Floats:
-        """Levels for ``values`` (..., k) and ``alpha`` (...): alpha * level is the nearest to the value."""
-        scale = np.where(alpha == 0, 1.0, alpha)[..., None]
+        """Levels for ``values``: alpha * level is the nearest; ``alpha`` has the same axes, or axes of 1."""
+        scale = np.where(alpha == 0, 1.0, alpha)
         return self.levels[np.searchsorted(self.midpoints, values / scale)]
 
 
@@ -171,7 +176,7 @@ def start_alphas(problem: Problem, grid: Grid, nearest: Nearest) -> tuple[Floats
     best, least = plain, np.full((G, n), np.inf)
     for ratio in ALPHA_RATIOS:
         alpha = plain * ratio
-        error = problem.target - alpha[:, :, None] * nearest(problem.target, alpha)
+        error = problem.target - alpha[:, :, None] * nearest(problem.target, alpha[:, :, None])
         loss = np.einsum("gnk,gk->gn", error * error, importance)
         best, least = np.where(loss < least, alpha, best), np.minimum(loss, least)
     return plain, best
@@ -189,35 +194,36 @@ def recursion(target: Floats, factor: Floats, alpha: Floats, nearest: Nearest) -
     ratios = factor / np.diagonal(factor, axis1=1, axis2=2)[:, :, None]
     for block in reversed(list(_blocks(target.shape[2]))):
         behind = slice(block.stop, None)
-        aim = target[:, :, block] + errors[:, :, behind] @ np.swapaxes(ratios[:, block, behind], 1, 2)
+        wanted = _columns(target[:, :, block])
+        aim = wanted + ratios[:, block, behind] @ np.swapaxes(errors[:, :, behind], 1, 2)
         inner = ratios[:, block, block]
-        for i in reversed(range(aim.shape[2])):
-            at = block.start + i
-            Q[:, :, at] = nearest(aim[:, :, i, None], alpha)[:, :, 0]
-            errors[:, :, at] = target[:, :, at] - alpha * Q[:, :, at]
-            aim[:, :, :i] += errors[:, :, at, None] * inner[:, None, :i, i]
+        levels, missed = np.empty_like(aim), np.empty_like(aim)
+        for i in reversed(range(aim.shape[1])):
+            levels[:, i] = nearest(aim[:, i], alpha)
+            missed[:, i] = wanted[:, i] - alpha * levels[:, i]
+            aim[:, :i] += inner[:, :i, i, None] * missed[:, None, i]
+        Q[:, :, block] = np.swapaxes(levels, 1, 2)
+        errors[:, :, block] = np.swapaxes(missed, 1, 2)
     return Q
 
 
-def coordinate_descent(problem: Problem, start: Rounding, nearest: Nearest) -> Floats:
+def coordinate_descent(problem: Problem, start: Rounding, nearest: Nearest) -> Rounding:
     """One sweep: each weight takes the level that is best given all others. It never raises the loss."""
     H, alpha = problem.H, start.alpha
-    diagonal = np.diagonal(H, axis1=1, axis2=2)
-    Q = start.Q.copy()
-    slope = problem.targetH - alpha[:, :, None] * start.QH
+    diagonal = np.diagonal(H, axis1=1, axis2=2)[:, :, None]
+    Q, QH = start.Q.copy(), start.QH.copy()
     for block in reversed(list(_blocks(Q.shape[2]))):
-        inside, near = H[:, block, block], slope[:, :, block].copy()
-        for i in reversed(range(near.shape[2])):
-            at = block.start + i
-            wished = alpha * Q[:, :, at] + near[:, :, i] / diagonal[:, None, at]
-            level = nearest(wished[:, :, None], alpha)[:, :, 0]
-            change = alpha * (Q[:, :, at] - level)
-            Q[:, :, at] = level
-            near += change[:, :, None] * inside[:, None, i, :]
-        rest = slice(0, block.start)
-        change = alpha[:, :, None] * (start.Q[:, :, block] - Q[:, :, block])
-        slope[:, :, rest] += change @ H[:, block, rest]
-    return Q
+        inside, curvature = H[:, block, block], diagonal[:, block]
+        slope = _columns(problem.targetH[:, :, block] - alpha[:, :, None] * QH[:, :, block])
+        levels = _columns(Q[:, :, block])
+        for i in reversed(range(slope.shape[1])):
+            level = nearest(alpha * levels[:, i] + slope[:, i] / curvature[:, i], alpha)
+            change = alpha * (levels[:, i] - level)
+            levels[:, i] = level
+            slope += inside[:, i, :, None] * change[:, None]
+        Q[:, :, block] = np.swapaxes(levels, 1, 2)
+        QH += (Q[:, :, block] - start.Q[:, :, block]) @ H[:, block]
+    return refitted(problem, Q, QH, alpha)
 
 
 def descended(problem: Problem, start: Rounding, nearest: Nearest) -> Rounding:
@@ -225,21 +231,25 @@ def descended(problem: Problem, start: Rounding, nearest: Nearest) -> Rounding:
     found = start
     for _ in range(SWEEPS):
         before = found.loss.sum()
-        found = refitted(problem, coordinate_descent(problem, found, nearest), found.alpha)
+        found = coordinate_descent(problem, found, nearest)
         if found.loss.sum() >= before * (1 - LEAST_GAIN):
             break
     return found
 
 
-def refitted(problem: Problem, Q: Floats, alpha: Floats) -> Rounding:
+def refitted(problem: Problem, Q: Floats, QH: Floats, alpha: Floats) -> Rounding:
     """The alpha with the least loss for Q: <w* H, Q> / <Q H, Q>; as it was where Q is 0."""
-    QH = Q @ problem.H
     qq = np.einsum("gnk,gnk->gn", QH, Q)
     wq = np.einsum("gnk,gnk->gn", Q, problem.targetH)
     alpha = np.where(qq > 0, wq / np.where(qq > 0, qq, 1.0), alpha)
     error = problem.target - alpha[:, :, None] * Q
     loss = np.einsum("gnk,gnk->gn", error, problem.targetH - alpha[:, :, None] * QH)
     return Rounding(alpha, Q, QH, np.maximum(loss, 0))
+
+
+def _columns(block: Floats) -> Floats:
+    """A block (G, n, b) as (G, b, n): what the loops over weights read and write lies together."""
+    return np.ascontiguousarray(np.swapaxes(block, 1, 2))
 
 
 def _blocks(k: int) -> Iterator[slice]:

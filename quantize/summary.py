@@ -92,7 +92,7 @@ def _mean(layers: Sequence[dict[str, Any]], key: str) -> float:
 def _caffe_test(report: dict[str, Any], config: Config) -> list[str]:
     """The `caffe test` command for what was written, where there is a validation LMDB."""
     from quantize.data.sources import open_source
-    from quantize.pipeline import Files
+    from quantize.output import Files
     from quantize.prototxts import validation_lmdb
 
     if config.data.validation is None or validation_lmdb(config) is None:

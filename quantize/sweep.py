@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import mmap
 from bisect import bisect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -37,6 +38,8 @@ MICRO_BATCH_BYTES = 64 << 20
 """What one micro-batch may hold at the widest layer: large enough to keep the cores busy, small enough for
 the rest of the memory bound."""
 MAX_MICRO_BATCH = 256
+IN_FLIGHT = 2
+"""Micro-batches being run at a time: while one is being ended the threads are at the next."""
 EVEN = 8
 """Micro-batches are multiples of this, or powers of two below it, so that threads get equal shares."""
 COST_PER_VALUE = 8
@@ -168,12 +171,13 @@ class Plan:
 
     @property
     def kept_bytes(self) -> int:
-        """The most bytes that are kept at a time, old and new frontier of the chunk being run included."""
+        """The most bytes that are kept at a time, old and new frontiers of the chunks being run included."""
+        images = sum(route.images for route in self.routes)
         behind_steps = zip(*(route.held_bytes for route in self.routes), strict=True)
         return max(
             (
                 sum(route.images * held for route, held in zip(self.routes, behind, strict=True))
-                + self.micro_batch * max(behind)
+                + in_flight(self.micro_batch, images) * max(behind)
                 for behind in behind_steps
             ),
             default=0,
@@ -202,6 +206,11 @@ def micro_batch_size(widest: int, images: int, memory: int | None) -> int:
     return min(even, images)
 
 
+def in_flight(batch: int, images: int) -> int:
+    """How many images are being run at a time: their old and new frontiers are kept."""
+    return min(IN_FLIGHT * batch, images)
+
+
 def plan(costs: Costs, steps: Sequence[Step], images: int, memory: int | None) -> Plan:
     """A cheap way of passing ``images`` images through ``steps`` within ``memory`` bytes.
 
@@ -220,8 +229,9 @@ def plan(costs: Costs, steps: Sequence[Step], images: int, memory: int | None) -
     """
     batch = micro_batch_size(costs.widest, images, memory)
     plain = (costs.source + costs.work[steps[-1].stop]) * images if steps else 0.0
-    memory = (images + batch) * max(costs.live) if memory is None else memory - memory // RESERVE
-    joints = _joints(costs, steps, memory // (images + batch))
+    frontiers = images + in_flight(batch, images)
+    memory = frontiers * max(costs.live) if memory is None else memory - memory // RESERVE
+    joints = _joints(costs, steps, memory // frontiers)
     best: dict[_Joint, tuple[float, tuple[_Stretch, ...]]] = {joints[0]: (0.0, ())}
     for number, joint in enumerate(joints[:-1]):
         before, stretches = best[joint]
@@ -334,7 +344,7 @@ def _share(large: Sequence[int], small: Sequence[int], images: int, batch: int, 
     """
     many = images
     for most, least in zip(large, small, strict=True):
-        spare = memory - batch * max(most, least) - images * least
+        spare = memory - in_flight(batch, images) * max(most, least) - images * least
         if spare < 0:
             return None
         if most > least:
@@ -467,12 +477,27 @@ class _Group:
         fresh = [] if last else [name for name in wanted if name not in held]
         runner = engine.compile(origin or 0, step.stop, fresh, step.measured)
         work = costs.between(origin, step.stop)
-        for chunk, feeds in enumerate(self._feeds(origin)):
+        running: deque[Callable[[], dict[str, Moments]]] = deque()
+
+        def begin(chunk: int, feeds: Mapping[str, FloatArray]) -> Callable[[], dict[str, Moments]]:
             count = len(next(iter(feeds.values())))
             room = {name: self.arena.take((count, *engine.shapes.blobs[name][1:])) for name in fresh}
-            yield runner.run({name: feeds[name] for name in runner.inputs}, room).moments
-            self._keep(chunk, {} if last else {**self.kept[chunk], **room}, wanted)
-            progress.advance(work * count)
+            finish = runner.begin({name: feeds[name] for name in runner.inputs}, room)
+
+            def end() -> dict[str, Moments]:
+                moments = finish().moments
+                self._keep(chunk, {} if last else {**self.kept[chunk], **room}, wanted)
+                progress.advance(work * count)
+                return moments
+
+            return end
+
+        for chunk, feeds in enumerate(self._feeds(origin)):
+            running.append(begin(chunk, feeds))
+            if len(running) == IN_FLIGHT:
+                yield running.popleft()()
+        for end in running:
+            yield end()
 
     def _keep(self, chunk: int, blobs: Mapping[str, FloatArray], wanted: Sequence[str]) -> None:
         """Keep the blobs that are wanted; what was kept before and is not among them is given back."""

@@ -604,7 +604,7 @@ def _run_child(kind_name: str, number: int, folder: Path) -> NoReturn:
         signal.alarm(WALL_SECONDS)
         watch_writes(folder)
         if number % PAGE_EVERY:
-            quantize.pipeline._show = lambda *_: None
+            quantize.pipeline.show_page = lambda *_: None
         code = NOT_CAUGHT
         code = _run_commands(commands)
     except BaseException:

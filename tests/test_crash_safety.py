@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 import quantize.pipeline
 from quantize import cli
-from quantize.caffenet import Weights
+from quantize.caffenet import Weights, read_prototxt
 from quantize.cli import INTERRUPTED
 from quantize.pipeline import Run
 from tests.conftest import Job
@@ -22,6 +23,26 @@ from tests.conftest import Job
 NOBODY = 65534
 COMMAND = [sys.executable, "-m", "quantize.cli", "--quiet", "quantize", "--config"]
 ROOT = Path(__file__).parents[1]
+
+ON_A_FULL_DISK = """
+set -e
+cd "$1"
+results=$2 room=$3
+shift 3
+mount -t tmpfs -o size=4m none out
+if [ "$results" = True ]; then "$@" --set weights.bits=3; fi
+cp -r out before
+dd if=/dev/zero of=out/filler bs=4k 2>/dev/null || true
+truncate -s "-$room" out/filler
+code=0
+"$@" || code=$?
+rm out/filler
+cp -r out after
+"$@" --resume
+cp -r out resumed
+exit $code
+"""
+"""A command in the folder ``$1`` whose output has ``$3`` bytes left, and again after there is room."""
 
 
 def quantize(
@@ -47,9 +68,9 @@ def assert_one_line(done: "subprocess.CompletedProcess[str]", code: int, *parts:
 
 
 def test_no_space_for_the_result(job: Job) -> None:
-    """A file of the size of a full disk: what was there stays, nothing half written is left."""
+    """A limit on the size of files: what was there stays, nothing half written is left."""
     assert quantize(job).returncode == 0
-    before = {path.name: path.read_bytes() for path in job.out.iterdir()}
+    before = files(job.out)
     most = (job.out / "residual_quantized.caffemodel").stat().st_size // 2
 
     def small_files() -> None:
@@ -58,7 +79,52 @@ def test_no_space_for_the_result(job: Job) -> None:
 
     done = quantize(job, "--set", "weights.bits=3", before=small_files)
     assert_one_line(done, 1, "residual_quantized.caffemodel", "cannot write", "unchanged")
-    assert {path.name: path.read_bytes() for path in job.out.iterdir()} == before
+    assert files(job.out) == before
+
+
+@pytest.fixture(scope="session")
+def mounter(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What a command starts with that may mount, in a namespace of its own."""
+    folder = tmp_path_factory.mktemp("mount")
+    for command in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):
+        mount = shlex.join([*command, "mount", "-t", "tmpfs", "none", str(folder)])
+        if subprocess.run(["sh", "-c", mount], capture_output=True, check=False).returncode == 0:
+            return command
+    pytest.skip("nobody may mount here; what a limit on file sizes does is tested")
+
+
+@pytest.mark.parametrize(("results", "room"), [(True, 0), (False, 0), (False, 16384), (False, 24576)])
+def test_a_full_disk(job: Job, mounter: list[str], results: bool, room: int) -> None:
+    """With earlier results nothing changes; without, the run stops at a later file each time."""
+    job.out.mkdir()
+    command = [*COMMAND, str(job.yaml)]
+    script = ["sh", "-c", ON_A_FULL_DISK, "sh", str(job.folder), str(results), str(room)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*mounter, *script, *command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert_one_line(done, 1, "cannot write: No space left on device", "unchanged")
+    before, after, resumed = (files(job.folder / name) for name in ("before", "after", "resumed"))
+    assert len(before) == (6 if results else 0)
+    if results or not room:
+        assert after == before
+    else:
+        assert 0 < len(after) < 6
+    for name in after:
+        assert not name.startswith(".")
+        if name.endswith(".caffemodel"):
+            Weights.read(job.folder / "after" / name)
+        elif name.endswith(".prototxt"):
+            read_prototxt(job.folder / "after" / name)
+    assert quantize(job).returncode == 0
+    whole = files(job.out)
+    assert resumed.keys() == whole.keys()
+    for name in whole.keys() - {"report.json", "report.html"}:  # they hold times
+        assert resumed[name] == whole[name], name
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_folder_that_one_may_not_write(

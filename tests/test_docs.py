@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,23 +28,19 @@ PAGES = [
     ROOT / "configs/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-RUN_HERE = (
-    "README.md",
-    "tutorial.md",
-    "your-model.md",
-    "configuration.md",
-    "layers.md",
-    "method.md",
-    "command-line.md",
-)
-"""Pages whose ``sh`` blocks this module runs; the others' are run by the tests of what they describe."""
+RUN_ELSEWHERE = ("caffe.md", "troubleshooting.md")
+"""Pages with tests of their own: tests/caffe/test_caffe_page.py and tests/test_troubleshooting.py."""
 NOT_AGAIN = ("scripts/test", "scripts/demo")
 """The first runs this test; the second has one of its own."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: ``sh``, ``sh caffe`` (runs where Caffe is), ``python caffe``, or something to read."""
+    """A fenced block.
+
+    Its kind is ``sh``, ``sh caffe`` or ``python caffe`` (run where Caffe is), ``sh benchmark`` (takes
+    minutes; only its options are checked), or that of something to read: ``text``, ``python``.
+    """
 
     kind: str
     text: str
@@ -119,14 +116,44 @@ def user_files(folder: Path) -> None:
     (folder / "labeled.txt").write_text("".join(lines))
 
 
-@pytest.mark.parametrize("name", RUN_HERE)
-def test_every_command_runs(place: Place, name: str) -> None:
-    page = ROOT / name if name == "README.md" else ROOT / "docs" / name
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in RUN_ELSEWHERE], ids=lambda page: page.name
+)
+def test_every_command_runs(place: Place, page: Path) -> None:
     for block in blocks(page):
         if block.kind == "sh":
             lines = [line for line in block.text.splitlines() if line.split(" ")[0] not in NOT_AGAIN]
             # The network here is for 8x8 pixels, so `init` chose a shorter side of 9 and not 256.
             place.run("\n".join(lines).replace("--resize-short 256", "--resize-short 9"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_in_a_block_that_is_run(page: Path) -> None:
+    kinds = {block.kind for block in blocks(page)}
+    assert kinds <= {"sh", "sh caffe", "python caffe", "sh benchmark", "text", "python"}
+    if page.name not in RUN_ELSEWHERE:
+        assert page.name == "your-model.md" or not kinds & {"sh caffe", "python caffe"}
+        indented = re.findall(
+            r"^ {4}(?:\$ |labelfree|caffe|python|make|scripts/|cd ).*", page.read_text(), re.M
+        )
+        assert all(line.startswith("    python -m benchmarks.") for line in indented), indented
+
+
+def test_commands_of_benchmarks_have_the_options_that_are_shown() -> None:
+    """Running them takes minutes; an option of a bad name or value ends with an error."""
+    shown = [
+        shlex.split(command, comments=True)
+        for page in PAGES
+        for command in re.findall(r"^ *(python -m benchmarks\..*)$", page.read_text(), re.MULTILINE)
+    ]
+    assert len(shown) >= 4
+    for _, *arguments in shown:
+        done = subprocess.run(
+            [sys.executable, *arguments, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (arguments, done.stderr)
+        for option in (argument for argument in arguments if argument.startswith("--")):
+            assert f"{option} " in done.stdout, arguments
 
 
 def test_what_needs_caffe_runs_in_caffe(
@@ -135,7 +162,7 @@ def test_what_needs_caffe_runs_in_caffe(
     caffe_run: Callable[..., "subprocess.CompletedProcess[str]"],  # noqa: F811
 ) -> None:
     if not (place.folder / "out/net/net_val.prototxt").exists():
-        test_every_command_runs(place, "your-model.md")
+        test_every_command_runs(place, ROOT / "docs/your-model.md")
     val = (place.folder / "out/net/net_val.prototxt").read_text()
     files = {
         "out/net/net_val.prototxt": val.replace(f"{place.folder}/", ""),

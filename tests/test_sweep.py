@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.errors import InputError
-from quantize.sweep import RESERVE, Arena, Costs, Plan, Route, Step, micro_batch_size, plan
+from quantize.sweep import RESERVE, Arena, Costs, Plan, Route, Step, in_flight, micro_batch_size, plan
 
 
 def best_work(costs: Costs, steps: list[Step], bound: int) -> float:
@@ -64,7 +64,7 @@ def test_a_plan_keeps_its_bound_and_never_loses_to_one_route(
     single = [
         images * best_work(costs, steps, bound)
         for bound in bounds
-        if with_reserve((images + found.micro_batch) * bound) <= memory
+        if with_reserve((images + in_flight(found.micro_batch, images)) * bound) <= memory
     ]
     assert found.work <= min(single) + 1e-6
     for route in found.routes:

@@ -82,6 +82,17 @@ class Range(ABC):
                 written without a copy; other outputs get fresh arrays.
         """
 
+    def begin(
+        self, feeds: Mapping[str, FloatArray], into: Mapping[str, FloatArray] | None = None
+    ) -> Callable[[], RangeResult]:
+        """Begin to run as `run` does; the result is what the returned function waits for.
+
+        An engine that can work in the background begins the next micro-batch before one ends, so that its
+        threads never wait for what is done between two.
+        """
+        result = self.run(feeds, into)
+        return lambda: result
+
 
 class Engine(ABC):
     """A network opened for inference (TEST phase).

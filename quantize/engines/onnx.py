@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -189,7 +189,13 @@ class _OnnxRange(Range):
     def run(
         self, feeds: Mapping[str, FloatArray], into: Mapping[str, FloatArray] | None = None
     ) -> RangeResult:
-        """Run on one micro-batch; see ``Range``.
+        """Run on one micro-batch; see ``begin``."""
+        return self.begin(feeds, into)()
+
+    def begin(
+        self, feeds: Mapping[str, FloatArray], into: Mapping[str, FloatArray] | None = None
+    ) -> Callable[[], RangeResult]:
+        """Have the engine's threads run one micro-batch; see ``Range``.
 
         Feeds are read and outputs written where they lie in memory. The moments are taken per image and
         channel in the graph, around the mean of those values, and merged in float64, so they do not depend on
@@ -214,9 +220,15 @@ class _OnnxRange(Range):
         for name, found in self._moments.items():
             writes += zip(found.blobs, taken[name], strict=True)
         parts = split(batch, self._part, self._threads)
-        list(self._pool.map(lambda part: self._run_part(part, reads, writes), parts))
-        moments = {name: found.merged(taken[name]) for name, found in self._moments.items()}
-        return RangeResult(blobs, moments)
+        running = [self._pool.submit(self._run_part, part, reads, writes) for part in parts]
+
+        def finish() -> RangeResult:
+            for part in running:
+                part.result()
+            moments = {name: found.merged(taken[name]) for name, found in self._moments.items()}
+            return RangeResult(blobs, moments)
+
+        return finish
 
     def _check(self, feeds: Mapping[str, FloatArray]) -> int:
         """Check the feeds and return the batch."""
@@ -303,6 +315,7 @@ class Translation:
             layer,
             [blob.tensor for blob in bottoms],
             [blob.shape for blob in bottoms],
+            [blob.grows for blob in bottoms],
             [shapes.blobs[top] for top in layer.top],
             blobs,
         )

@@ -45,6 +45,7 @@ class Layer:
         proto: the layer's parameters.
         bottoms: tensors.
         shapes: of the bottoms, for a batch of 1.
+        grows: of each bottom whether it has values per image; otherwise it is the same for every batch.
         tops: shapes of the tops, for a batch of 1.
         blobs: the layer's own arrays, of the shapes that Caffe gives them.
     """
@@ -52,6 +53,7 @@ class Layer:
     proto: LayerParameter
     bottoms: Sequence[str]
     shapes: Sequence[Shape]
+    grows: Sequence[bool]
     tops: Sequence[Shape]
     blobs: Sequence[FloatArray]
 
@@ -170,8 +172,29 @@ def embed(g: Graph, layer: Layer) -> str:
     prototxt: embed_param.{input_dim, num_output, bias_term}
     """
     table, *bias = (g.floats(blob) for blob in layer.blobs)
-    y = g.op("Gather", table, g.op("Cast", layer.x, to=TensorProto.INT64))
+    y = _rows(g, table, layer.x, len(layer.blobs[0]))
     return g.op("Add", y, *bias) if bias else y
+
+
+@translator("BatchReindex")
+def batch_reindex(g: Graph, layer: Layer) -> str:
+    """y[n] = x[i[n]]; x (M, ...) must be the same for every batch, i (N,) holds whole numbers, y (N, ...).
+
+    Rows of what is computed from the images are refused: which images share a batch is not the net's to say.
+    """
+    if layer.grows[0]:
+        raise UnsupportedError(
+            "picks images out of the batch; images are run in batches of any size here, so the first bottom "
+            "must not depend on them (a Parameter or DummyData layer)"
+        )
+    return _rows(g, layer.x, layer.bottoms[1], layer.shape[0])
+
+
+def _rows(g: Graph, table: str, indices: str, rows: int) -> str:
+    """table[indices]; Gather counts negative indices from the end, so they are made too large for it."""
+    whole = g.op("Cast", indices, to=TensorProto.INT64)
+    negative = g.op("Less", whole, g.integers([0]))
+    return g.op("Gather", table, g.op("Where", negative, g.integers([rows]), whole))
 
 
 # ---- Per channel ----
@@ -412,7 +435,7 @@ def pooling(g: Graph, layer: Layer) -> str | list[str]:
 
     The average divides by the window's size including padding, but only as far as the padding reaches, which
     the last window of a row may not (output sizes are rounded up). MAX may have the places of the maxima in
-    their channel as a second top.
+    their channel as a second top, if every window has a pixel.
     prototxt: pooling_param.{pool, kernel_size, stride, pad, global_pooling, round_mode, kernel_h, ...}
     """
     param = layer.proto.pooling_param
@@ -428,7 +451,7 @@ def _pooled(g: Graph, param: PoolingParameter, x: str, shape: Shape, top: Shape)
     if param.global_pooling:
         return g.op("GlobalMaxPool" if is_max else "GlobalAveragePool", x)
     window = _PoolWindow.of(param, shape, top)
-    if any(pad >= k for pad, k in zip(window.pads[2:], window.kernel, strict=True)):
+    if window.some_see_no_pixel:
         x, window = _padded(g, x, window, LOWEST if is_max else 0.0)
     if is_max:
         return g.op("MaxPool", x, **window.attributes())
@@ -451,6 +474,11 @@ class _PoolWindow:
         axes = zip(top[2:], stride, kernel, shape[2:], pad, strict=True)
         behind = [max(0, (out - 1) * s + k - size - p) for out, s, k, size, p in axes]
         return cls(kernel, stride, (*pad, *behind))
+
+    @property
+    def some_see_no_pixel(self) -> bool:
+        """Whether the last window of a row or column lies behind the image wholly."""
+        return any(pad >= k for pad, k in zip(self.pads[2:], self.kernel, strict=True))
 
     def attributes(self) -> dict[str, Shape]:
         return {"kernel_shape": self.kernel, "strides": self.stride, "pads": self.pads}
@@ -488,6 +516,11 @@ def _max_with_places(g: Graph, layer: Layer) -> list[str]:
     window = _PoolWindow.of(param, layer.shape, layer.tops[0])
     if param.pool != param.MAX or param.global_pooling:
         raise UnsupportedError("a second top is supported for MAX pooling that is not global only")
+    if window.some_see_no_pixel:
+        raise UnsupportedError(
+            "its last window lies outside the image wholly, so the second top has no place to name; "
+            "use engine: caffe"
+        )
     y, place = g.ops("MaxPool", 2, layer.x, **window.attributes())
     in_channel = g.op("Mod", place, g.integers([height * width]))
     return [y, g.op("Cast", in_channel, to=TensorProto.FLOAT)]

@@ -119,6 +119,15 @@ def test_without_the_plugin_caffe_says_what_docs_say(caffe_run) -> None:
     assert message in (Path(__file__).parents[2] / "docs" / "caffe.md").read_text(encoding="utf-8")
 
 
+def test_a_caffe_that_has_the_layer_refuses_the_plugin_as_docs_say(caffe_plugin, caffe_run) -> None:
+    twice = f"cp {caffe_plugin} again.so && LD_PRELOAD='{caffe_plugin} ./again.so' caffe device_query"
+    done = caffe_run(["sh", "-c", twice], {})
+    message = "Layer type ActQuantize already registered"
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert message in (Path(__file__).parents[2] / "docs" / "caffe.md").read_text(encoding="utf-8")
+
+
 def test_caffe_test_runs_it(caffe_plugin, caffe_run) -> None:
     net = """
     layer { name: "data" type: "DummyData" top: "data"

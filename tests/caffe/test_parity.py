@@ -52,6 +52,7 @@ class Case:
         bottoms: shapes of its bottoms for one image.
         tops: how many it has.
         draw: how inputs are drawn.
+        table: shape of a bottom before those, which a Parameter layer gives and no image changes.
     """
 
     type: str
@@ -59,6 +60,7 @@ class Case:
     bottoms: tuple[tuple[int, ...], ...] = ((4, 6, 5),)
     tops: int = 1
     draw: str = "normal"
+    table: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         shapes = " ".join("x".join(map(str, shape)) for shape in self.bottoms)
@@ -316,6 +318,8 @@ def classifications() -> Iterator[Case]:
         fields = block("embed_param", num_output=5, input_dim=9, bias_term=bias)
         yield Case("Embed", fields, ((4,),), draw="indices")
         yield Case("Embed", fields, ((2, 3),), draw="indices")
+    for table in ((9, 4), (9, 2, 3, 4), (9,)):
+        yield Case("BatchReindex", "", ((),), draw="indices", table=table)
 
 
 def sources() -> Iterator[Case]:
@@ -383,6 +387,12 @@ def print_worst(request: pytest.FixtureRequest) -> Iterator[None]:
 def net_of(case: Case) -> NetParameter:
     net = NetParameter(name=case.type)
     layer = net.layer.add(name="layer", type=case.type)
+    if case.table is not None:
+        source = NetParameter().layer.add(name="table", type="Parameter", top=["table"])
+        source.parameter_param.shape.dim.extend(case.table)
+        net.layer.insert(0, source)
+        layer = net.layer[1]
+        layer.bottom.append("table")
     layer.bottom.extend(f"in{i}" for i in range(len(case.bottoms)))
     layer.top.extend(f"out{i}" for i in range(case.tops))
     text_format.Merge(case.fields, layer)
@@ -398,8 +408,7 @@ def weights_of(case: Case, net: NetParameter, rng: np.random.Generator) -> Weigh
             blobs[1] = np.abs(blobs[1]) + np.float32(0.1)
             blobs[2] = np.array([0 if case.draw == "zero factor" else 1.7], np.float32)
         if shapes:
-            weights.add(net.layer[0], blobs)
-        assert layer == "layer"
+            weights.add(next(own for own in net.layer if own.name == layer), blobs)
     return weights
 
 
@@ -441,11 +450,12 @@ def test_layer(case: Case, worker: Worker) -> None:
     weights = weights_of(case, net, rng)
     feeds = feeds_of(case, rng)
     inputs = dict(zip(feeds, case.bottoms, strict=True))
-    outputs = list(net.layer[0].top)
+    layer = net.layer[-1]
+    outputs = list(layer.top)
     onnx = OnnxEngine(net, weights, inputs)
-    net.layer[0].type = LACKING.get(case.type, case.type)
+    layer.type = LACKING.get(case.type, case.type)
     caffe = CaffeEngine(net, weights, inputs, worker=worker)
-    found = onnx.compile(0, 1, outputs).run(feeds).blobs
+    found = onnx.compile(0, len(net.layer), outputs).run(feeds).blobs
     wanted = caffe.compile(0, len(net.layer), outputs).run(feeds).blobs
     caffe.close()
     shapes = infer_shapes(net_of(case), {name: feed.shape for name, feed in feeds.items()}).blobs

@@ -335,6 +335,12 @@ def embed(_layer: LayerParameter, bottoms: Sequence[Array], blobs: Sequence[Arra
     return [y + bias[0] if bias else y]
 
 
+@formula("BatchReindex")
+def batch_reindex(_layer: LayerParameter, bottoms: Sequence[Array], _blobs: Sequence[Array]) -> list[Array]:
+    table, indices = bottoms
+    return [table[indices.astype(int)]]
+
+
 @formula("Eltwise")
 def eltwise(layer: LayerParameter, bottoms: Sequence[Array], _blobs: Sequence[Array]) -> list[Array]:
     p = layer.eltwise_param

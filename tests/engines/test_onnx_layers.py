@@ -6,7 +6,7 @@ import pytest
 from quantize.caffenet import NetParameter, Weights, infer_shapes
 from quantize.engines.onnx import OnnxEngine
 from quantize.engines.onnx_layers import TRANSLATORS
-from quantize.errors import InputError
+from quantize.errors import InputError, LabelfreeError
 from tests.caffe.test_parity import CASES, Case, feeds_of, net_of, relative_error, weights_of
 from tests.engines.layer_formulas import FORMULAS
 from tests.nets import parse
@@ -21,12 +21,13 @@ BATCH = 3
 def test_the_formula(case: Case) -> None:
     rng = np.random.default_rng(len(str(case)))
     net = net_of(case)
-    layer = net.layer[0]
+    layer = net.layer[-1]
     weights = weights_of(case, net, rng)
     feeds = feeds_of(case, rng)
     found = run(net, weights, feeds)
-    blobs = weights["layer"] if weights.layers() else []
-    bottoms = [feeds[name].astype(np.float64) for name in layer.bottom]
+    blobs = weights["layer"] if weights.layers()[-1:] == ["layer"] else []
+    given = feeds if case.table is None else {"table": weights["table"][0], **feeds}
+    bottoms = [given[name].astype(np.float64) for name in layer.bottom]
     wanted = FORMULAS[layer.type](layer, bottoms, [blob.astype(np.float64) for blob in blobs])
     shapes = infer_shapes(net, {name: feed.shape for name, feed in feeds.items()}).blobs
     for name, value in zip(layer.top, wanted, strict=True):
@@ -104,6 +105,34 @@ def test_what_cannot_be_run_is_one_line_with_the_layer(fields: str, words: str) 
         OnnxEngine(net, weights, {"x": (3, 4, 4)}).compile(0, 1, ["y"])
     assert str(raised.value).startswith(f"layer 'odd' ({net.layer[0].type})")
     assert "\n" not in str(raised.value)
+
+
+def test_rows_of_what_images_gave_are_refused() -> None:
+    net = parse('layer { name: "odd" type: "BatchReindex" bottom: "x" bottom: "i" top: "y" }')
+    with pytest.raises(InputError, match=r"layer 'odd' \(BatchReindex\): picks images out of the batch"):
+        OnnxEngine(net, Weights(), {"x": (3,), "i": ()}).compile(0, 1, ["y"])
+
+
+@pytest.mark.parametrize("index", [-1, 4, 1e30, np.nan])
+def test_rows_that_are_not_there_are_refused(index: float) -> None:
+    case = Case("BatchReindex", "", ((),), table=(4, 2))
+    net = net_of(case)
+    weights = weights_of(case, net, np.random.default_rng(0))
+    with pytest.raises(LabelfreeError, match=r"running layers .table. to .layer. in onnxruntime: .*out of"):
+        run(net, weights, {"in0": np.array([0, index, 3], np.float32)})
+
+
+def test_places_of_maxima_need_a_pixel_in_every_window() -> None:
+    """5 pixels under windows of 1 every 3 pixels: Caffe rounds up, so the third window lies behind them."""
+    param = "pooling_param { pool: MAX kernel_size: 1 stride: 3 %s }"
+    layer = 'layer { name: "odd" type: "Pooling" bottom: "x" top: "y" top: "places" ' + param + " }"
+    x = np.arange(25, dtype=np.float32).reshape(1, 1, 5, 5)
+    with pytest.raises(InputError, match=r"outside the image wholly, .*; use engine: caffe$") as raised:
+        run(parse(layer % ""), Weights(), {"x": x})
+    assert str(raised.value).startswith("layer 'odd' (Pooling): ")
+    assert "\n" not in str(raised.value)
+    found = run(parse(layer % "round_mode: FLOOR"), Weights(), {"x": x})
+    np.testing.assert_array_equal(found["places"], [[[[0, 3], [15, 18]]]])
 
 
 def test_dummy_data_must_be_constant() -> None:
