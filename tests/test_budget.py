@@ -128,9 +128,13 @@ def test_the_bits_left_are_exact() -> None:
 @pytest.mark.parametrize(
     ("budget", "grid", "message"),
     [
-        (2.1, "power_of_two", r"weights\.budget: 2\.1 is too small: the least is 2\.61, with 2 to 5 bits \("),
-        (5.5, "power_of_two", r"weights\.budget: 5\.5 is too large: the most is 5\.3,"),
-        (2.6, "uniform", r"too small: the least is 2\.61, with 2 to 8 bits \(weights.grid uniform\)"),
+        (
+            2.1,
+            "power_of_two",
+            r"weights\.budget: 2\.1 is too small: .* has 2 to 5 bits, .*give at least 2\.61,",
+        ),
+        (5.5, "power_of_two", r"weights\.budget: 5\.5 is too large: .*; give at most 5\.3, or another"),
+        (2.6, "uniform", r"too small: weights\.grid uniform has 2 to 8 bits.*at least 2\.61,"),
     ],
 )
 def test_a_budget_out_of_reach_is_one_line(budget: float, grid: str, message: str) -> None:
@@ -362,9 +366,7 @@ def test_it_needs_images(job: Job) -> None:
 
 
 def test_a_budget_out_of_reach_writes_nothing(job: Job) -> None:
-    with pytest.raises(
-        InputError, match=r"weights\.budget: 2.0 is too small: the least is [\d.]+, with 2 to 5"
-    ):
+    with pytest.raises(InputError, match=r"weights\.budget: 2.0 is too small"):
         Run(job.config("weights.budget=2")).quantize()
     assert not list(job.out.glob("*.caffemodel"))
 
