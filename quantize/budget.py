@@ -117,15 +117,16 @@ def bits_left(counts: Mapping[str, int], fixed: Mapping[str, int], settings: Wei
     free = total - sum(counts[name] for name in fixed)
     least, most = (Fraction(given + free * bits, total) for bits in (low, high))
     if not least <= budget <= most:
-        fault, remedy = (
-            "small",
-            f"at least {math.ceil(100 * least) / 100}, or fewer bits in weights.first_last",
-        )
-        if budget > most:
-            fault, remedy = "large", f"at most {math.floor(100 * most) / 100}, or another weights.grid"
+        if budget < least:
+            fault = "small"
+            remedy = f"at least {math.ceil(100 * least) / 100}, or fewer bits in weights.first_last"
+        else:
+            fault = "large"
+            remedy = f"at most {math.floor(100 * most) / 100}, or another weights.grid"
         raise InputError(
             f"weights.budget: {settings.budget} is too {fault}: weights.grid {settings.grid} has {low} to "
-            f"{high} bits, and the first and the last layer and those in weights.layers keep theirs; give {remedy}"
+            f"{high} bits, and the first and the last layer and those in weights.layers keep theirs; "
+            f"give {remedy}"
         )
     return math.floor(budget * total) - given
 
