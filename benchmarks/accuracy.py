@@ -105,7 +105,7 @@ class Subject:
 def row(subject: Subject, setting: str, grid: str, subsets: int, share: float) -> str:
     """One line of the table: mean and standard deviation over the subsets."""
     bits, activation_bits = map(int, setting.split("/"))
-    general = subject.config.weights.model_dump() | {"bits": bits, "grid": grid, "layers": {}}
+    general = subject.config.weights.model_dump() | {"bits": bits, "budget": None, "grid": grid, "layers": {}}
     settings = (
         WeightSettings.model_validate(general),
         subject.config.activations.model_copy(update={"bits": activation_bits, "levels": None}),

@@ -19,13 +19,13 @@ import onnxruntime
 from benchmarks.measure import Measurement, in_new_process, measured, spread
 from benchmarks.models import INPUT, fitted_weights, make_images, read_net
 from quantize.activations_quan import activations_quan
-from quantize.caffenet import TEST, TRAIN, Weights
+from quantize.caffenet import TEST, TRAIN, Weights, needed_layers
 from quantize.config import ActivationSettings, CaffeProcess, WeightSettings
 from quantize.data.loader import Images
 from quantize.data.sources import open_source
 from quantize.data.transform import Transform
 from quantize.engines import engine_opener
-from quantize.engines.onnx import OnnxEngine, Translation, needed_layers
+from quantize.engines.onnx import OnnxEngine, Translation
 from quantize.evaluate import Candidate, evaluate
 from quantize.feeds import InferenceNet
 from quantize.renorm import renorm
@@ -98,7 +98,7 @@ def plain_pass(setting: Setting, count: int, phase: int, batch: int) -> Measurem
     test = InferenceNet.of(read_net(setting.net))
     engine = OnnxEngine(test.net, Weights.read(setting.weights("full")), {test.blob: INPUT}, 1)
     translation = Translation(engine)
-    for layer in needed_layers(engine, 0, len(test.net.layer), {test.scores}):
+    for layer in needed_layers(test.net.layer, [test.scores]):
         translation.add(layer)
     translation.graph.output(translation.blob(test.scores).tensor)
     model, (name,), constants = translation.graph.model()

@@ -153,6 +153,13 @@ class LayerChoice(GridChoice):
 class WeightSettings(GridChoice):
     """Stage 1."""
 
+    budget: float | None = Field(
+        None,
+        ge=2,
+        le=8,
+        description="mean bits per weight, instead of bits: every layer gets the bits that change the "
+        "net's output least; the first, the last and those in weights.layers keep theirs",
+    )
     solver: Literal["optimal", "reference", "data_aware"] = Field(
         "optimal",
         description="data_aware: what changes each layer's output least on the calibration images; "
@@ -180,6 +187,17 @@ class WeightSettings(GridChoice):
                 for name, choice in values["layers"].items()
             }
         return filled
+
+    @model_validator(mode="after")
+    def _budget_is_for_the_others(self) -> WeightSettings:
+        if self.budget is None:
+            return self
+        if "bits" in self.model_fields_set:
+            raise ValueError("budget stands instead of bits; give one of them")
+        for name, choice in self.layers.items():
+            if not choice.skip and "bits" not in choice.model_fields_set:
+                raise ValueError(f"give layers.{name}.bits: budget is for the layers that are not in layers")
+        return self
 
 
 class RenormSettings(Section):
@@ -301,6 +319,7 @@ def load(
         overlay: dict[str, Any] = {}
         _assign(overlay, key, parsed, "--set")
         _resolve_paths(overlay, Path(), "--set")
+        _make_way(tree, overlay)
         _merge(tree, overlay)
     if path is None and "name" not in tree:
         model = tree.get("model")
@@ -355,6 +374,16 @@ def _assign(tree: dict[str, Any], key: str, value: object, where: str) -> None:
         if not isinstance(tree, dict):
             raise InputError(f"{where}: {key}: {parent} is not a section")
     tree[last] = value
+
+
+def _make_way(tree: Mapping[str, Any], overlay: Mapping[str, Any]) -> None:
+    """Of weights.bits and weights.budget the one on the command line replaces the other one in the file."""
+    before, given = tree.get("weights"), overlay.get("weights")
+    if isinstance(before, dict) and isinstance(given, dict):
+        if given.get("budget") is not None:
+            before.pop("bits", None)
+        if "bits" in given:
+            before.pop("budget", None)
 
 
 def _merge(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:

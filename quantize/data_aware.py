@@ -298,7 +298,16 @@ def _mean_is_free(layer: LayerParameter, net: NetParameter, weights: Weights) ->
     """Whether a constant added to the layer's output changes nothing: its bias or BatchNorms take it away."""
     if len(weights[layer.name]) > 1:
         return True
-    readers = [other.type for other in net.layer if layer.top[0] in other.bottom]
+    return only_normalized(net, layer.top[0])
+
+
+def only_normalized(net: NetParameter, blob: str) -> bool:
+    """Whether BatchNorms read a blob and nothing else does.
+
+    Args:
+        net: with every blob name assigned once.
+    """
+    readers = [layer.type for layer in net.layer if blob in layer.bottom]
     return bool(readers) and all(reader == "BatchNorm" for reader in readers)
 
 

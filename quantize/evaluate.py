@@ -101,12 +101,8 @@ def evaluate(
 def _compare(
     candidates: Sequence[tuple[str, Candidate]], engines: Sequence[Engine], images: Images, progress: Progress
 ) -> Evaluation:
-    for candidate in (candidate for _, candidate in candidates):
-        if not any(candidate.scores in layer.top for layer in candidate.net.layer):
-            raise InputError(
-                f"the net's scores, blob {candidate.scores!r}, cannot be computed from the images alone; "
-                "check the bottoms of its Accuracy or loss layer"
-            )
+    for _, candidate in candidates:
+        check_scores(candidate.net, candidate.scores)
     runners = [
         engine.compile(0, len(candidate.net.layer), [candidate.scores])
         for engine, (_, candidate) in zip(engines, candidates, strict=True)
@@ -147,6 +143,19 @@ def _compare(
     return Evaluation(count, accuracy, {name: found.closeness(count) for name, found in sums.items()})
 
 
+def check_scores(net: NetParameter, scores: str) -> None:
+    """Check that an inference net makes its scores.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not any(scores in layer.top for layer in net.layer):
+        raise InputError(
+            f"the net's scores, blob {scores!r}, cannot be computed from the images alone; "
+            "check the bottoms of its Accuracy or loss layer"
+        )
+
+
 class _Sums:
     """What `Closeness` is made of, added up over micro-batches."""
 
@@ -160,8 +169,7 @@ class _Sums:
         """Add the scores (images, classes) of one micro-batch."""
         wide, narrow = full.astype(np.float64), own.astype(np.float64)
         self.agreed += int((full.argmax(axis=1) == own.argmax(axis=1)).sum())
-        p, q = log_softmax(wide), log_softmax(narrow)
-        self.divergence += float((np.exp(p) * (p - q)).sum())
+        self.divergence += float(divergences(full, own).sum())
         self.energy += float(np.square(wide).sum())
         self.loss += float(np.square(wide - narrow).sum())
 
@@ -172,6 +180,21 @@ class _Sums:
             divergence=max(0.0, self.divergence / images),
             sqnr_db=decibels(self.energy, self.loss),
         )
+
+
+def divergences(full: FloatArray, own: FloatArray) -> npt.NDArray[np.float64]:
+    """Kullback-Leibler divergence of the softmax of a net's scores from that of full precision, in nats.
+
+    Args:
+        full: scores of full precision, (images, classes).
+        own: those of the other net.
+
+    Returns:
+        For each image sum p log(p / p') over the classes; shape (images,).
+    """
+    p, q = log_softmax(full.astype(np.float64)), log_softmax(own.astype(np.float64))
+    found: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=1)
+    return found
 
 
 def log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

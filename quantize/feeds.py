@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -66,14 +67,22 @@ def calibration_feed(config: Config, net: NetParameter, images: int, progress: P
     calibration = config.data.calibration
     if calibration is None:
         raise InputError(
-            "data.calibration.source is missing: renorm and activations need unlabeled images; "
-            "give an LMDB, an image folder or a list file"
+            "data.calibration.source is missing: renorm, activations, weights.budget and weights.solver "
+            "data_aware need unlabeled images; give an LMDB, an image folder or a list file"
         )
     if calibration.images is not None:
         images = min(images, calibration.images)
     phase = TRAIN if config.renorm.augment == "train" else TEST
     source = open_source(calibration.source)
     return _feed(config, net, source, images, phase, progress)
+
+
+def thinned(feed: Feed, count: int) -> Feed:
+    """At most ``count`` of a feed's images, spread evenly over them: neighbours often show the same class."""
+    images, total = feed.images, len(feed.images)
+    count = min(count, total)
+    few = Selection(images.source, [total * number // count for number in range(count)])
+    return Feed(feed.blob, Images(few, images.transform, images.phase, None, images.seed, images.threads))
 
 
 def validation_feed(
@@ -120,25 +129,25 @@ def evaluation_images(config: Config) -> ImagesFrom:
         source.close()
 
 
-class Remainder(Source):
-    """The images of a source from number ``first`` on."""
+class Selection(Source):
+    """Some images of a source, by number, in ascending order."""
 
-    def __init__(self, source: Source, first: int) -> None:
+    def __init__(self, source: Source, numbers: Sequence[int]) -> None:
         self.path = source.path
         self._source = source
-        self._first = first
+        self._numbers = numbers
 
     def __len__(self) -> int:
-        return len(self._source) - self._first
+        return len(self._numbers)
 
     def name(self, index: int) -> str:
-        return self._source.name(self._first + index)
+        return self._source.name(self._numbers[index])
 
     def read(self, index: int, color: bool | None = None) -> Image:
-        return self._source.read(self._first + index, color)
+        return self._source.read(self._numbers[index], color)
 
     def check(self, count: int) -> None:
-        self._source.check(self._first + count)
+        self._source.check(self._numbers[count - 1] + 1)
 
     def close(self) -> None:
         self._source.close()
@@ -163,7 +172,7 @@ def _feed(
         short = round(transform.crop_size * RESIZE_PER_CROP)
         progress.note(f"{source.path}: resizing the shorter side to {short} (data.transform.resize_short)")
         transform = replace(transform, resize_short=short)
-    source = Remainder(source, first) if first else source
+    source = Selection(source, range(first, len(source))) if first else source
     feed = Images(source, transform, phase, images, config.data.seed, config.threads)
     expected = declared_shape(net, blob)
     if expected is not None and expected != feed.shape:

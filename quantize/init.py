@@ -29,7 +29,7 @@ data:
 {transform}
   seed: 0                             # of random crops and mirrors
 weights:
-  bits: 4                             # 2 to 5 on the power_of_two grid
+  bits: 4                             # 2 to 5 on the power_of_two grid; or `budget: 3.5`, on average
   grid: power_of_two
   solver: optimal                     # reference: the paper's own iteration
   first_last: {{bits: 8, grid: fixed_point}}

@@ -28,6 +28,7 @@ from pydantic import BaseModel
 
 from quantize import __version__
 from quantize.activations_quan import QuantizedActivation, activations_quan, plain_relus, with_act_quantize
+from quantize.budget import keep_budget
 from quantize.caffenet import (
     NetParameter,
     Weights,
@@ -43,7 +44,13 @@ from quantize.data_aware import Calibration
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
 from quantize.evaluate import Candidate, Evaluation, evaluate
-from quantize.feeds import InferenceNet, calibration_feed, evaluation_images, image_shape, validation_feed
+from quantize.feeds import (
+    InferenceNet,
+    calibration_feed,
+    evaluation_images,
+    image_shape,
+    validation_feed,
+)
 from quantize.memory import peak_memory, reset_peak_memory
 from quantize.output import Files, OutputFolder
 from quantize.progress import SILENT, Progress
@@ -140,7 +147,9 @@ class Run:
         if "renorm" in stages or "activations" in stages:
             calibration_feed(self.config, self.net, 1)
         if "weights" in stages:
-            self._calibration()
+            self._solver_calibration()
+            if self.config.weights.budget is not None:
+                self._renorm_feed()
         if "renorm" in stages:
             self._renorm_feed()
         if "activations" in stages:
@@ -150,9 +159,15 @@ class Run:
         weights = Weights.read(self.config.model.weights)
         test = InferenceNet.of(self.net)
         self._check(weights)
-        chosen = choices(test.net, self.config.weights)
+        settings = self.config.weights
+        chosen = choices(test.net, settings)
+        record: dict[str, Any] = {}
+        if settings.budget is not None:
+            calibration = self._calibration(self._renorm_feed())
+            chosen, found = keep_budget(weights, settings, calibration, test.scores, self.progress)
+            record["budget"] = asdict(found)
         _, quantized, layers = weights_quan(
-            self.net, weights, chosen, self.config.weights.solver, self.progress, self._calibration()
+            self.net, weights, chosen, settings.solver, self.progress, self._solver_calibration()
         )
         self._write_weights(self.files.quantized, quantized)
         skipped = [
@@ -160,7 +175,7 @@ class Run:
             for layer in test.net.layer
             if layer.type in QUANTIZED_TYPES and layer.name not in chosen
         ]
-        return {"layers": [asdict(layer) for layer in layers], "skipped": skipped}
+        return {"layers": [asdict(layer) for layer in layers], "skipped": skipped, **record}
 
     def _renorm(self) -> dict[str, Any]:
         weights = self._read_result(self.files.quantized, "weights")
@@ -207,12 +222,14 @@ class Run:
         self.report["output_sqnr"] = {"images": len(images), "layers": [asdict(layer) for layer in found]}
         write_report(self.folder, self.report)
 
-    def _calibration(self) -> Calibration | None:
+    def _solver_calibration(self) -> Calibration | None:
         """What the data-aware solver needs; None with the other solvers, which need no images."""
         settings = self.config.weights
         if settings.solver != "data_aware":
             return None
-        feed = calibration_feed(self.config, self.net, settings.images, self.progress)
+        return self._calibration(calibration_feed(self.config, self.net, settings.images, self.progress))
+
+    def _calibration(self, feed: Feed) -> Calibration:
         return Calibration(InferenceNet.of(self.net).net, feed, self.open_engine, self.config.renorm.memory)
 
     def _renorm_feed(self) -> Feed:
@@ -265,8 +282,10 @@ class Run:
         parts: dict[str, Any] = {"version": __version__, "prototxt": self.inputs["prototxt"]}
         if stage == "weights":
             parts |= {"weights": self._hash_inputs()["weights"], "settings": dump(config.weights)}
-            if config.weights.solver == "data_aware":
+            if config.weights.solver == "data_aware" or config.weights.budget is not None:
                 parts |= self._image_key()
+            if config.weights.budget is not None:
+                parts |= {"renorm_images": config.renorm.images}
         else:
             before = self.files.quantized if stage == "renorm" else self.files.renorm
             path = config.output / before

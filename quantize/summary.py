@@ -48,7 +48,7 @@ def _stage_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
             (
                 name,
                 str(len(record["layers"])),
-                _result(name, record["layers"]),
+                _result(name, record),
                 f"{record['seconds']:.1f}",
                 f"{record['peak_memory_bytes'] / KILOBYTE**2:.0f}",
             )
@@ -72,11 +72,13 @@ def _below(report: dict[str, Any], config: Config) -> list[str]:
     ]
 
 
-def _result(stage: str, layers: Sequence[dict[str, Any]]) -> str:
+def _result(stage: str, record: dict[str, Any]) -> str:
+    layers = record["layers"]
     if not layers:
         return "nothing to do"
     if stage == "weights":
-        return f"mean SQNR {_mean(layers, 'sqnr_db'):.1f} dB"
+        bits = f"mean {record['budget']['mean_bits']:.2f} bits, " if "budget" in record else ""
+        return f"{bits}mean SQNR {_mean(layers, 'sqnr_db'):.1f} dB"
     if stage == "renorm":
         return f"mean shift {_mean(layers, 'mean_shift'):.3f} deviations"
     return f"mean SQNR {_mean(layers, 'sqnr_db'):.1f} dB, clipped {100 * _mean(layers, 'clipped'):.2f} %"

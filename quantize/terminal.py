@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Task, TaskID
 
 UNITS = {
+    "budget": "MAC",
     "weights": "weights",
     "renorm": "MAC",
     "activations": "images",

@@ -77,14 +77,24 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
         raise InputError(
             f"the net has no layer to quantize (types {', '.join(QUANTIZED_TYPES)}); check model.prototxt"
         )
+    free = free_layers(net, settings)
     found: dict[str, GridChoice] = {}
     for name in names:
         override = settings.layers.get(name)
         if isinstance(override, LayerChoice) and override.skip:
             continue
-        general = settings.first_last if name in (names[0], names[-1]) else settings
-        found[name] = override or general
+        found[name] = override or (settings if name in free else settings.first_last)
     return found
+
+
+def free_layers(net: NetParameter, settings: WeightSettings) -> list[str]:
+    """The layers that the general setting is for: neither the first nor the last one, nor overridden.
+
+    Args:
+        net: the inference net.
+    """
+    names = [layer.name for layer in net.layer if layer.type in QUANTIZED_TYPES]
+    return [name for name in names[1:-1] if name not in settings.layers]
 
 
 def weights_quan(

@@ -63,6 +63,19 @@ def test_without_a_file_the_name_comes_from_the_prototxt() -> None:
     assert load(None, {**options, "model.prototxt": "some/my net.prototxt"}).name == "my_net"
 
 
+def test_bits_and_budget_on_the_command_line_replace_each_other(tmp_path: Path) -> None:
+    files = "model: {prototxt: p, weights: w}\nname: n\noutput: o\n"
+    path = write(tmp_path, f"{files}weights: {{bits: 4, layers: {{a: {{bits: 5}}, b: {{skip: true}}}}}}\n")
+    config = load(path, None, ["weights.budget=3.5"])
+    assert (config.weights.budget, config.weights.layers["a"].bits) == (3.5, 5)
+    assert load(path, None, ["weights.budget=null"]).weights.bits == 4
+    path = write(tmp_path, f"{files}weights: {{budget: 3.5}}\n")
+    config = load(path, None, ["weights.bits=3"])
+    assert (config.weights.budget, config.weights.bits) == (None, 3)
+    path = write(tmp_path, f"{files}weights: {{bits: 4, budget: 3.5}}\n")
+    assert "give one of them" in error_of(path=path)
+
+
 def test_overrides_inherit_what_they_do_not_name() -> None:
     config = load(
         None, LEAST, ["weights.bits=3", "weights.layers.fc8.grid=fixed_point", "weights.first_last.bits=6"]
@@ -78,6 +91,10 @@ def test_overrides_inherit_what_they_do_not_name() -> None:
         ("wieghts.bits=3", ["wieghts", "did you mean weights?"]),
         ("weights.layers.fc8.bist=3", ["weights.layers.fc8.bist", "did you mean bits?"]),
         ("weights.bits=7", ["weights", "power_of_two has 2 to 5 bits, not 7"]),
+        ("weights.budget=1.5", ["weights.budget", "1.5", "greater than or equal to 2"]),
+        ("weights.budget=nan", ["weights.budget"]),
+        ("weights={bits: 3, budget: 3.5}", ["weights", "budget stands instead of bits; give one of them"]),
+        ("weights={budget: 3.5, layers: {a: {grid: uniform}}}", ["give layers.a.bits", "budget"]),
         ("weights.bits=four", ["weights.bits", "'four'", "integer"]),
         ("weights.grid=octal", ["weights.grid", "'octal'", "power_of_two"]),
         ("renorm.memory=0", ["renorm.memory", "above zero"]),

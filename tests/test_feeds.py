@@ -8,8 +8,10 @@ import pytest
 
 from quantize.caffenet import TEST
 from quantize.config import load
-from quantize.feeds import calibration_feed, effective_transform
-from tests.nets import parse
+from quantize.data import Images, Transform, open_source
+from quantize.feeds import calibration_feed, effective_transform, thinned
+from quantize.sweep import Feed
+from tests.nets import parse, write_images
 
 
 @pytest.mark.parametrize(
@@ -32,3 +34,12 @@ def test_a_net_of_one_channel_gets_gray_images(tmp_path: Path, channels: int, gi
     assert effective_transform(net, TEST, config).force_gray is gray
     if channels == 1:
         assert calibration_feed(config, net, 1).images.shape == (1, 8, 8)
+
+
+def test_thinned_images_are_spread_evenly(tmp_path: Path) -> None:
+    source = open_source(write_images(tmp_path / "lmdb", 10))
+    feed = Feed("data", Images(source, Transform(), TEST, 9))
+    few = thinned(feed, 4).images
+    assert [few.source.name(number) for number in range(len(few))] == [source.name(i) for i in (0, 2, 4, 6)]
+    np.testing.assert_array_equal(next(few.batches(4))[0], next(feed.images.batches(9))[0][[0, 2, 4, 6]])
+    assert len(thinned(feed, 100).images) == 9

@@ -87,6 +87,11 @@ def too_many_bits(_job: Job) -> None:
 
 
 @mistake
+def budget_too_small(_job: Job) -> None:
+    """The command line has the bad value."""
+
+
+@mistake
 def broken_yaml(job: Job) -> None:
     replace(job.yaml, "name: residual", "name: residual\n\tseed: 1")
 

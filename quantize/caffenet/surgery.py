@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from quantize.caffenet.schema import LayerParameter, NetParameter
 
@@ -51,6 +51,18 @@ def live_blobs(net: NetParameter, index: int, outputs: Iterable[str] = ()) -> li
         written.update(layer.top)
     live.update((output, None) for output in outputs if output not in written)
     return list(live)
+
+
+def needed_layers(layers: Sequence[LayerParameter], wanted: Iterable[str]) -> list[LayerParameter]:
+    """Those of some layers that the blobs ``wanted``, as they stand behind the last one, depend on."""
+    needed = set(wanted)
+    kept = []
+    for layer in reversed(layers):
+        if needed.intersection(layer.top):
+            needed.difference_update(layer.top)
+            needed.update(layer.bottom)
+            kept.append(layer)
+    return kept[::-1]
 
 
 def single_assignment(net: NetParameter) -> NetParameter:

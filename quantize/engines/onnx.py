@@ -14,7 +14,15 @@ import numpy as np
 import onnxruntime
 from onnx import ModelProto
 
-from quantize.caffenet import LayerParameter, NetParameter, Shapes, Weights, check_weights, infer_shapes
+from quantize.caffenet import (
+    LayerParameter,
+    NetParameter,
+    Shapes,
+    Weights,
+    check_weights,
+    infer_shapes,
+    needed_layers,
+)
 from quantize.engines.base import Engine, FloatArray, Moments, Range, RangeResult, Shape
 from quantize.engines.onnx_graph import Graph
 from quantize.engines.onnx_layers import TRANSLATORS, Layer, UnsupportedError
@@ -153,7 +161,8 @@ class _OnnxRange(Range):
     def __init__(
         self, engine: OnnxEngine, start: int, stop: int, outputs: Sequence[str], moments: Sequence[str]
     ) -> None:
-        layers = needed_layers(engine, start, stop, {*outputs, *moments})
+        needed = needed_layers(engine.net.layer[start:stop], [*outputs, *moments])
+        layers = [layer for layer in needed if layer.bottom or not engine.inputs.keys() & set(layer.top)]
         first, last = (layers[0].name, layers[-1].name) if layers else ("", "")
         self._doing = f"running layers {first!r} to {last!r} in onnxruntime"
         translation = Translation(engine)
@@ -255,19 +264,6 @@ def split(batch: int, most: int, threads: int) -> list[slice]:
     rounds = -(-batch // (most * threads))
     count = min(batch, rounds * threads)
     return [slice(batch * i // count, batch * (i + 1) // count) for i in range(count)]
-
-
-def needed_layers(engine: OnnxEngine, start: int, stop: int, wanted: set[str]) -> list[LayerParameter]:
-    """The layers of a range that the wanted blobs need."""
-    needed = set(wanted)
-    layers = []
-    for layer in reversed(engine.net.layer[start:stop]):
-        is_source = not layer.bottom and engine.inputs.keys() & set(layer.top)
-        if needed.intersection(layer.top) and not is_source:
-            needed.difference_update(layer.top)
-            needed.update(layer.bottom)
-            layers.append(layer)
-    return layers[::-1]
 
 
 def _widest(engine: OnnxEngine, layers: Sequence[LayerParameter]) -> int:

@@ -84,19 +84,22 @@ def _accuracy(report: Record) -> list[Advice]:
             )
         ]
     agreement = evaluation["closeness"]["quantized"]["agreement"]
-    best = report["settings"]["weights"]["solver"] == "data_aware"
+    settings = report["settings"]["weights"]
+    best = settings["solver"] == "data_aware"
     if agreement >= LOW_AGREEMENT:
         more = "" if best else "Closer still, at the same size, with what takes longer: --quality best."
         found = f"Both networks choose the same class for {agreement:.2f} % of the images."
         return [Advice("good", found, more)]
+    budget = settings.get("budget")
+    more_bits = f"weights.budget={budget + 0.5:g}" if budget else "weights.bits=5"
     return [
         Advice(
             "warning",
             f"The networks choose the same class for only {agreement:.2f} % of the images.",
-            "Give the layers with the lowest output SQNR 8 bits, or try one more bit everywhere:"
+            "Give the layers with the lowest output SQNR 8 bits, or try more bits everywhere:"
             if best
             else "Fit the weights to what each layer's output should be, at the same size:",
-            "--set weights.bits=5" if best else "--quality best",
+            f"--set {more_bits}" if best else "--quality best",
         )
     ]
 
@@ -138,8 +141,8 @@ def _weights(report: Record, rows: Sequence[Row]) -> list[Advice]:
     coarse = [row for row in rows if row.is_low_bit and row.weights and row.weights["sqnr_db"] is not None]
     skipped = report["stages"]["weights"]["skipped"]
     found = [Advice("note", f"{name} keeps full precision, as the configuration says.") for name in skipped]
-    if len(coarse) < 2:
-        return found
+    if len(coarse) < 2 or "budget" in report["stages"]["weights"]:
+        return found  # with a budget the bits were chosen by what they do to the whole network
     figure, what = (_output_sqnr, "output") if all(map(_output_sqnr, coarse)) else (_weight_sqnr, "weight")
     worst = min(coarse, key=figure)
     own, typical = figure(worst), median(map(figure, coarse))

@@ -10,6 +10,7 @@ from quantize.caffenet import (
     insert_after,
     layer_index,
     live_blobs,
+    needed_layers,
     remove_layer,
     replace_layer,
     single_assignment,
@@ -42,6 +43,16 @@ def test_insert_replace_remove():
     remove_layer(net, "bias")
     assert names(net) == ["conv", "bn", "relu", "sum", "end"]
     assert layer_index(net, "relu") == 2
+
+
+def test_needed_layers():
+    net = chain()
+    net.layer.add(name="aside", type="ReLU", bottom=["data"], top=["aside"])
+    kept = [layer.name for layer in needed_layers(net.layer, ["sum"])]
+    assert kept == ["conv", "bn", "relu", "sum"]
+    assert [layer.name for layer in needed_layers(net.layer[2:], ["conv"])] == ["relu"]
+    assert [layer.name for layer in needed_layers(net.layer, ["aside", "none"])] == ["aside"]
+    assert needed_layers(net.layer, ["data"]) == []
 
 
 def test_layers_that_are_not_there():

@@ -1,0 +1,39 @@
+"""Sensitivities measured with the caffe engine are those measured with the other one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from quantize.budget import sensitivities
+from quantize.caffenet import NetParameter, Weights
+from quantize.config import CaffeProcess
+from quantize.data import Transform
+from quantize.data_aware import Calibration
+from quantize.engines import engine_opener
+from quantize.engines.base import Shape
+from quantize.engines.caffe import CaffeEngine
+from quantize.feeds import InferenceNet
+from quantize.sweep import Feed
+from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
+
+
+def test_both_engines_measure_the_same(caffe_python: list[str], tmp_path: Path) -> None:
+    def open_caffe(net: NetParameter, weights: Weights, inputs: Mapping[str, Shape]) -> CaffeEngine:
+        return CaffeEngine(net, weights, inputs, command=caffe_python, threads=1)
+
+    test = InferenceNet.of(parse(RESIDUAL))
+    weights = random_weights(test.net, {test.blob: CROPPED})
+    transform = Transform(crop_size=9, scale=0.02, mean_value=(100.0,))
+    feed = Feed(test.blob, images_of(write_images(tmp_path / "lmdb", 20), transform, phase=1))
+    layers = ["left", "right_a", "right_b", "fc1"]
+    onnx = engine_opener("onnx", CaffeProcess(), 1)
+    wanted, found = (
+        sensitivities(
+            weights, layers, "power_of_two", Calibration(test.net, feed, opener, 40_000), test.scores
+        )
+        for opener in (onnx, open_caffe)
+    )
+    assert found[1] == wanted[1] == 20
+    for name in layers:
+        assert found[0][name] == pytest.approx(wanted[0][name], rel=1e-2, abs=1e-7)
