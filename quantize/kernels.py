@@ -8,13 +8,18 @@ from quantize.caffenet import LayerParameter
 from quantize.engines.base import FloatArray
 
 
+def outputs(layer: LayerParameter) -> int:
+    """How many kernels a layer has, by its prototxt."""
+    if layer.type == "InnerProduct":
+        return layer.inner_product_param.num_output
+    return layer.convolution_param.num_output
+
+
 def to_kernels(layer: LayerParameter, blob: FloatArray) -> FloatArray:
     """A layer's weight blob as n kernels (output channels) by k weights."""
-    if layer.type == "InnerProduct":
-        if layer.inner_product_param.transpose:
-            return np.ascontiguousarray(blob.reshape(-1, layer.inner_product_param.num_output).T)
-        return blob.reshape(layer.inner_product_param.num_output, -1)
-    return blob.reshape(layer.convolution_param.num_output, -1)
+    if layer.type == "InnerProduct" and layer.inner_product_param.transpose:
+        return np.ascontiguousarray(blob.reshape(-1, outputs(layer)).T)
+    return blob.reshape(outputs(layer), -1)
 
 
 def from_kernels(layer: LayerParameter, kernels: FloatArray, shape: tuple[int, ...]) -> FloatArray:

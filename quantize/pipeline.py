@@ -68,7 +68,14 @@ from quantize.report.store import (
 )
 from quantize.sweep import Feed
 from quantize.threads import available_threads
-from quantize.weights_quan import ALPHA_SUFFIX, QUANTIZED_TYPES, choices, weights_quan, with_alpha_terms
+from quantize.weights_quan import (
+    ALPHA_SUFFIX,
+    QUANTIZED_TYPES,
+    check_kernels,
+    choices,
+    weights_quan,
+    with_alpha_terms,
+)
 
 STAGES = ("weights", "renorm", "activations")
 LIBRARIES = (
@@ -161,6 +168,7 @@ class Run:
         self._check(weights)
         settings = self.config.weights
         chosen = choices(test.net, settings)
+        check_kernels(test.net, weights, chosen)
         record: dict[str, Any] = {}
         if settings.budget is not None:
             calibration = self._calibration(self._renorm_feed())

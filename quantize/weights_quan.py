@@ -8,20 +8,20 @@ alpha * Qx + b.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from quantize.caffenet import LayerParameter, NetParameter, Weights, insert_after
+from quantize.caffenet import LayerParameter, NetParameter, Weights, all_finite, insert_after
 from quantize.config import GridChoice, LayerChoice, WeightSettings
 from quantize.data_aware import Calibration, DataAwareFit, data_aware
 from quantize.decibels import decibels
 from quantize.errors import InputError
 from quantize.grids import make_grid
-from quantize.kernels import from_kernels, to_kernels
+from quantize.kernels import from_kernels, outputs, to_kernels
 from quantize.progress import SILENT, Progress
 from quantize.solvers import Solver, fit
 
@@ -95,6 +95,33 @@ def free_layers(net: NetParameter, settings: WeightSettings) -> list[str]:
     """
     names = [layer.name for layer in net.layer if layer.type in QUANTIZED_TYPES]
     return [name for name in names[1:-1] if name not in settings.layers]
+
+
+def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> None:
+    """Check the blobs of layers to quantize as far as can be said without knowing what goes into them.
+
+    `caffenet.check_weights` checks more, but only layers with no unknown type before them.
+
+    Raises:
+        InputError: a layer has no weights, or they are not finite or not ``num_output`` kernels and biases.
+    """
+    for name in names:
+        layer = _layer(net, name)
+        where = f"layer {name!r} ({layer.type})"
+        blobs = weights[name] if name in weights else []
+        if not blobs:
+            raise InputError(
+                f"{where} has no weights in the caffemodel; it belongs to another net, or the layer was renamed"
+            )
+        kernels = outputs(layer)
+        if kernels < 1 or blobs[0].size % kernels or any(bias.size != kernels for bias in blobs[1:]):
+            shapes = ", ".join(str(blob.shape) for blob in blobs)
+            raise InputError(
+                f"{where}: its blobs in the caffemodel have the shapes {shapes}, which are not weights and "
+                f"bias of num_output {kernels}; it belongs to another net"
+            )
+        if not all(all_finite(blob) for blob in blobs):
+            raise InputError(f"{where}: a blob holds a NaN or an infinity; the training of it has diverged")
 
 
 def weights_quan(

@@ -13,7 +13,7 @@ from quantize.errors import InputError
 from quantize.feeds import InferenceNet
 from quantize.grids import make_grid
 from quantize.kernels import to_kernels
-from quantize.weights_quan import choices, weights_quan, with_alpha_terms
+from quantize.weights_quan import check_kernels, choices, weights_quan, with_alpha_terms
 from tests.nets import CROPPED, RESIDUAL, parse, random_weights
 
 OPEN = engine_opener("onnx", CaffeProcess(), 2)
@@ -60,6 +60,29 @@ def test_a_net_with_nothing_to_quantize() -> None:
     net = parse('layer { name: "r" type: "ReLU" bottom: "data" top: "r" }')
     with pytest.raises(InputError, match="no layer to quantize"):
         choices(net, WeightSettings())
+
+
+@pytest.mark.parametrize(
+    ("blobs", "words"),
+    [
+        (None, "has no weights in the caffemodel"),
+        ([np.ones((5, 3))], r"the shapes \(5, 3\), which are not weights and bias of num_output 4"),
+        ([np.ones((4, 3)), np.ones(3)], r"the shapes \(4, 3\), \(3,\)"),
+        ([np.full((4, 3), np.inf)], "NaN or an infinity"),
+    ],
+)
+def test_blobs_behind_a_type_that_is_not_known(blobs: list[np.ndarray] | None, words: str) -> None:
+    net = parse(
+        """
+        layer { name: "odd" type: "Mystery" bottom: "data" top: "odd" }
+        layer { name: "fc" type: "InnerProduct" bottom: "odd" top: "fc" inner_product_param { num_output: 4 } }
+        """
+    )
+    weights = Weights()
+    if blobs is not None:
+        weights.add(net.layer[1], [blob.astype(np.float32) for blob in blobs])
+    with pytest.raises(InputError, match=rf"layer 'fc' \(InnerProduct\).*{words}"):
+        check_kernels(net, weights, ["fc"])
 
 
 def test_blobs_are_on_the_grid_and_one_alpha_per_kernel_scales_them() -> None:

@@ -24,7 +24,7 @@ from quantize.caffenet.schema import (
     TransformationParameter,
 )
 from quantize.caffenet.shape_rules import LayerShapes, Shape
-from quantize.caffenet.shapes import Shapes, check_weights, infer_shapes, known_part
+from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
 from quantize.caffenet.surgery import (
     insert_after,
     layer_index,
@@ -52,6 +52,7 @@ __all__ = [
     "Shapes",
     "TransformationParameter",
     "Weights",
+    "all_finite",
     "check_net",
     "check_weights",
     "data_blobs",

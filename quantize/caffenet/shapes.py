@@ -108,7 +108,7 @@ def check_weights(net: NetParameter, weights: Weights, shapes: Shapes) -> None:
                     f"{where}: blob {index} must have the shape {shape} but has {blob.shape} in the "
                     "caffemodel; it belongs to another net, or the images have other channels or another size"
                 )
-            if not _all_finite(blob):
+            if not all_finite(blob):
                 raise InputError(
                     f"{where}: blob {index} holds a NaN or an infinity; the training of it has diverged"
                 )
@@ -116,8 +116,11 @@ def check_weights(net: NetParameter, weights: Weights, shapes: Shapes) -> None:
             weights.reshape(layer.name, expected)
 
 
-def _all_finite(blob: FloatArray) -> bool:
-    """Without an array of the blob's size: NaN passes through minimum, infinities are extremes."""
+def all_finite(blob: FloatArray) -> bool:
+    """Whether no value is a NaN or an infinity.
+
+    Without an array of the blob's size: NaN passes through minimum, infinities are extremes.
+    """
     return not blob.size or bool(np.isfinite(blob.min()) and np.isfinite(blob.max()))
 
 
