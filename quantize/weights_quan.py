@@ -108,11 +108,12 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
     for name in names:
         layer = _layer(net, name)
         where = f"layer {name!r} ({layer.type})"
-        blobs = weights[name] if name in weights else []
-        if not blobs:
+        if name not in weights or not weights[name]:
             raise InputError(
-                f"{where} has no weights in the caffemodel; it belongs to another net, or the layer was renamed"
+                f"{where} has no weights in the caffemodel; it belongs to another net, or the layer was "
+                "renamed"
             )
+        blobs = weights[name]
         kernels = outputs(layer)
         if kernels < 1 or blobs[0].size % kernels or any(bias.size != kernels for bias in blobs[1:]):
             shapes = ", ".join(str(blob.shape) for blob in blobs)

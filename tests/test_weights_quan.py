@@ -75,7 +75,8 @@ def test_blobs_behind_a_type_that_is_not_known(blobs: list[np.ndarray] | None, w
     net = parse(
         """
         layer { name: "odd" type: "Mystery" bottom: "data" top: "odd" }
-        layer { name: "fc" type: "InnerProduct" bottom: "odd" top: "fc" inner_product_param { num_output: 4 } }
+        layer { name: "fc" type: "InnerProduct" bottom: "odd" top: "fc"
+          inner_product_param { num_output: 4 } }
         """
     )
     weights = Weights()
