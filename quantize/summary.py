@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import click
@@ -78,10 +78,16 @@ def _result(stage: str, record: dict[str, Any]) -> str:
         return "nothing to do"
     if stage == "weights":
         bits = f"mean {record['budget']['mean_bits']:.2f} bits, " if "budget" in record else ""
-        return f"{bits}mean SQNR {_mean(layers, 'sqnr_db'):.1f} dB"
+        return f"{bits}median SQNR {_median(layers, 'sqnr_db'):.1f} dB"
     if stage == "renorm":
         return f"mean shift {_mean(layers, 'mean_shift'):.3f} deviations"
-    return f"mean SQNR {_mean(layers, 'sqnr_db'):.1f} dB, clipped {100 * _mean(layers, 'clipped'):.2f} %"
+    return f"median SQNR {_median(layers, 'sqnr_db'):.1f} dB, clipped {100 * _mean(layers, 'clipped'):.2f} %"
+
+
+def _median(layers: Sequence[dict[str, Any]], key: str) -> float:
+    """Of layers with a value: one that is exact but for rounding has hundreds of dB."""
+    values = [layer[key] for layer in layers if layer[key] is not None]
+    return median(values) if values else 0.0
 
 
 def _mean(layers: Sequence[dict[str, Any]], key: str) -> float:

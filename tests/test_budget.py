@@ -318,7 +318,7 @@ def test_the_whole_job(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = stage["budget"]["divergence"]["left"][str(bits_of(report)["left"])]
     assert f"<b>{chosen:.3g}</b>" in page
     print_summary(report, config)
-    assert f"mean {mean:.2f} bits, mean SQNR" in capsys.readouterr().out
+    assert f"mean {mean:.2f} bits, median SQNR" in capsys.readouterr().out
     first = (job.out / "residual_renorm.caffemodel").read_bytes()
     Run(config).quantize(force=True)
     assert (job.out / "residual_renorm.caffemodel").read_bytes() == first
