@@ -458,7 +458,7 @@ def test_a_terminal_gets_a_table_and_no_color_gets_none(done: Job) -> None:
     colored = on_terminal(arguments)
     plain = on_terminal(arguments, NO_COLOR="1")
     assert "│" in colored
-    assert "mean SQNR" in plain
+    assert "median SQNR" in plain
     assert "report.html" in plain
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", plain)
 
