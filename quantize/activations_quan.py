@@ -138,13 +138,15 @@ def collect(
         progress.start("activations", len(feed.images))
         # Two sets: one is being counted while the net fills the other.
         buffers = [
-            {name: np.empty((batch, *engine.shapes.blobs[name][1:]), np.float32) for name in blobs}
-            for _ in range(2)
+            {name: np.empty(engine.blob_shape(name, batch), np.float32) for name in blobs} for _ in range(2)
         ]
         counting: list[Future[None]] = []
         with ThreadPoolExecutor(available_threads()) as pool:
             for number, (pixels, _) in enumerate(feed.images.batches(batch)):
-                into = {name: buffer[: len(pixels)] for name, buffer in buffers[number % 2].items()}
+                into = {
+                    name: buffer[: engine.blob_shape(name, len(pixels))[0]]
+                    for name, buffer in buffers[number % 2].items()
+                }
                 runner.run({feed.blob: pixels}, into)
                 for done in counting:
                     done.result()

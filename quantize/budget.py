@@ -56,11 +56,13 @@ class Budget:
     """What was found and chosen for ``weights.budget``.
 
     Attributes:
+        limit: the setting, mean bits per weight.
         mean_bits: per weight, over all quantized layers.
         images: how many the divergences are means over.
         divergence: by layer whose bits were free and by bits (a JSON key, so as text), in nats.
     """
 
+    limit: float
     mean_bits: float
     images: int
     divergence: dict[str, dict[str, float]]
@@ -96,7 +98,8 @@ def keep_budget(
         chosen[name] = GridChoice(bits=best, grid=settings.grid)
     spent = sum(counts[name] * choice.bits for name, choice in chosen.items())
     divergence = {name: {str(b): value for b, value in by_bits.items()} for name, by_bits in found.items()}
-    return chosen, Budget(spent / sum(counts.values()), images, divergence)
+    limit = settings.budget or 0.0
+    return chosen, Budget(limit, spent / sum(counts.values()), images, divergence)
 
 
 def bits_left(counts: Mapping[str, int], fixed: Mapping[str, int], settings: WeightSettings) -> int:
@@ -115,14 +118,21 @@ def bits_left(counts: Mapping[str, int], fixed: Mapping[str, int], settings: Wei
     total = sum(counts.values())
     given = sum(counts[name] * bits for name, bits in fixed.items())
     free = total - sum(counts[name] for name in fixed)
+    if not free:
+        raise InputError(
+            "weights.budget: weights.first_last and weights.layers give the bits of every layer, so there is "
+            "nothing to choose; leave budget out"
+        )
     least, most = (Fraction(given + free * bits, total) for bits in (low, high))
     if not least <= budget <= most:
+        # As few digits as leave room for a number between the two.
+        scale = next(10**d for d in range(2, 30) if math.ceil(10**d * least) <= 10**d * most)
         if budget < least:
             fault = "small"
-            remedy = f"at least {math.ceil(100 * least) / 100}, or fewer bits in weights.first_last"
+            remedy = f"at least {math.ceil(scale * least) / scale}, or fewer bits in weights.first_last"
         else:
             fault = "large"
-            remedy = f"at most {math.floor(100 * most) / 100}, or another weights.grid"
+            remedy = f"at most {math.floor(scale * most) / scale}, or another weights.grid"
         raise InputError(
             f"weights.budget: {settings.budget} is too {fault}: weights.grid {settings.grid} has {low} to "
             f"{high} bits, and the first and the last layer and those in weights.layers keep theirs; "
@@ -264,7 +274,8 @@ class _Reference:
         """
         images = len(feed.images)
         held = FLOAT_BYTES * math.prod(engine.shapes.blobs[scores]) * images
-        batch = micro_batch_size(widest + held, images, memory)
+        micro_batch_size(widest + held, images, memory)  # says so where not even one image fits
+        batch = micro_batch_size(widest, images, memory and memory - held)
         runner = engine.compile(0, len(engine.net.layer), [scores])
         batches = feed.images.batches(batch)
         full = [runner.run({feed.blob: pixels}).blobs[scores] for pixels, _ in batches]

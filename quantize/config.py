@@ -111,7 +111,8 @@ class Data(Section):
     """Where images come from and how they become input blobs."""
 
     calibration: Calibration | None = Field(
-        None, description="unlabeled images; renorm and activations need them"
+        None,
+        description="unlabeled images, for renorm and activations, weights.budget and solver data_aware",
     )
     validation: Validation | None = Field(None, description="labeled images")
     transform: TransformKeys = Field(

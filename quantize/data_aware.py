@@ -154,7 +154,7 @@ class Frontier:
                     self.kept.append(kept)
                 else:
                     self.kept[chunk] = kept
-            count = len(next(iter(feeds.values())))
+            count = min(self.batch, len(self.feed.images) - start)
             yield range(start, start + count), result
             start += count
         if keep:

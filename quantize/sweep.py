@@ -480,8 +480,8 @@ class _Group:
         running: deque[Callable[[], dict[str, Moments]]] = deque()
 
         def begin(chunk: int, feeds: Mapping[str, FloatArray]) -> Callable[[], dict[str, Moments]]:
-            count = len(next(iter(feeds.values())))
-            room = {name: self.arena.take((count, *engine.shapes.blobs[name][1:])) for name in fresh}
+            count = min(self.batch, len(self.images) - chunk * self.batch)
+            room = {name: self.arena.take(engine.blob_shape(name, count)) for name in fresh}
             finish = runner.begin({name: feeds[name] for name in runner.inputs}, room)
 
             def end() -> dict[str, Moments]:

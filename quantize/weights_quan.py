@@ -115,7 +115,8 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
             )
         blobs = weights[name]
         kernels = outputs(layer)
-        if kernels < 1 or blobs[0].size % kernels or any(bias.size != kernels for bias in blobs[1:]):
+        size = blobs[0].size
+        if kernels < 1 or not size or size % kernels or any(bias.size != kernels for bias in blobs[1:]):
             shapes = ", ".join(str(blob.shape) for blob in blobs)
             raise InputError(
                 f"{where}: its blobs in the caffemodel have the shapes {shapes}, which are not weights and "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from itertools import product
 from pathlib import Path
 
@@ -144,6 +145,19 @@ def test_a_budget_out_of_reach_is_one_line(budget: float, grid: str, message: st
     assert "\n" not in str(caught.value)
     for named in (2.61, 5.3):  # what the lines name can be given
         assert bits_left(counts, fixed, WeightSettings(budget=named)) >= 2 * 62
+
+
+def test_bounds_have_the_digits_that_they_need() -> None:
+    counts, fixed = {"a": 100, "b": 50, "c": 1000, "d": 1}, {"a": 8, "b": 8, "c": 7}
+    with pytest.raises(InputError, match=r"give at least (\S+), or") as caught:
+        bits_left(counts, fixed, WeightSettings(budget=4))
+    least = float(re.search(r"at least (\S+),", str(caught.value))[1])  # type: ignore[index]
+    assert bits_left(counts, fixed, WeightSettings(budget=least)) in range(2, 6)
+
+
+def test_a_budget_with_nothing_to_choose() -> None:
+    with pytest.raises(InputError, match="nothing to choose; leave budget out"):
+        bits_left({"a": 100, "b": 50}, {"a": 8, "b": 8}, WeightSettings(budget=4))
 
 
 # ---- Sensitivities ----

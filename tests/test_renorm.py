@@ -204,3 +204,27 @@ def test_a_large_mean_does_not_drown_the_deviation(feed: Feed, memory: int | Non
         np.testing.assert_allclose(mean[0], 1e4 + first.mean(), rtol=1e-7)
         np.testing.assert_allclose(variance[0], first.var(ddof=1), rtol=2e-3)
         np.testing.assert_allclose(variance[1], first.var(ddof=1), rtol=1e-4)
+
+
+TABLE = """
+  layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 9 dim: 9 } } }
+  layer { name: "table" type: "Parameter" top: "table" parameter_param { shape { dim: 6 dim: 4 } } }
+  layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
+    convolution_param { num_output: 6 kernel_size: 9 } }
+  layer { name: "norm1" type: "BatchNorm" bottom: "conv" top: "norm1" }
+  layer { name: "best" type: "ArgMax" bottom: "norm1" top: "best" }
+  layer { name: "flat" type: "Reshape" bottom: "best" top: "flat" reshape_param { shape { dim: -1 } } }
+  layer { name: "rows" type: "BatchReindex" bottom: "table" bottom: "flat" top: "rows" }
+  layer { name: "norm2" type: "BatchNorm" bottom: "rows" top: "norm2" }
+"""
+
+
+@pytest.mark.parametrize("memory", [None, 20_000])
+def test_a_blob_that_no_image_changes_passes_a_cut(feed: Feed, memory: int | None) -> None:
+    net = InferenceNet.of(parse(TABLE)).net
+    weights = random_weights(net, {"data": CROPPED})
+    expected = training_mode_statistics(net, weights, feed)
+    renormed, _ = renorm(net, weights, feed, OPEN, memory)
+    for name, (mean, variance, count) in expected.items():
+        np.testing.assert_allclose(renormed[name][0], mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(renormed[name][1], variance * count / (count - 1), rtol=1e-4, atol=1e-6)

@@ -68,6 +68,7 @@ def test_a_net_with_nothing_to_quantize() -> None:
         (None, "has no weights in the caffemodel"),
         ([np.ones((5, 3))], r"the shapes \(5, 3\), which are not weights and bias of num_output 4"),
         ([np.ones((4, 3)), np.ones(3)], r"the shapes \(4, 3\), \(3,\)"),
+        ([np.ones((0, 3))], r"the shapes \(0, 3\)"),
         ([np.full((4, 3), np.inf)], "NaN or an infinity"),
     ],
 )

@@ -9,7 +9,7 @@ the last layer before that place wrote under the name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,6 +119,12 @@ class Engine(ABC):
         self.weights = weights.copy()
         self.inputs = dict(inputs)
         self.shapes: Shapes = infer_shapes(net, {name: (1, *shape) for name, shape in inputs.items()}, told)
+        self.per_image = _computed_from(net, inputs)
+
+    def blob_shape(self, name: str, images: int) -> Shape:
+        """The shape of a blob for so many images; one that is not computed from them has one shape."""
+        first, *rest = self.shapes.blobs[name]
+        return (first * images if self.per_image[name] else first, *rest)
 
     def set_blobs(self, layer: str, blobs: Sequence[FloatArray]) -> None:
         """Replace a layer's blobs for the ranges compiled (onnx) or run (caffe) from now on."""
@@ -135,6 +141,15 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Release what the engine holds (a child process, sessions)."""
+
+
+def _computed_from(net: NetParameter, inputs: Collection[str]) -> dict[str, bool]:
+    """Of every blob whether it is computed from the inputs."""
+    found = dict.fromkeys(inputs, True)
+    for layer in net.layer:
+        for top in layer.top:
+            found[top] = top in inputs or any(found[bottom] for bottom in layer.bottom)
+    return found
 
 
 OpenEngine = Callable[[NetParameter, Weights, Mapping[str, Shape]], Engine]

@@ -93,8 +93,8 @@ class OnnxEngine(Engine):
         return _OnnxRange(self, start, stop, outputs, moments)
 
     def close(self) -> None:
-        """End the threads."""
-        self.pool.shutdown()
+        """End the threads; parts that have not begun are dropped."""
+        self.pool.shutdown(cancel_futures=True)
 
 
 def _values_per_image(net: NetParameter, inputs: Mapping[str, Shape], one: Shapes) -> dict[str, bool]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from quantize.config import GRID_BITS
 from quantize.report.facts import NormPlot, Record, Row
 
 ENOUGH_IMAGES = 500
@@ -90,8 +91,6 @@ def _accuracy(report: Record) -> list[Advice]:
         more = "" if best else "Closer still, at the same size, with what takes longer: --quality best."
         found = f"Both networks choose the same class for {agreement:.2f} % of the images."
         return [Advice("good", found, more)]
-    budget = settings.get("budget")
-    more_bits = f"weights.budget={budget + 0.5:g}" if budget else "weights.bits=5"
     return [
         Advice(
             "warning",
@@ -99,7 +98,7 @@ def _accuracy(report: Record) -> list[Advice]:
             "Give the layers with the lowest output SQNR 8 bits, or try more bits everywhere:"
             if best
             else "Fit the weights to what each layer's output should be, at the same size:",
-            f"--set {more_bits}" if best else "--quality best",
+            _more_bits(report) if best else "--quality best",
         )
     ]
 
@@ -135,6 +134,17 @@ def _images(report: Record) -> list[Advice]:
             )
         ]
     return []
+
+
+def _more_bits(report: Record) -> str:
+    """The option for half a bit more where a budget was kept, for 5 bits otherwise."""
+    budget = report["stages"]["weights"].get("budget")
+    if budget is None:
+        return "--set weights.bits=5"
+    grid = report["settings"]["weights"]["grid"]
+    if budget["limit"] + 0.5 <= GRID_BITS[grid][1]:
+        return f"--set weights.budget={budget['limit'] + 0.5:g}"
+    return "--set activations.levels=255" if grid == "uniform" else "--set weights.grid=uniform"
 
 
 def _weights(report: Record, rows: Sequence[Row]) -> list[Advice]:
