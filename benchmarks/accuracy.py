@@ -8,6 +8,7 @@ alone. The validation images are only looked at to fill the table.
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -18,11 +19,10 @@ from quantize.activations_quan import activations_quan, with_act_quantize
 from quantize.caffenet import NetParameter, Weights
 from quantize.config import ActivationSettings, Config, WeightSettings, load
 from quantize.data.loader import Images
-from quantize.data.sources import Image, Source
 from quantize.data_aware import Calibration
 from quantize.engines import engine_opener
 from quantize.evaluate import Candidate, Closeness, evaluate
-from quantize.feeds import InferenceNet, calibration_feed, validation_feed
+from quantize.feeds import InferenceNet, Selection, calibration_feed, validation_feed
 from quantize.pipeline import read_model_prototxt
 from quantize.renorm import renorm
 from quantize.sweep import Feed
@@ -35,24 +35,6 @@ SOLVERS = {
     "data_aware": ("data_aware", "optimal"),
 }
 """Solvers of weights and activations by column; ``published`` is He & Cheng 2018 as its authors ran it."""
-
-
-class Subset(Source):
-    """Some images of a source, by number."""
-
-    def __init__(self, whole: Source, numbers: list[int]) -> None:
-        self.whole = whole
-        self.numbers = numbers
-        self.path = whole.path
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def name(self, index: int) -> str:
-        return self.whole.name(self.numbers[index])
-
-    def read(self, index: int, color: bool | None = None) -> Image:
-        return self.whole.read(self.numbers[index], color)
 
 
 class Subject:
@@ -70,7 +52,7 @@ class Subject:
     def feed(self, numbers: list[int]) -> Feed:
         """Calibration images by number."""
         images = self.calibration.images
-        subset = Subset(images.source, numbers)
+        subset = Selection(images.source, numbers)
         return Feed(self.calibration.blob, Images(subset, images.transform, images.phase, None, images.seed))
 
     def quantized(
@@ -139,15 +121,30 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{np.mean(values):.2f}{spread}"
 
 
+def checked_settings(_: click.Context, __: click.Parameter, text: str) -> list[str]:
+    """What ``--settings`` lists, such as 4/8."""
+    settings = text.split(",")
+    for setting in settings:
+        if not re.fullmatch(r"\d/\d", setting):
+            raise click.BadParameter(f"{setting!r}: expected weight / activation bits such as 4/8")
+    return settings
+
+
 @click.command(help=__doc__)
 @click.argument("configs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--settings", default="4/8,3/8,2/8,4/4", show_default=True, help="Weight / activation bits.")
+@click.option(
+    "--settings",
+    default="4/8,3/8,2/8,4/4",
+    show_default=True,
+    callback=checked_settings,
+    help="Weight / activation bits.",
+)
 @click.option("--grids", default="power_of_two,uniform", show_default=True)
 @click.option("--subsets", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--share", type=click.FloatRange(0.01, 1), default=0.8, help="Of the images, per subset.")
 @click.option("--images", type=click.IntRange(1), help="Validation images (default: all).")
 def main(
-    configs: tuple[Path, ...], settings: str, grids: str, subsets: int, share: float, images: int | None
+    configs: tuple[Path, ...], settings: list[str], grids: str, subsets: int, share: float, images: int | None
 ) -> None:
     """Print the table."""
     top1 = " | ".join(f"{name}, top-1" for name in SOLVERS)
@@ -157,7 +154,7 @@ def main(
     for path in configs:
         subject = Subject(load(path), images)
         for grid in grids.split(","):
-            for setting in settings.split(","):
+            for setting in settings:
                 click.echo(row(subject, setting, grid, subsets, share))
 
 

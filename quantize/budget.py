@@ -89,6 +89,8 @@ def keep_budget(
     Raises:
         InputError: no bits that the grid offers keep the budget or use it up; or as `sensitivities`.
     """
+    if settings.budget is None:
+        raise ValueError("the settings have no budget")
     chosen = choices(calibration.net, settings)
     free = free_layers(calibration.net, settings)
     counts = {name: weights[name][0].size for name in chosen}
@@ -98,8 +100,7 @@ def keep_budget(
         chosen[name] = GridChoice(bits=best, grid=settings.grid)
     spent = sum(counts[name] * choice.bits for name, choice in chosen.items())
     divergence = {name: {str(b): value for b, value in by_bits.items()} for name, by_bits in found.items()}
-    limit = settings.budget or 0.0
-    return chosen, Budget(limit, spent / sum(counts.values()), images, divergence)
+    return chosen, Budget(settings.budget, spent / sum(counts.values()), images, divergence)
 
 
 def bits_left(counts: Mapping[str, int], fixed: Mapping[str, int], settings: WeightSettings) -> int:

@@ -114,6 +114,8 @@ def validation_feed(
 def images_used(config: Config) -> int:
     """How many calibration images, counted from the first, the stages look at."""
     used = max(config.renorm.images, config.activations.images)
+    if config.weights.solver == "data_aware":
+        used = max(used, config.weights.images)
     calibration = config.data.calibration
     return used if calibration is None or calibration.images is None else min(used, calibration.images)
 
@@ -130,7 +132,7 @@ def evaluation_images(config: Config) -> ImagesFrom:
 
 
 class Selection(Source):
-    """Some images of a source, by number, in ascending order."""
+    """Some images of a source, by number."""
 
     def __init__(self, source: Source, numbers: Sequence[int]) -> None:
         self.path = source.path
@@ -147,7 +149,7 @@ class Selection(Source):
         return self._source.read(self._numbers[index], color)
 
     def check(self, count: int) -> None:
-        self._source.check(self._numbers[count - 1] + 1)
+        self._source.check(max(self._numbers[:count], default=-1) + 1)
 
     def close(self) -> None:
         self._source.close()

@@ -9,7 +9,7 @@ import pytest
 from quantize.caffenet import TEST
 from quantize.config import load
 from quantize.data import Images, Transform, open_source
-from quantize.feeds import calibration_feed, effective_transform, thinned
+from quantize.feeds import calibration_feed, effective_transform, images_used, thinned
 from quantize.sweep import Feed
 from tests.nets import parse, write_images
 
@@ -34,6 +34,13 @@ def test_a_net_of_one_channel_gets_gray_images(tmp_path: Path, channels: int, gi
     assert effective_transform(net, TEST, config).force_gray is gray
     if channels == 1:
         assert calibration_feed(config, net, 1).images.shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(("solver", "used"), [("optimal", 30), ("data_aware", 70)])
+def test_images_that_weights_are_fitted_to_are_used_images(solver: str, used: int) -> None:
+    options = {"model.prototxt": "p", "model.weights": "w", "output": "o"}
+    counts = ["weights.images=70", "renorm.images=20", "activations.images=30"]
+    assert images_used(load(None, options, [*counts, f"weights.solver={solver}"])) == used
 
 
 def test_thinned_images_are_spread_evenly(tmp_path: Path) -> None:

@@ -69,12 +69,12 @@ def inference_net(net: NetParameter, inputs: Collection[str]) -> NetParameter:
     """The part of a filtered net that can be computed from the blobs ``inputs`` (the images).
 
     Left out are layers that feed data, losses and Accuracy, layers without tops, and whatever needs a blob
-    that is then missing, such as the labels.
+    that is then missing, such as the labels. DummyData beside the images stays: it is the same for all.
     """
     kept = _without_layers(net)
     known = set(inputs)
     for layer in net.layer:
-        if is_data_layer(layer):
+        if is_data_layer(layer) and (layer.type != "DummyData" or known.intersection(layer.top)):
             continue
         if layer.top and not is_measure(layer) and known.issuperset(layer.bottom):
             kept.layer.add().CopyFrom(layer)
@@ -88,9 +88,10 @@ def data_blobs(net: NetParameter) -> list[str]:
     """The blobs that feed a filtered net, images first: the tops of its data layers.
 
     Blobs that are only read as labels (the second or a later bottom of a loss or of Accuracy), and blobs
-    that nobody reads, come after the others.
+    that nobody reads, come after the others; among their like, DummyData comes last.
     """
-    tops = [top for layer in net.layer if is_data_layer(layer) for top in layer.top]
+    layers = sorted(filter(is_data_layer, net.layer), key=lambda layer: layer.type == "DummyData")
+    tops = [top for layer in layers for top in layer.top]
     images: set[str] = set()
     for layer in net.layer:
         images.update(layer.bottom[:1] if is_measure(layer) else layer.bottom)

@@ -144,7 +144,7 @@ class Engine(ABC):
 
 
 def _computed_from(net: NetParameter, inputs: Collection[str]) -> dict[str, bool]:
-    """Of every blob whether it is computed from the inputs."""
+    """Of every blob whether it is computed from the inputs, and so grows with the batch."""
     found = dict.fromkeys(inputs, True)
     for layer in net.layer:
         for top in layer.top:

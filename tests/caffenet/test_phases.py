@@ -151,6 +151,24 @@ def test_inference_net_keeps_parameters_and_drops_losses_of_the_images_themselve
     assert scores_blob(net) == "add"
 
 
+def test_dummy_data_beside_the_images_stays_and_is_not_taken_for_them():
+    net = net_of(
+        """
+        layer { name: "dummy" type: "DummyData" top: "dummy" }
+        layer { name: "data" type: "Data" top: "data" top: "label" }
+        layer { name: "sum" type: "Bias" bottom: "data" bottom: "dummy" top: "sum" }
+        layer { name: "loss" type: "SoftmaxWithLoss" bottom: "sum" bottom: "label" top: "loss" }
+        """
+    )
+    assert data_blobs(net) == ["data", "dummy", "label"]
+    assert names(inference_net(net, ["data"])) == ["dummy", "sum"]
+    only = net_of(
+        'layer { name: "d" type: "DummyData" top: "d" } layer { name: "r" type: "ReLU" bottom: "d" top: "r" }'
+    )
+    assert data_blobs(only) == ["d"]
+    assert names(inference_net(only, ["d"])) == ["r"]
+
+
 def test_data_blobs_puts_images_first():
     assert data_blobs(net_of(CLASSIFIER)) == ["data", "label"]
     labels_first = net_of("""
