@@ -154,7 +154,7 @@ def plan_text(found: Inspection, images: int, memory: str, as_json: bool) -> str
     test = InferenceNet.of(found.net)
     if not any(layer.type == "BatchNorm" for layer in test.net.layer):
         raise InputError("the net has no BatchNorm layer: renorm has nothing to do")
-    net, steps, _ = sweep_net(test.net)
+    net, _, steps, _ = sweep_net(test.net, Weights())
     costs = Costs.of(net, infer_shapes(net, {test.blob: (1, *found.shape)}), [test.blob], ())
     chosen = plan(costs, steps, images, bound)
     if as_json:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantize.caffenet import NetParameter, Weights, single_assignment
+from quantize.early_pooling import with_early_pooling
 from quantize.engines.base import Moments, OpenEngine
 from quantize.errors import LabelfreeError
 from quantize.progress import SILENT, Progress
@@ -69,8 +70,8 @@ def renorm(
     norms = [layer.name for layer in net.layer if layer.type == "BatchNorm"]
     if not norms:
         return weights, []
-    ordered, steps, bottoms = sweep_net(net)
-    engine = open_engine(ordered, weights, {feed.blob: feed.images.shape})
+    ordered, sweep_weights, steps, bottoms = sweep_net(net, weights)
+    engine = open_engine(ordered, sweep_weights, {feed.blob: feed.images.shape})
     weights = weights.copy()
     shifts: dict[str, BatchNormShift] = {}
 
@@ -92,21 +93,26 @@ def renorm(
     return weights, [shifts[name] for name in norms]
 
 
-def sweep_net(net: NetParameter) -> tuple[NetParameter, list[Step], dict[str, str]]:
+def sweep_net(
+    net: NetParameter, weights: Weights
+) -> tuple[NetParameter, Weights, list[Step], dict[str, str]]:
     """What the sweep of `renorm` runs: the net up to its last BatchNorm, in depth order.
 
     Returns:
-        The net, the steps, and the bottom blob of each BatchNorm layer by the layer's name.
+        The net, its blobs, the steps, and the blob that each BatchNorm layer, by its name, takes its
+        statistics from.
     """
-    ordered, cuts = depth_order(single_assignment(net), lambda layer: layer.type == "BatchNorm")
-    bottoms = {layer.name: layer.bottom[0] for layer in ordered.layer if layer.type == "BatchNorm"}
+    flat = single_assignment(net)
+    bottoms = {layer.name: layer.bottom[0] for layer in flat.layer if layer.type == "BatchNorm"}
+    pooled, weights = with_early_pooling(flat, weights)
+    ordered, cuts = depth_order(pooled, lambda layer: layer.type == "BatchNorm")
     steps = []
     for cut, following in zip(cuts, [*cuts[1:], cuts[-1]], strict=True):
-        measured = [b.bottom[0] for b in ordered.layer[cut:following] if b.type == "BatchNorm"]
+        measured = [bottoms[b.name] for b in ordered.layer[cut:following] if b.type == "BatchNorm"]
         if measured:
             steps.append(Step(cut, tuple(dict.fromkeys(measured))))
     del ordered.layer[steps[-1].stop :]
-    return ordered, steps, bottoms
+    return ordered, weights, steps, bottoms
 
 
 def _stored(

@@ -76,10 +76,10 @@ def test_memory_bounds_change_the_plan_but_not_the_result(
     net: NetParameter, weights: Weights, feed: Feed
 ) -> None:
     whole, _ = renorm(net, weights, feed, OPEN, None)
-    ordered, steps, _ = sweep_net(net)
+    ordered, swept, steps, _ = sweep_net(net, weights)
     plans = set()
     for memory in (20_000, 40_000, 80_000, 160_000, 320_000):
-        sweep = Sweep(OPEN(ordered, weights, {"data": CROPPED}), feed, steps, memory)
+        sweep = Sweep(OPEN(ordered, swept, {"data": CROPPED}), feed, steps, memory)
         plans.add(sweep.plan)
         assert sweep.plan.kept_bytes <= memory
         bounded, _ = renorm(net, weights, feed, OPEN, memory)
@@ -90,7 +90,7 @@ def test_memory_bounds_change_the_plan_but_not_the_result(
 
 
 def test_branches_of_one_depth_are_measured_together(net: NetParameter) -> None:
-    _, steps, bottoms = sweep_net(net)
+    _, _, steps, bottoms = sweep_net(net, Weights())
     assert len(steps) == 4
     assert set(steps[1].measured) == {bottoms["bn_left"], bottoms["bn_right_a"]}
 
@@ -141,8 +141,8 @@ def test_only_layers_behind_the_last_batch_norm_may_be_unknown(
 
 
 def test_progress_ends_at_the_plans_work(net: NetParameter, weights: Weights, feed: Feed) -> None:
-    ordered, steps, _ = sweep_net(net)
-    engine = OPEN(ordered, weights, {"data": CROPPED})
+    ordered, swept, steps, _ = sweep_net(net, weights)
+    engine = OPEN(ordered, swept, {"data": CROPPED})
     sweep = Sweep(engine, feed, steps, 60_000)
     done: list[float] = []
 

@@ -1,0 +1,111 @@
+"""MAX pooling moved in front of BatchNorm, where what waits at a cut is four times smaller.
+
+BatchNorm with what follows it up to a MAX pooling is a monotone function of each value: the maximum of its
+values in a window is its value of the maximum; of the minimum, where the function falls. That holds for
+float32 too, as rounding is monotone. So the pooling can run first, and the statistics are still those of the
+values before it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+
+from quantize.caffenet import LayerParameter, NetParameter, Weights, layer_index
+from quantize.caffenet.shape_rules import height_and_width
+
+
+def with_early_pooling(net: NetParameter, weights: Weights) -> tuple[NetParameter, Weights]:
+    """The net with every MAX pooling behind a BatchNorm, Scales and ReLUs moved in front of the BatchNorm.
+
+    Where a Scale is negative, the signs go in as Scale layers before and behind the pooling.
+
+    Args:
+        net: an inference net with every blob name assigned once.
+        weights: its blobs. A Scale that has none here counts as positive: for planning.
+
+    Returns:
+        A net that computes the same, save that the BatchNorms moved over read pooled values; and its blobs.
+    """
+    changed = NetParameter()
+    changed.CopyFrom(net)
+    weights = weights.copy()
+    readers = Counter(bottom for layer in changed.layer for bottom in layer.bottom)
+    producers = {top: layer.name for layer in changed.layer for top in layer.top}
+    for pool in [layer.name for layer in changed.layer if _shrinks(layer)]:
+        chain = _monotone_chain(changed, pool, producers, readers)
+        if chain:
+            _move(changed, weights, pool, chain)
+    return changed, weights
+
+
+def _shrinks(layer: LayerParameter) -> bool:
+    """Whether it is a MAX pooling with fewer outputs than inputs and a pixel in every window."""
+    param = layer.pooling_param
+    if layer.type != "Pooling" or param.pool != param.MAX or param.global_pooling or len(layer.top) != 1:
+        return False
+    kernel = height_and_width(param, "kernel_size", "kernel_h", "kernel_w")
+    stride = height_and_width(param, "stride")
+    return max(stride) > 1 and all(s <= k for s, k in zip(stride, kernel, strict=True))
+
+
+def _monotone_chain(
+    net: NetParameter, pool: str, producers: Mapping[str, str], readers: Mapping[str, int]
+) -> list[str]:
+    """The layers from a BatchNorm up to the pooling that nobody else reads from; none if others do."""
+    chain: list[str] = []
+    layer = net.layer[layer_index(net, pool)]
+    while readers[layer.bottom[0]] == 1:
+        if layer.type == "BatchNorm":
+            return chain
+        if layer.bottom[0] not in producers:
+            return []
+        layer = net.layer[layer_index(net, producers[layer.bottom[0]])]
+        if not _is_monotone(layer):
+            return []
+        chain.insert(0, layer.name)
+    return []
+
+
+def _is_monotone(layer: LayerParameter) -> bool:
+    if layer.type == "Scale":
+        return len(layer.bottom) == 1 and layer.scale_param.axis == 1 and layer.scale_param.num_axes == 1
+    return layer.type == "BatchNorm" or (layer.type == "ReLU" and layer.relu_param.negative_slope >= 0)
+
+
+def _move(net: NetParameter, weights: Weights, pool: str, chain: list[str]) -> None:
+    """Have the pooling read what the chain reads, and the chain what the pooling writes."""
+    layers = [net.layer[layer_index(net, name)] for name in chain]
+    moved = LayerParameter()
+    moved.CopyFrom(net.layer[layer_index(net, pool)])
+    before, between, behind = layers[0].bottom[0], layers[-1].top[0], moved.top[0]
+    moved.bottom[0], moved.top[0] = before, between
+    layers[0].bottom[0], layers[-1].top[0] = between, behind
+    del net.layer[layer_index(net, pool)]
+    place = layer_index(net, chain[0])
+    scales = [weights[layer.name][0] for layer in layers if layer.type == "Scale" and layer.name in weights]
+    signs = np.prod([np.sign(scale) for scale in scales], axis=0) if scales else np.ones(1)
+    if (signs >= 0).all():
+        net.layer.insert(place, moved)
+        return
+    flip, back = (_unused(net, f"{pool}_{kind}") for kind in ("signs", "signs_back"))
+    moved.bottom[0], moved.top[0] = flip, back
+    around = [
+        LayerParameter(name=flip, type="Scale", bottom=[before], top=[flip]),
+        moved,
+        LayerParameter(name=back, type="Scale", bottom=[back], top=[between]),
+    ]
+    for offset, layer in enumerate(around):
+        net.layer.insert(place + offset, layer)
+        if layer is not moved:
+            weights.add(layer, [np.where(signs < 0, -1, 1).astype(np.float32)])
+
+
+def _unused(net: NetParameter, name: str) -> str:
+    """``name``, made unlike the names of all layers and blobs."""
+    taken = {used for layer in net.layer for used in (layer.name, *layer.bottom, *layer.top)}
+    while name in taken:
+        name += "_"
+    return name
