@@ -26,6 +26,7 @@ from quantize.data.sources import open_source
 from quantize.data.transform import Transform
 from quantize.engines import engine_opener
 from quantize.engines.onnx import OnnxEngine, Translation
+from quantize.engines.onnx_graph import Graph
 from quantize.evaluate import Candidate, evaluate
 from quantize.feeds import InferenceNet
 from quantize.renorm import renorm
@@ -97,9 +98,8 @@ def plain_pass(setting: Setting, count: int, phase: int, batch: int) -> Measurem
     """One forward pass of the whole net through onnxruntime."""
     test = InferenceNet.of(read_net(setting.net))
     engine = OnnxEngine(test.net, Weights.read(setting.weights("full")), {test.blob: INPUT}, 1)
-    translation = Translation(engine)
-    for layer in needed_layers(test.net.layer, [test.scores]):
-        translation.add(layer)
+    translation = Translation(engine, Graph())
+    translation.add(needed_layers(test.net.layer, [test.scores]), [test.scores])
     translation.graph.output(translation.blob(test.scores).tensor)
     model, (name,), constants = translation.graph.model()
     options = onnxruntime.SessionOptions()

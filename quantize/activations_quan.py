@@ -134,7 +134,7 @@ def collect(
     with closing(open_engine(net, weights, {feed.blob: feed.images.shape})) as engine:
         per_image = sum(math.prod(engine.shapes.blobs[name]) for name in blobs) * FLOAT_BYTES
         batch = max(1, min(MICRO_BATCH_BYTES // per_image, MAX_MICRO_BATCH, len(feed.images)))
-        runner = engine.compile(0, len(net.layer), list(blobs))
+        runner = engine.compile(0, len(net.layer), list(blobs), own_layout=True)
         progress.start("activations", len(feed.images))
         # Two sets: one is being counted while the net fills the other.
         buffers = [

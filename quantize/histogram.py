@@ -20,7 +20,9 @@ INFINITY_BITS = 0x7F800000
 """Read as an integer, the bits of every finite float >= +0 are below these; those of no other float are."""
 
 CHUNK = 1 << 17
-"""Values per pass: scratch arrays stay in the cache, and sums of 2^COUNT_SHIFT + low bits stay exact."""
+"""Values per pass: scratch arrays stay in the cache."""
+MOST_PACKED = 1 << 20
+"""Of so many values, sums of 2^COUNT_SHIFT + low bits are exact in float64 and hold count and sum apart."""
 COUNT_SHIFT = 32
 ZERO_BINS = 4
 TURNS = np.tile(np.arange(ZERO_BINS, dtype=np.int32), CHUNK // ZERO_BINS)
@@ -75,8 +77,11 @@ class Histogram:
         """
         flat = np.ascontiguousarray(x, np.float32).reshape(-1)
         scratch = _Scratch(min(CHUNK, flat.size))
-        for start in range(0, flat.size, CHUNK):
-            self._add(flat[start : start + CHUNK], scratch)
+        for first in range(0, flat.size, MOST_PACKED):
+            many = flat[first : first + MOST_PACKED]
+            for start in range(0, many.size, CHUNK):
+                self._add(many[start : start + CHUNK], scratch)
+            self._unpack(scratch)
 
     def merge(self, other: Histogram) -> None:
         """Add all values of ``other``."""
@@ -130,12 +135,20 @@ class Histogram:
         weights[:] = keys
         weights += 2.0**COUNT_SHIFT
         # One weighted pass gives both: every value counts above the sum of the low bits.
-        packed = np.bincount(places, weights, minlength=ZERO_BINS + top + 1 - bottom).astype(np.int64)
-        counts = packed >> COUNT_SHIFT
-        self.zeros += int(counts[:ZERO_BINS].sum())
-        self.counts[bottom : top + 1] += counts[ZERO_BINS:]
-        self._lows[bottom : top + 1] += packed[ZERO_BINS:] & ((1 << COUNT_SHIFT) - 1)
+        packed = np.bincount(places, weights, minlength=ZERO_BINS + top + 1 - bottom)
+        self.zeros += int(packed[:ZERO_BINS].sum()) >> COUNT_SHIFT
+        scratch.packed[bottom : top + 1] += packed[ZERO_BINS:]
+        scratch.bottom, scratch.top = min(bottom, scratch.bottom), max(top, scratch.top)
         self.maximum = max(self.maximum, float(np.uint32(highest).view(np.float32)))
+
+    def _unpack(self, scratch: _Scratch) -> None:
+        """Move what the passes found, still packed, to the counts and sums."""
+        buckets = slice(scratch.bottom, scratch.top + 1)
+        packed = scratch.packed[buckets].astype(np.int64)
+        self.counts[buckets] += packed >> COUNT_SHIFT
+        self._lows[buckets] += packed & ((1 << COUNT_SHIFT) - 1)
+        scratch.packed[buckets] = 0
+        scratch.bottom, scratch.top = BUCKETS, -1
 
 
 class _Scratch:
@@ -145,6 +158,9 @@ class _Scratch:
         self.keys = np.empty(size, np.uint32)
         self.places = np.empty(size, np.int64)
         self.weights = np.empty(size, np.float64)
+        self.packed = np.zeros(BUCKETS)
+        self.bottom, self.top = BUCKETS, -1
+        """The first and the last bucket that may hold anything."""
 
 
 def optimal_step(histogram: Histogram, levels: int) -> float:

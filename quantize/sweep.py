@@ -475,7 +475,7 @@ class _Group:
         wanted = held if keep is None else live_blobs(engine.net, keep)
         last = number == len(self.sweep.steps) - 1
         fresh = [] if last else [name for name in wanted if name not in held]
-        runner = engine.compile(origin or 0, step.stop, fresh, step.measured)
+        runner = engine.compile(origin or 0, step.stop, fresh, step.measured, own_layout=True)
         work = costs.between(origin, step.stop)
         running: deque[Callable[[], dict[str, Moments]]] = deque()
 

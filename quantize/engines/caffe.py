@@ -402,7 +402,14 @@ class CaffeEngine(Engine):
             header = {"op": "set_blobs", "net": self.number, "layer": layer}
             self.worker.call(f"setting the blobs of layer {layer!r}", header, self.weights[layer])
 
-    def compile(self, start: int, stop: int, outputs: Sequence[str], moments: Sequence[str] = ()) -> Range:
+    def compile(
+        self,
+        start: int,
+        stop: int,
+        outputs: Sequence[str],
+        moments: Sequence[str] = (),
+        own_layout: bool = False,  # noqa: ARG002 - that is Caffe's
+    ) -> Range:
         """Prepare the layers ``start <= i < stop``; see ``Engine``."""
         return _CaffeRange(self, start, stop, outputs, moments)
 

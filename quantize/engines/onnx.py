@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import onnxruntime
-from onnx import ModelProto
 
 from quantize.caffenet import (
     LayerParameter,
@@ -24,7 +23,8 @@ from quantize.caffenet import (
     needed_layers,
 )
 from quantize.engines.base import Engine, FloatArray, Moments, Range, RangeResult, Shape
-from quantize.engines.onnx_graph import Graph
+from quantize.engines.onnx_blocked import BlockedGraph, block_size
+from quantize.engines.onnx_graph import Graph, open_session
 from quantize.engines.onnx_layers import TRANSLATORS, Layer, UnsupportedError
 from quantize.errors import InputError, LabelfreeError
 from quantize.threads import available_threads
@@ -35,15 +35,6 @@ size, for blobs that leave the cache between two operators cost more than the op
 
 Every thread runs parts of its own. Operators that onnxruntime does not spread over threads, such as the
 reordering at the ends of a range, are spread so as well, and no thread waits for another within a part."""
-
-LONG_SUM = 4096
-"""More squares than this are added up row by row: one float32 sum of 224 * 224 of them loses 4 digits."""
-
-LONGEST_SUM, SHORTEST_SUM = 1024, 16
-"""How many float32 may be added up in float32, and how many should be lest the sums take much memory."""
-
-FATAL_ONLY = 4
-"""Of onnxruntime's log levels. It warns of what is no fault here, and its errors come as exceptions too."""
 
 
 class OnnxEngine(Engine):
@@ -83,14 +74,21 @@ class OnnxEngine(Engine):
             raise ValueError(f"layer {layer!r} needs blobs of the shapes {wanted}")
         super().set_blobs(layer, blobs)
 
-    def compile(self, start: int, stop: int, outputs: Sequence[str], moments: Sequence[str] = ()) -> Range:
+    def compile(
+        self,
+        start: int,
+        stop: int,
+        outputs: Sequence[str],
+        moments: Sequence[str] = (),
+        own_layout: bool = False,
+    ) -> Range:
         """Prepare the layers ``start <= i < stop``; see ``Engine``.
 
         Raises:
             InputError: a layer that the outputs or moments need cannot be translated.
             LabelfreeError: onnxruntime refuses the graph.
         """
-        return _OnnxRange(self, start, stop, outputs, moments)
+        return _OnnxRange(self, range(start, stop), outputs, moments, own_layout)
 
     def close(self) -> None:
         """End the threads; parts that have not begun are dropped."""
@@ -159,28 +157,37 @@ class _OnnxRange(Range):
     """Layers ``start <= i < stop`` of an ``OnnxEngine``'s net."""
 
     def __init__(
-        self, engine: OnnxEngine, start: int, stop: int, outputs: Sequence[str], moments: Sequence[str]
+        self,
+        engine: OnnxEngine,
+        places: range,
+        outputs: Sequence[str],
+        moments: Sequence[str],
+        own_layout: bool,
     ) -> None:
-        needed = needed_layers(engine.net.layer[start:stop], [*outputs, *moments])
+        needed = needed_layers(engine.net.layer[places.start : places.stop], [*outputs, *moments])
         layers = [layer for layer in needed if layer.bottom or not engine.inputs.keys() & set(layer.top)]
         first, last = (layers[0].name, layers[-1].name) if layers else ("", "")
         self._doing = f"running layers {first!r} to {last!r} in onnxruntime"
-        translation = Translation(engine)
-        for layer in layers:
-            translation.add(layer)
-        graph = translation.graph
+        graph = BlockedGraph(block_size()) if block_size() else Graph()
+        translation = Translation(engine, graph, own_layout)
+        translation.add(layers, [*outputs, *moments])
         at_end = {name: translation.blob(name) for name in dict.fromkeys([*outputs, *moments])}
         ends = [at_end[name] for name in dict.fromkeys(outputs)]
         self._passed = [blob for blob in ends if blob == translation.inputs.get(blob.name)]
         self._outputs = [
-            replace(blob, tensor=graph.output(blob.tensor)) for blob in ends if blob not in self._passed
+            replace(blob, tensor=graph.output(blob.tensor, blob.shape if own_layout else None))
+            for blob in ends
+            if blob not in self._passed
         ]
         self._moments = {name: _ImageMoments.of(graph, at_end[name]) for name in moments}
         self._session = None
         used: list[str] = []
         if self._outputs or self._moments:
             model, used, self._constants = graph.model()
-            self._session = _session(model, self._constants, self._doing)
+            try:
+                self._session = open_session(model, self._constants)
+            except Exception as error:  # onnxruntime's exceptions have no common base but this
+                raise LabelfreeError(f"{self._doing}: {' '.join(str(error).split())}") from error
         self._feeds = [blob for blob in translation.inputs.values() if blob.tensor in used]
         self.inputs = tuple(dict.fromkeys(blob.name for blob in (*self._feeds, *self._passed)))
         self._part = max(1, CACHE_BYTES // max(1, _widest(engine, layers)))
@@ -281,8 +288,9 @@ def _widest(engine: OnnxEngine, layers: Sequence[LayerParameter]) -> int:
 class Translation:
     """Layers being written into a graph; knows which tensor a blob's name stands for at this place."""
 
-    def __init__(self, engine: OnnxEngine) -> None:
-        self.graph = Graph()
+    def __init__(self, engine: OnnxEngine, graph: Graph, own_layout: bool = False) -> None:
+        self.graph = graph
+        self._own_layout = own_layout
         self.inputs: dict[str, _Blob] = {}
         self._engine = engine
         self._tensors: dict[str, str] = {}
@@ -291,16 +299,25 @@ class Translation:
         """A blob at this place; one that no layer has written yet is an input."""
         shape, grows = self._engine.shapes.blobs[name], self._engine.per_image[name]
         if name not in self._tensors:
-            self._tensors[name] = self.graph.input(shape, grows)
+            own_layout = self._own_layout and name not in self._engine.inputs
+            self._tensors[name] = self.graph.input(shape, grows, own_layout)
             self.inputs[name] = _Blob(name, self._tensors[name], shape, grows)
         return _Blob(name, self._tensors[name], shape, grows)
 
-    def add(self, layer: LayerParameter) -> None:
-        """Translate a layer.
+    def add(self, layers: Sequence[LayerParameter], wanted: Sequence[str]) -> None:
+        """Translate layers, for the blobs ``wanted``.
 
         Raises:
-            InputError: it cannot be translated.
+            InputError: one of them cannot be translated.
         """
+        shared = _shared(layers, wanted)
+        for place, layer in enumerate(layers):
+            self._add(layer)
+            for top in layer.top:
+                if (place, top) in shared:
+                    self.graph.shared(self._tensors[top])
+
+    def _add(self, layer: LayerParameter) -> None:
         translate = TRANSLATORS.get(layer.type)
         where = f"layer {layer.name!r} ({layer.type})"
         if translate is None:
@@ -327,17 +344,23 @@ class Translation:
         self._tensors.update(zip(layer.top, tops, strict=True))
 
 
+def _shared(layers: Sequence[LayerParameter], wanted: Sequence[str]) -> set[tuple[int, str]]:
+    """The place and the name of every top that is read more than once; being wanted is being read."""
+    written: dict[str, int] = {}
+    reads: Counter[tuple[int, str]] = Counter()
+    for place, layer in enumerate(layers):
+        reads.update((written[bottom], bottom) for bottom in layer.bottom if bottom in written)
+        written.update(dict.fromkeys(layer.top, place))
+    reads.update((written[name], name) for name in wanted if name in written)
+    return {top for top, count in reads.items() if count > 1}
+
+
 @dataclass(frozen=True)
 class _ImageMoments:
-    """Sums per image and channel, as outputs of a graph, that make the moments of a blob.
-
-    A sum of squares loses all digits where the mean is large, so the mean is subtracted first. That mean is
-    rounded; the sum of what is left gives the digits that it lacks. Sums of many float32 of one sign lose
-    digits as well, so they are made in parts, which are added up in float64.
+    """Outputs of a graph that make the moments of a blob; see ``Graph.moments``.
 
     Attributes:
-        blobs: the means (N, C), and the sums and sums of squares of what is left (N, C, parts); only the
-            means where a channel has just one value.
+        blobs: the outputs.
         values: values per image and channel.
     """
 
@@ -350,25 +373,11 @@ class _ImageMoments:
 
         Not in numpy: the graph does it with all threads while the blob is in the cache.
         """
-        channels = blob.shape[1] if len(blob.shape) > 1 else 1
-        values = math.prod(blob.shape[2:])
-        x = graph.reshape(blob.tensor, (-1, channels, values))
-        space = graph.integers([2])
-        mean = graph.op("ReduceMean", x, space)
-        tensors = [graph.reshape(mean, (-1, channels))]
-        shapes: list[Shape] = [(blob.shape[0], channels)]
-        if values > 1:
-            part = _part_size(values)
-            parts = (channels, values // part)
-            left = graph.reshape(graph.op("Sub", x, mean), (-1, *parts, part))
-            for summed in (left, graph.op("Mul", left, left)):
-                tensors.append(graph.op("ReduceSum", summed, graph.integers([3]), keepdims=0))
-                shapes.append((blob.shape[0], *parts))
-        outputs = zip(tensors, shapes, strict=True)
-        return cls(
-            tuple(_Blob(blob.name, graph.output(tensor), shape, blob.grows) for tensor, shape in outputs),
-            values,
-        )
+        outputs = [
+            _Blob(blob.name, graph.output(tensor), (blob.shape[0], *dims), blob.grows)
+            for tensor, dims in graph.moments(blob.tensor, blob.shape)
+        ]
+        return cls(tuple(outputs), math.prod(blob.shape[2:]))
 
     def arrays(self, batch: int) -> list[FloatArray]:
         """Room for the blobs."""
@@ -376,36 +385,8 @@ class _ImageMoments:
 
     def merged(self, arrays: Sequence[FloatArray]) -> Moments:
         """The moments over all images (``Moments.merged``, of all at once)."""
-        means = arrays[0].astype(np.float64)
-        m2 = np.zeros(means.shape[1])
-        if self.values > 1:
-            total, squares = (array.sum(axis=2, dtype=np.float64) for array in arrays[1:])
-            means += total / self.values
-            m2 += np.maximum(squares - total * total / self.values, 0).sum(axis=0)
+        near, rest, squares = (a.mean(axis=2, dtype=np.float64).reshape(len(a), -1) for a in arrays)
+        means = near + rest
         mean = means.mean(axis=0)
-        m2 += self.values * np.square(means - mean).sum(axis=0)
-        return Moments(len(means) * self.values, mean, m2)
-
-
-def _part_size(values: int) -> int:
-    """The largest divisor of ``values`` up to LONGEST_SUM; all of them if there is but a small one."""
-    divisor = max(d for d in range(1, min(values, LONGEST_SUM) + 1) if values % d == 0)
-    return divisor if divisor >= SHORTEST_SUM else values
-
-
-def _session(
-    model: ModelProto, constants: Mapping[str, FloatArray], doing: str
-) -> onnxruntime.InferenceSession:
-    """A session for a model; it reads the constants where they lie, so keep them as long."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = FATAL_ONLY
-    values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in constants.values()]
-    options.add_external_initializers(list(constants), values)
-    try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # onnxruntime's exceptions have no common base but this
-        raise LabelfreeError(f"{doing}: {' '.join(str(error).split())}") from error
+        m2 = np.maximum(squares - rest * rest, 0) + np.square(means - mean)
+        return Moments(len(means) * self.values, mean, self.values * m2.sum(axis=0))
