@@ -8,10 +8,12 @@ enough: every micro-batch runs through the whole net once and leaves a histogram
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import numpy as np
 
@@ -19,18 +21,18 @@ from quantize import histogram
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
 from quantize.config import ActivationSettings
 from quantize.decibels import decibels
-from quantize.engines.base import OpenEngine
+from quantize.engines.base import OpenEngine, RangeResult
 from quantize.histogram import Histogram
 from quantize.progress import SILENT, Progress
-from quantize.sweep import FLOAT_BYTES, MAX_MICRO_BATCH, Feed
+from quantize.sweep import FLOAT_BYTES, IN_FLIGHT, Feed, even_batch
 from quantize.threads import available_threads
 
 DEFAULT_LEVELS = 127
 """The largest code where a layer does not say it."""
 BINS = 48
 """Of the histogram kept for the report."""
-MICRO_BATCH_BYTES = 64 << 20
-"""What all ReLU outputs of one micro-batch may take."""
+MICRO_BATCH_BYTES = 96 << 20
+"""What all ReLU outputs of one micro-batch may take; so much is held IN_FLIGHT + 1 times."""
 
 
 @dataclass(frozen=True)
@@ -133,25 +135,34 @@ def collect(
     histograms = {name: Histogram() for name in blobs}
     with closing(open_engine(net, weights, {feed.blob: feed.images.shape})) as engine:
         per_image = sum(math.prod(engine.shapes.blobs[name]) for name in blobs) * FLOAT_BYTES
-        batch = max(1, min(MICRO_BATCH_BYTES // per_image, MAX_MICRO_BATCH, len(feed.images)))
+        batch = even_batch(MICRO_BATCH_BYTES // per_image, len(feed.images))
         runner = engine.compile(0, len(net.layer), list(blobs), own_layout=True)
         progress.start("activations", len(feed.images))
-        # Two sets: one is being counted while the net fills the other.
-        buffers = [
-            {name: np.empty(engine.blob_shape(name, batch), np.float32) for name in blobs} for _ in range(2)
-        ]
+        # One set is being counted while the net fills the others.
+        sets = cycle(
+            {name: np.empty(engine.blob_shape(name, batch), np.float32) for name in blobs}
+            for _ in range(IN_FLIGHT + 1)
+        )
+        running: deque[Callable[[], RangeResult]] = deque()
         counting: list[Future[None]] = []
         with ThreadPoolExecutor(available_threads()) as pool:
-            for number, (pixels, _) in enumerate(feed.images.batches(batch)):
-                into = {
-                    name: buffer[: engine.blob_shape(name, len(pixels))[0]]
-                    for name, buffer in buffers[number % 2].items()
-                }
-                runner.run({feed.blob: pixels}, into)
+
+            def count(filled: RangeResult) -> None:
                 for done in counting:
                     done.result()
-                counting = [pool.submit(histograms[name].update, into[name]) for name in blobs]
-                progress.advance(len(pixels))
+                counting[:] = [pool.submit(histograms[name].update, filled.blobs[name]) for name in blobs]
+                progress.advance(len(filled.blobs[blobs[0]]))
+
+            for pixels, _ in feed.images.batches(batch):
+                into = {
+                    name: buffer[: engine.blob_shape(name, len(pixels))[0]]
+                    for name, buffer in next(sets).items()
+                }
+                running.append(runner.begin({feed.blob: pixels}, into))
+                if len(running) == IN_FLIGHT:
+                    count(running.popleft()())
+            for finish in running:
+                count(finish())
             for done in counting:
                 done.result()
     return histograms

@@ -201,7 +201,12 @@ def micro_batch_size(widest: int, images: int, memory: int | None) -> int:
             f"the least that would do is {widest} bytes ({-(-widest // (1 << 20))}MiB)"
         )
     allowed = MICRO_BATCH_BYTES if memory is None else min(MICRO_BATCH_BYTES, memory // 4)
-    size = max(1, min(allowed // max(widest, 1), MAX_MICRO_BATCH))
+    return even_batch(allowed // max(widest, 1), images)
+
+
+def even_batch(most: int, images: int) -> int:
+    """A micro-batch of at most ``most`` images, or of one, that threads can share evenly."""
+    size = max(1, min(most, MAX_MICRO_BATCH))
     even = size - size % min(EVEN, 1 << size.bit_length() - 1)
     return min(even, images)
 
