@@ -24,10 +24,6 @@ CHUNK = 1 << 17
 MOST_PACKED = 1 << 20
 """Of so many values, sums of 2^COUNT_SHIFT + low bits are exact in float64 and hold count and sum apart."""
 COUNT_SHIFT = 32
-ZERO_BINS = 4
-TURNS = np.tile(np.arange(ZERO_BINS, dtype=np.int32), CHUNK // ZERO_BINS)
-"""Zeros, often half of all values, take turns at ZERO_BINS places: adding to a single one would stall."""
-
 DEAD_STEP = 1.0
 """For a ReLU that never fires: any positive step is right."""
 SMALLEST_STEP = float(np.finfo(np.float32).tiny)
@@ -101,45 +97,34 @@ class Histogram:
 
     def _add(self, x: npt.NDArray[np.float32], scratch: _Scratch) -> None:
         bits = x.view(np.uint32)
-        highest = int(bits.max())
-        if highest >= INFINITY_BITS:
+        if int(bits.max()) >= INFINITY_BITS:
             if not np.isfinite(x).all():
                 raise LabelfreeError(
                     "activations hold NaN or infinity: the network overflows on these images"
                 )
             self.negatives += int(np.count_nonzero(x < 0))
-            self.zeros += int(np.count_nonzero(x == 0))
-            x = x[x > 0]
-            if x.size:
-                self._add(x, scratch)
+            self.zeros -= int(np.count_nonzero(x < 0))
+            bits = np.where(x > 0, bits, 0)
+        # Often half of all values are 0: leaving them out first is cheaper than counting them.
+        bits = bits[np.flatnonzero(bits != 0)]
+        self.zeros += x.size - bits.size
+        if not bits.size:
             return
-        if highest == 0:
-            self.zeros += x.size
-            return
-        keys = scratch.keys[: x.size]
-        np.subtract(bits, 1, out=keys)  # zeros wrap around, so the minimum is that of the positive values
-        bottom = int(keys.min()) + 1 >> LOW_BITS
-        if bottom == 0 and not x.all():  # zeros would share a bucket with denormals
-            self.zeros += int(np.count_nonzero(x == 0))
-            self._add(x[x > 0], scratch)
-            return
-        top = highest >> LOW_BITS
+        highest = bits.max()
+        self.maximum = max(self.maximum, float(highest.view(np.float32)))
+        bottom, top = int(bits.min()) >> LOW_BITS, int(highest) >> LOW_BITS
+        keys, places, weights = (
+            array[: bits.size] for array in (scratch.keys, scratch.places, scratch.weights)
+        )
         np.right_shift(bits, LOW_BITS, out=keys)
-        signed = keys.view(np.int32)
-        signed -= bottom - ZERO_BINS
-        np.maximum(signed, TURNS[: x.size], out=signed)
-        places = scratch.places[: x.size]
-        places[:] = signed
+        np.subtract(keys, bottom, out=keys)
+        places[:] = keys
         np.bitwise_and(bits, (1 << LOW_BITS) - 1, out=keys)
-        weights = scratch.weights[: x.size]
         weights[:] = keys
         weights += 2.0**COUNT_SHIFT
         # One weighted pass gives both: every value counts above the sum of the low bits.
-        packed = np.bincount(places, weights, minlength=ZERO_BINS + top + 1 - bottom)
-        self.zeros += int(packed[:ZERO_BINS].sum()) >> COUNT_SHIFT
-        scratch.packed[bottom : top + 1] += packed[ZERO_BINS:]
+        scratch.packed[bottom : top + 1] += np.bincount(places, weights, minlength=top + 1 - bottom)
         scratch.bottom, scratch.top = min(bottom, scratch.bottom), max(top, scratch.top)
-        self.maximum = max(self.maximum, float(np.uint32(highest).view(np.float32)))
 
     def _unpack(self, scratch: _Scratch) -> None:
         """Move what the passes found, still packed, to the counts and sums."""
