@@ -113,9 +113,8 @@ class Histogram:
         highest = bits.max()
         self.maximum = max(self.maximum, float(highest.view(np.float32)))
         bottom, top = int(bits.min()) >> LOW_BITS, int(highest) >> LOW_BITS
-        keys, places, weights = (
-            array[: bits.size] for array in (scratch.keys, scratch.places, scratch.weights)
-        )
+        size = bits.size
+        keys, places, weights = scratch.keys[:size], scratch.places[:size], scratch.weights[:size]
         np.right_shift(bits, LOW_BITS, out=keys)
         np.subtract(keys, bottom, out=keys)
         places[:] = keys
