@@ -65,8 +65,9 @@ class BlockedGraph(Graph):
 
     def output(self, x: str, own_layout: Shape | None = None) -> str:
         """See ``Graph``."""
-        fits = own_layout is not None and self._fits(own_layout)
-        return super().output(self._blocked(x, own_layout[1]) if own_layout and fits else self._plain(x))
+        if own_layout is not None and self._fits(own_layout):
+            return super().output(self._blocked(x, own_layout[1]))
+        return super().output(self._plain(x))
 
     def ops(self, kind: str, count: int, *inputs: str, **attributes: Any) -> list[str]:
         """See ``Graph``."""
@@ -91,10 +92,8 @@ class BlockedGraph(Graph):
         _, channels, height, width = shape
         means = self.op("GlobalAveragePool", x)
         near = self.op("ReduceMean", means, self.integers([0]))
-        unit, away = (
-            self.floats(np.ones((channels, 1, 1, 1))),
-            self.reshape(self.op("Neg", near), (channels,)),
-        )
+        unit = self.floats(np.ones((channels, 1, 1, 1)))
+        away = self.reshape(self.op("Neg", near), (channels,))
         one = {"kernel_shape": (1, 1), "group": channels}
         rest = self._in_blocks("Conv", channels, x, unit, away, domain=DOMAIN, **one)
         rows = max(
@@ -103,11 +102,12 @@ class BlockedGraph(Graph):
         window = {"kernel_shape": (rows, width), "strides": (rows, width)}
         parts = (channels // self._block, height // rows, self._block)
         averages = [self.op("AveragePool", y, **window) for y in (rest, self.op("Mul", rest, rest))]
-        laid_open = [
-            super(BlockedGraph, self).ops("Reshape", 1, y, self.integers((-1, *parts))) for y in averages
-        ]
         of_each = self.reshape(self.op("Expand", near, self.op("Shape", means)), (-1, channels, 1))
-        return [(of_each, (channels, 1)), *((y, parts) for (y,) in laid_open)]
+        return [(of_each, (channels, 1)), *((self._as_it_lies(y, parts), parts) for y in averages)]
+
+    def _as_it_lies(self, x: str, dims: Shape) -> str:
+        """A tensor in blocks in another shape, its values in the order in which they lie."""
+        return super().ops("Reshape", 1, x, self.integers((-1, *dims)))[0]
 
     def shared(self, x: str) -> None:
         """See ``Graph``."""
