@@ -224,7 +224,8 @@ class _Convolution:
         """
         count, channels, *size = self.kernels.shape
         inputs = block if channels % block == 0 else 1
-        scaled = self.kernels * self.scale.astype(np.float32)[:, None, None, None]
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = self.kernels * self.scale.astype(np.float32)[:, None, None, None]
         blocks = scaled.reshape(count // block, block, channels // inputs, inputs, *size)
         return np.ascontiguousarray(blocks.transpose(0, 2, 4, 5, 3, 1)).reshape(self.kernels.shape)
 

@@ -70,8 +70,9 @@ class Graph:
         return outputs
 
     def floats(self, values: npt.ArrayLike) -> str:
-        """A float32 constant; C-contiguous, aligned float32 arrays are not copied."""
-        return self._constant(np.require(values, np.float32, ["C", "A"]))
+        """A float32 constant; C-contiguous, aligned float32 arrays are not copied. What is too large is inf."""
+        with np.errstate(over="ignore"):
+            return self._constant(np.require(values, np.float32, ["C", "A"]))
 
     def later(self, make: Callable[[], FloatArray]) -> str:
         """A float32 constant that is made when the model is, if an output needs it."""
