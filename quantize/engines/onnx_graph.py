@@ -70,7 +70,7 @@ class Graph:
         return outputs
 
     def floats(self, values: npt.ArrayLike) -> str:
-        """A float32 constant; C-contiguous, aligned float32 arrays are not copied. What is too large is inf."""
+        """A float32 constant; aligned C-contiguous float32 arrays are not copied. Too large is inf."""
         with np.errstate(over="ignore"):
             return self._constant(np.require(values, np.float32, ["C", "A"]))
 
