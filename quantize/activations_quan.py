@@ -8,7 +8,6 @@ enough: every micro-batch runs through the whole net once and leaves a histogram
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -21,10 +20,10 @@ from quantize import histogram
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
 from quantize.config import ActivationSettings
 from quantize.decibels import decibels
-from quantize.engines.base import OpenEngine, RangeResult
+from quantize.engines.base import FloatArray, OpenEngine, RangeResult
 from quantize.histogram import Histogram
 from quantize.progress import SILENT, Progress
-from quantize.sweep import FLOAT_BYTES, IN_FLIGHT, Feed, even_batch
+from quantize.sweep import FLOAT_BYTES, IN_FLIGHT, Feed, even_batch, overlapped
 from quantize.threads import available_threads
 
 DEFAULT_LEVELS = 127
@@ -143,26 +142,21 @@ def collect(
             {name: np.empty(engine.blob_shape(name, batch), np.float32) for name in blobs}
             for _ in range(IN_FLIGHT + 1)
         )
-        running: deque[Callable[[], RangeResult]] = deque()
+
+        def begin(pixels: FloatArray) -> Callable[[], tuple[int, RangeResult]]:
+            into = {
+                name: buffer[: engine.blob_shape(name, len(pixels))[0]] for name, buffer in next(sets).items()
+            }
+            finish = runner.begin({feed.blob: pixels}, into)
+            return lambda: (len(pixels), finish())
+
         counting: list[Future[None]] = []
         with ThreadPoolExecutor(available_threads()) as pool:
-
-            def count(filled: RangeResult) -> None:
+            for images, filled in overlapped(begin(pixels) for pixels, _ in feed.images.batches(batch)):
                 for done in counting:
                     done.result()
-                counting[:] = [pool.submit(histograms[name].update, filled.blobs[name]) for name in blobs]
-                progress.advance(len(filled.blobs[blobs[0]]))
-
-            for pixels, _ in feed.images.batches(batch):
-                into = {
-                    name: buffer[: engine.blob_shape(name, len(pixels))[0]]
-                    for name, buffer in next(sets).items()
-                }
-                running.append(runner.begin({feed.blob: pixels}, into))
-                if len(running) == IN_FLIGHT:
-                    count(running.popleft()())
-            for finish in running:
-                count(finish())
+                counting = [pool.submit(histograms[name].update, filled.blobs[name]) for name in blobs]
+                progress.advance(images)
             for done in counting:
                 done.result()
     return histograms

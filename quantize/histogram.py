@@ -24,6 +24,7 @@ CHUNK = 1 << 17
 MOST_PACKED = 1 << 20
 """Of so many values, sums of 2^COUNT_SHIFT + low bits are exact in float64 and hold count and sum apart."""
 COUNT_SHIFT = 32
+
 DEAD_STEP = 1.0
 """For a ReLU that never fires: any positive step is right."""
 SMALLEST_STEP = float(np.finfo(np.float32).tiny)
@@ -105,7 +106,7 @@ class Histogram:
             self.negatives += int(np.count_nonzero(x < 0))
             self.zeros -= int(np.count_nonzero(x < 0))
             bits = np.where(x > 0, bits, 0)
-        # Often half of all values are 0: leaving them out first is cheaper than counting them.
+        # Often half of all values are 0, and none of them needs a bucket.
         bits = bits[np.flatnonzero(bits != 0)]
         self.zeros += x.size - bits.size
         if not bits.size:

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from quantize.caffenet import NetParameter, Weights, single_assignment
+from quantize.caffenet import (
+    NetParameter,
+    Weights,
+    check_weights,
+    infer_shapes,
+    known_part,
+    single_assignment,
+)
 from quantize.early_pooling import with_early_pooling
 from quantize.engines.base import Moments, OpenEngine
 from quantize.errors import LabelfreeError
@@ -65,11 +72,14 @@ def renorm(
         BatchNorm is returned as it came.
 
     Raises:
+        InputError: a blob is missing or has the wrong shape.
         LabelfreeError: a statistic is not finite.
     """
     norms = [layer.name for layer in net.layer if layer.type == "BatchNorm"]
     if not norms:
         return weights, []
+    known = known_part(net, [feed.blob])
+    check_weights(known, weights, infer_shapes(known, {feed.blob: (1, *feed.images.shape)}))
     ordered, sweep_weights, steps, bottoms = sweep_net(net, weights)
     engine = open_engine(ordered, sweep_weights, {feed.blob: feed.images.shape})
     weights = weights.copy()

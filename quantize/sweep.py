@@ -15,10 +15,11 @@ import math
 import mmap
 from bisect import bisect
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from quantize.data.loader import Images
 from quantize.engines.base import Engine, FloatArray, Moments
 from quantize.errors import InputError
 from quantize.progress import SILENT, Progress
+
+Result = TypeVar("Result")
 
 FLOAT_BYTES = 4
 ALIGNMENT = 64
@@ -209,6 +212,17 @@ def even_batch(most: int, images: int) -> int:
     size = max(1, min(most, MAX_MICRO_BATCH))
     even = size - size % min(EVEN, 1 << size.bit_length() - 1)
     return min(even, images)
+
+
+def overlapped(begun: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """What micro-batches give, in their order; IN_FLIGHT of them are begun before the first is ended."""
+    running: deque[Callable[[], Result]] = deque()
+    for end in begun:
+        running.append(end)
+        if len(running) == IN_FLIGHT:
+            yield running.popleft()()
+    for end in running:
+        yield end()
 
 
 def in_flight(batch: int, images: int) -> int:
@@ -482,7 +496,6 @@ class _Group:
         fresh = [] if last else [name for name in wanted if name not in held]
         runner = engine.compile(origin or 0, step.stop, fresh, step.measured, own_layout=True)
         work = costs.between(origin, step.stop)
-        running: deque[Callable[[], dict[str, Moments]]] = deque()
 
         def begin(chunk: int, feeds: Mapping[str, FloatArray]) -> Callable[[], dict[str, Moments]]:
             count = min(self.batch, len(self.images) - chunk * self.batch)
@@ -497,12 +510,7 @@ class _Group:
 
             return end
 
-        for chunk, feeds in enumerate(self._feeds(origin)):
-            running.append(begin(chunk, feeds))
-            if len(running) == IN_FLIGHT:
-                yield running.popleft()()
-        for end in running:
-            yield end()
+        return overlapped(begin(chunk, feeds) for chunk, feeds in enumerate(self._feeds(origin)))
 
     def _keep(self, chunk: int, blobs: Mapping[str, FloatArray], wanted: Sequence[str]) -> None:
         """Keep the blobs that are wanted; what was kept before and is not among them is given back."""

@@ -12,6 +12,7 @@ from quantize.config import CaffeProcess
 from quantize.data import Transform
 from quantize.early_pooling import with_early_pooling
 from quantize.engines import engine_opener
+from quantize.errors import InputError
 from quantize.renorm import renorm
 from quantize.sweep import Feed
 from tests.nets import images_of, parse, random_weights, write_images
@@ -115,3 +116,18 @@ def test_the_statistics_are_those_of_all_values(tmp_path: Path, monkeypatch: pyt
     for name in ("bn", "bn2"):
         for got, wanted in zip(found[name], expected[name], strict=True):
             np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("blobs", [[], [np.ones(5, np.float32)] * 2], ids=["none", "five channels"])
+def test_scales_that_do_not_fit_are_one_line(tmp_path: Path, blobs: list[np.ndarray]) -> None:
+    feed = Feed("data", images_of(write_images(tmp_path / "lmdb", 3), Transform(crop_size=9), TRAIN))
+    second = (
+        '{ name: "scale2" type: "Scale" bottom: "conv" top: "conv" scale_param { bias_term: true } }\nlayer '
+    )
+    net = of(HALVING, CHAIN.replace('{ name: "relu"', second + '{ name: "relu"'))
+    good, bad = random_weights(single_assignment(net), {"data": SHAPE}), Weights()
+    for layer in net.layer:
+        if layer.name in good:
+            bad.add(layer, blobs if layer.name == "scale2" else good[layer.name])
+    with pytest.raises(InputError, match="scale2"):
+        renorm(net, bad, feed, OPEN, None)
