@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from quantize.caffenet import LayerParameter, NetParameter, Weights, layer_index
-from quantize.caffenet.shape_rules import height_and_width
+from quantize.caffenet.shape_rules import ShapeError, height_and_width
 
 
 def with_early_pooling(net: NetParameter, weights: Weights) -> tuple[NetParameter, Weights]:
@@ -46,8 +46,11 @@ def _shrinks(layer: LayerParameter) -> bool:
     param = layer.pooling_param
     if layer.type != "Pooling" or param.pool != param.MAX or param.global_pooling or len(layer.top) != 1:
         return False
-    kernel = height_and_width(param, "kernel_size", "kernel_h", "kernel_w")
-    stride = height_and_width(param, "stride")
+    try:
+        kernel = height_and_width(param, "kernel_size", "kernel_h", "kernel_w")
+        stride = height_and_width(param, "stride")
+    except ShapeError:  # to be refused where shapes are inferred, with the layer's name
+        return False
     return max(stride) > 1 and all(s <= k for s, k in zip(stride, kernel, strict=True))
 
 
