@@ -15,19 +15,21 @@ from pathlib import Path
 import click
 import numpy as np
 
-from quantize.activations_quan import activations_quan, with_act_quantize
-from quantize.caffenet import NetParameter, Weights
-from quantize.config import ActivationSettings, Config, WeightSettings, load
+from quantize.caffenet import InferenceNet, NetParameter, Weights
+from quantize.commands.config import load
+from quantize.data.feed import Feed
 from quantize.data.loader import Images
-from quantize.data_aware import Calibration
+from quantize.data.sources import Selection
 from quantize.engines import engine_opener
-from quantize.evaluate import Candidate, Closeness, evaluate
-from quantize.feeds import InferenceNet, Selection, calibration_feed, validation_feed
-from quantize.pipeline import read_model_prototxt
-from quantize.renorm import renorm
-from quantize.sweep import Feed
-from quantize.threads import available_threads
-from quantize.weights_quan import choices, weights_quan, with_alpha_terms
+from quantize.host import available_threads
+from quantize.job.feeds import calibration_feed, validation_feed
+from quantize.job.run import read_model_prototxt
+from quantize.measure.evaluate import Candidate, Closeness, evaluate
+from quantize.settings import ActivationSettings, Config, WeightSettings
+from quantize.stages.activations import activations_quan, with_act_quantize
+from quantize.stages.data_aware import Calibration
+from quantize.stages.renorm import renorm
+from quantize.stages.weights import choices, weights_quan, with_alpha_terms
 
 SOLVERS = {
     "published": ("reference", "reference"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-from quantize.memory import peak_memory, reset_peak_memory
+from quantize.host import peak_memory, reset_peak_memory
 
 
 @dataclass

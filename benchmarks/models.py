@@ -7,16 +7,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from quantize.caffenet import NetParameter, Weights, infer_shapes, read_prototxt
-from quantize.config import CaffeProcess
+from quantize.caffenet import InferenceNet, NetParameter, Weights, infer_shapes, read_prototxt
+from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.make_lmdb import make_datum, write_lmdb
 from quantize.data.sources import open_source
 from quantize.data.transform import resized, short_side_size
 from quantize.engines import engine_opener
-from quantize.feeds import InferenceNet
-from quantize.renorm import renorm
-from quantize.sweep import Feed
+from quantize.settings import CaffeProcess
+from quantize.stages.renorm import renorm
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 INPUT = (3, 224, 224)

@@ -23,10 +23,10 @@ from benchmarks.measure import Measurement, in_new_process, measured
 from benchmarks.models import INPUT, MODELS, make_images, read_net
 from benchmarks.stages import Setting, prepare
 from quantize.caffenet import TRAIN, format_prototxt
-from quantize.config import load
-from quantize.pipeline import Run
-from quantize.prototxts import deploy_prototxt
-from quantize.threads import available_threads
+from quantize.commands.config import load
+from quantize.host import available_threads
+from quantize.job.prototxts import deploy_prototxt
+from quantize.job.run import Run
 
 NET = "resnet18"
 WORKER = Path(__file__).with_name("published_worker.py")

@@ -18,21 +18,20 @@ import onnxruntime
 
 from benchmarks.measure import Measurement, in_new_process, measured, spread
 from benchmarks.models import INPUT, fitted_weights, make_images, read_net
-from quantize.activations_quan import activations_quan
-from quantize.caffenet import TEST, TRAIN, Weights, needed_layers
-from quantize.config import ActivationSettings, CaffeProcess, WeightSettings
+from quantize.caffenet import TEST, TRAIN, InferenceNet, Weights, needed_layers
+from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import open_source
 from quantize.data.transform import Transform
 from quantize.engines import engine_opener
-from quantize.engines.onnx import OnnxEngine, Translation
-from quantize.engines.onnx_graph import Graph
-from quantize.evaluate import Candidate, evaluate
-from quantize.feeds import InferenceNet
-from quantize.renorm import renorm
-from quantize.sweep import Feed
-from quantize.threads import available_threads
-from quantize.weights_quan import choices, weights_quan, with_alpha_terms
+from quantize.engines.onnx.engine import OnnxEngine, Translation
+from quantize.engines.onnx.graph import Graph
+from quantize.host import available_threads
+from quantize.measure.evaluate import Candidate, evaluate
+from quantize.settings import ActivationSettings, CaffeProcess, WeightSettings
+from quantize.stages.activations import activations_quan
+from quantize.stages.renorm import renorm
+from quantize.stages.weights import choices, weights_quan, with_alpha_terms
 
 PLAIN_BATCHES = (1, 4, 8, 16, 32)
 TRIAL_IMAGES = 64

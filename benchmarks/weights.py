@@ -11,10 +11,9 @@ from pathlib import Path
 
 from benchmarks.measure import Measurement, in_new_process, measured, spread
 from benchmarks.models import random_weights, read_net
-from quantize.caffenet import Weights
-from quantize.config import WeightSettings
-from quantize.feeds import InferenceNet
-from quantize.weights_quan import choices, weights_quan
+from quantize.caffenet import InferenceNet, Weights
+from quantize.settings import WeightSettings
+from quantize.stages.weights import choices, weights_quan
 
 NETS = ("resnet18", "resnet50", "vgg16_bn")
 

@@ -17,8 +17,8 @@ from quantize import __version__
 from quantize.errors import LabelfreeError
 
 if TYPE_CHECKING:
-    from quantize.config import Config
     from quantize.progress import Progress
+    from quantize.settings import Config
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130
@@ -73,7 +73,7 @@ def config_options(command: Command) -> Command:
 
 def read_config(given: dict[str, Any]) -> Config:
     """The configuration from the options of `config_options`."""
-    from quantize.config import load
+    from quantize.commands.config import load
 
     keys = {
         "prototxt": "model.prototxt",
@@ -92,8 +92,8 @@ def read_config(given: dict[str, Any]) -> Config:
 @contextmanager
 def showing_progress() -> Iterator[Progress]:
     """Bars on a terminal, lines elsewhere, nothing with --quiet."""
+    from quantize.commands.terminal import Bars, Lines
     from quantize.progress import Progress
-    from quantize.terminal import Bars, Lines
 
     if click.get_current_context().obj["quiet"]:
         yield Progress()
@@ -110,14 +110,14 @@ def run_stages(
 ) -> None:
     """Run stages and print the summary, or with --json the content of report.json."""
     config = read_config(given)
-    from quantize.pipeline import Run
+    from quantize.job.run import Run
 
     with showing_progress() as progress:
         report = Run(config, progress).quantize(stages, resume, force)
     if as_json:
         click.echo(json.dumps(report))
         return
-    from quantize.summary import print_summary
+    from quantize.commands.summary import print_summary
 
     print_summary(report, config)
 
@@ -196,8 +196,8 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
     result is added to report.json and report.html.
     """
     config = read_config(given)
-    from quantize.pipeline import evaluate_run
-    from quantize.summary import evaluation_table
+    from quantize.commands.summary import evaluation_table
+    from quantize.job.run import evaluate_run
 
     with showing_progress() as progress:
         found = evaluate_run(config, images, progress)
@@ -214,10 +214,10 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
 def report(evaluating: bool, images: int | None, **given: Any) -> None:
     """Write report.html again from what is in the output folder."""
     config = read_config(given)
-    from quantize.pipeline import evaluate_run, report_run
+    from quantize.job.run import evaluate_run, report_run
 
     if evaluating:
-        from quantize.summary import evaluation_table
+        from quantize.commands.summary import evaluation_table
 
         with showing_progress() as progress:
             found = evaluate_run(config, images, progress, without_renorm=True)
@@ -245,7 +245,7 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Show layers, shapes, parameters, multiply-accumulates and what would be quantized."""
-    from quantize import inspection
+    from quantize.commands import inspect as inspection
 
     found = inspection.Inspection.of(prototxt, weights, shape, caffe_proto)
     if show_plan:
@@ -270,7 +270,7 @@ def init(
     force: bool,
 ) -> None:
     """Write a commented configuration for a network; guesses are said, nothing is asked."""
-    from quantize.init import write_initial
+    from quantize.commands.init import write_initial
 
     written, guesses = write_initial(prototxt, weights, calibration, path, force, caffe_proto)
     for guess in guesses:
@@ -291,7 +291,7 @@ def init(
 def make_lmdb_command(images: Path, lmdb: Path, threads: int | None, **options: Any) -> None:
     """Make an LMDB of Datums from an image folder or a list file; Caffe reads it too."""
     from quantize.data.make_lmdb import make_lmdb
-    from quantize.threads import available_threads
+    from quantize.host import available_threads
 
     with showing_progress() as progress:
         report = make_lmdb(
@@ -310,7 +310,7 @@ def doctor(**given: Any) -> None:
     """Check what works here: libraries, engines, and with a configuration its files; exit code 0 or 1."""
     asked = any(value for value in given.values())
     config = read_config(given) if asked else None
-    from quantize.doctor import examine
+    from quantize.commands.doctor import examine
 
     process = config.caffe if config is not None and config.engine == "caffe" else None
     well = True

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from quantize.config import Config, load
-from quantize.feeds import InferenceNet
+from quantize.caffenet import InferenceNet
+from quantize.commands.config import load
+from quantize.settings import Config
 from tests.nets import CROPPED, RESIDUAL, parse, random_weights, write_images
 
 # A shell that starts the tests in the background has them ignore Ctrl-C; so would the commands they start.

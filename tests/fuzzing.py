@@ -31,13 +31,14 @@ import cv2
 import matplotlib.backends.backend_agg
 import matplotlib.font_manager  # noqa: F401 - here, as it makes a cache below the home folder
 import numpy as np
+import quantize.pipeline
 import yaml
 
-import quantize.pipeline
 from quantize import cli
 from quantize.caffenet import (
     BlobProto,
     Datum,
+    InferenceNet,
     NetParameter,
     Weights,
     format_prototxt,
@@ -48,7 +49,6 @@ from quantize.caffenet.shape_rules import _rules as shape_rules
 from quantize.data.make_lmdb import make_datum, write_lmdb
 from quantize.data.sources import open_source
 from quantize.errors import InputError
-from quantize.feeds import InferenceNet
 from tests.nets import RESIDUAL, parse, random_weights, write_images
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -90,7 +90,7 @@ output: out
 """
 
 for module in pkgutil.walk_packages(quantize.__path__, "quantize."):
-    if module.name != "quantize.engines.pycaffe_worker":  # runs where Caffe is
+    if module.name != "quantize.engines.caffe.worker":  # runs where Caffe is
         importlib.import_module(module.name)  # here, once, instead of in every case
 
 PHOTOS_AS_DIGITS = ("data.transform.resize=[8, 8]", "data.transform.force_gray=true")
@@ -604,7 +604,7 @@ def _run_child(kind_name: str, number: int, folder: Path) -> NoReturn:
         signal.alarm(WALL_SECONDS)
         watch_writes(folder)
         if number % PAGE_EVERY:
-            quantize.pipeline.show_page = lambda *_: None
+            quantize.job.run.show_page = lambda *_: None
         code = NOT_CAUGHT
         code = _run_commands(commands)
     except BaseException:

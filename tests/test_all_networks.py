@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantize.caffenet import TEST, Weights, filter_net, read_prototxt
-from quantize.config import Config, load
-from quantize.feeds import InferenceNet
-from quantize.pipeline import Run, evaluate_run, read_model_prototxt
+from quantize.caffenet import TEST, InferenceNet, Weights, filter_net, read_prototxt
+from quantize.commands.config import load
+from quantize.job.run import Run, evaluate_run, read_model_prototxt
+from quantize.settings import Config
 from tests.nets import random_weights, write_images
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize import caffenet, config
+from quantize import caffenet
+from quantize import settings as config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from quantize.caffenet import Weights, format_prototxt, read_prototxt
-from quantize.config import load
+from quantize.commands.config import load
 from quantize.data import open_source
-from quantize.prototxts import deploy_prototxt
+from quantize.job.prototxts import deploy_prototxt
 from tests.caffe.conftest import caffe_plugin, caffe_root, caffe_run  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).resolve().parent.parent

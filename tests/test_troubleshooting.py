@@ -14,8 +14,8 @@ import pytest
 
 from quantize import cli
 from quantize.caffenet import Weights
-from quantize.output import OutputFolder
-from quantize.pipeline import Run
+from quantize.job.output import OutputFolder
+from quantize.job.run import Run
 from tests.conftest import Job
 from tests.nets import write_images
 

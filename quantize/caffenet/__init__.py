@@ -1,8 +1,12 @@
 """Caffe's file formats: nets as prototxt, weights as caffemodel, and what a net implies."""
 
 from quantize.caffenet.phases import (
+    TRANSFORMING_TYPES,
+    InferenceNet,
     check_net,
     data_blobs,
+    data_layer,
+    declared_shape,
     filter_net,
     inference_net,
     is_data_layer,
@@ -23,7 +27,7 @@ from quantize.caffenet.schema import (
     PoolingParameter,
     TransformationParameter,
 )
-from quantize.caffenet.shape_rules import LayerShapes, Shape
+from quantize.caffenet.shape_rules import LayerShapes
 from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
 from quantize.caffenet.surgery import (
     insert_after,
@@ -39,16 +43,17 @@ from quantize.caffenet.weights import Weights
 __all__ = [
     "TEST",
     "TRAIN",
+    "TRANSFORMING_TYPES",
     "BlobProto",
     "BlobShape",
     "Datum",
+    "InferenceNet",
     "LayerParameter",
     "LayerShapes",
     "NetParameter",
     "NetState",
     "NetStateRule",
     "PoolingParameter",
-    "Shape",
     "Shapes",
     "TransformationParameter",
     "Weights",
@@ -56,6 +61,8 @@ __all__ = [
     "check_net",
     "check_weights",
     "data_blobs",
+    "data_layer",
+    "declared_shape",
     "filter_net",
     "format_prototxt",
     "infer_shapes",

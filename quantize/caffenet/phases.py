@@ -4,9 +4,38 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
-from quantize.caffenet.schema import LayerParameter, NetParameter, NetStateRule
+from quantize.caffenet.schema import TEST, LayerParameter, NetParameter, NetStateRule
 from quantize.errors import InputError
+
+TRANSFORMING_TYPES = ("Data", "ImageData", "MemoryData", "WindowData")
+
+
+@dataclass(frozen=True)
+class InferenceNet:
+    """A net as it runs in the TEST phase.
+
+    Attributes:
+        net: the layers that images alone determine.
+        blob: the input blob.
+        scores: the blob with one score per class.
+    """
+
+    net: NetParameter
+    blob: str
+    scores: str
+
+    @classmethod
+    def of(cls, net: NetParameter) -> InferenceNet:
+        """The TEST phase of a net with all its phases.
+
+        Raises:
+            InputError: nothing feeds the net.
+        """
+        filtered = filter_net(net, TEST)
+        blobs = data_blobs(filtered)
+        return cls(inference_net(filtered, blobs[:1]), blobs[0], scores_blob(filtered))
 
 
 def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level: int = 0) -> NetParameter:
@@ -131,6 +160,20 @@ def is_data_layer(layer: LayerParameter) -> bool:
 def is_measure(layer: LayerParameter) -> bool:
     """Whether the layer is a loss or Accuracy."""
     return layer.type.endswith(("Loss", "Accuracy"))
+
+
+def data_layer(net: NetParameter, phase: int) -> LayerParameter | None:
+    """The layer with a transform that feeds the net in a phase, if there is one."""
+    return next((layer for layer in filter_net(net, phase).layer if layer.type in TRANSFORMING_TYPES), None)
+
+
+def declared_shape(net: NetParameter, blob: str) -> tuple[int, ...] | None:
+    """The shape of one image that an Input layer declares for ``blob``, if one does."""
+    for layer in filter_net(net, TEST).layer:
+        if layer.type == "Input" and blob in layer.top and layer.input_param.shape:
+            shapes = layer.input_param.shape
+            return tuple(shapes[min(list(layer.top).index(blob), len(shapes) - 1)].dim[1:])
+    return None
 
 
 def _meets(rule: NetStateRule, phase: int, stages: set[str], level: int) -> bool:

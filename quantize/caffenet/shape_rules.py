@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from quantize.arrays import Shape
 from quantize.caffenet.schema import ConvolutionParameter, LayerParameter, PoolingParameter
-
-Shape = tuple[int, ...]
 
 
 class ShapeError(Exception):

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from quantize.arrays import FloatArray, Shape
 from quantize.caffenet.phases import is_data_layer
 from quantize.caffenet.schema import LayerParameter, NetParameter
-from quantize.caffenet.shape_rules import LayerShapes, Shape, ShapeError, has_rule, layer_shapes
-from quantize.caffenet.weights import MAX_AXES, FloatArray, Weights
+from quantize.caffenet.shape_rules import LayerShapes, ShapeError, has_rule, layer_shapes
+from quantize.caffenet.weights import MAX_AXES, Weights
 from quantize.errors import InputError
 
 MAX_COUNT = 2**31 - 1

@@ -22,11 +22,10 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
+from quantize.arrays import FloatArray
 from quantize.caffenet.schema import LayerParameter, V1LayerParameter
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_v1_layer
 from quantize.errors import InputError, LabelfreeError
-
-FloatArray = npt.NDArray[np.float32]
 
 MAX_BYTES = 2**31 - 1
 """The largest message that protobuf, and so Caffe, reads or writes."""

@@ -9,19 +9,17 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
+from quantize.arrays import FloatArray, Labels
 from quantize.data.sources import Source
-from quantize.data.transform import FloatArray, Shape, Transform, shape_text
+from quantize.data.transform import ImageShape, Transform, shape_text
 from quantize.errors import InputError
-from quantize.threads import available_threads
+from quantize.host import available_threads
 
 AHEAD = 32
 """Images prepared ahead of the one being used, at least; always whole batches, and at least one."""
 CHUNK = 8
 """Images a thread prepares at a time."""
-
-Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Images:
         self.threads = threads or available_threads()
         self._count = len(source) if count is None else count
         source.check(self._count)
-        self.shape: Shape = self._read(0)[0].shape
+        self.shape: ImageShape = self._read(0)[0].shape
 
     def __len__(self) -> int:
         """Return the number of images of a pass."""

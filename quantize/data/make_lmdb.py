@@ -21,7 +21,7 @@ from quantize.caffenet import Datum
 from quantize.data.sources import Pixels, Source, open_source
 from quantize.data.transform import resized, short_side_size
 from quantize.errors import InputError, LabelfreeError
-from quantize.threads import available_threads
+from quantize.host import available_threads
 
 LMDB_FILES = frozenset({"data.mdb", "lock.mdb"})
 MAX_KEY = 511

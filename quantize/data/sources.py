@@ -198,6 +198,30 @@ class FileSource(Source):
                 raise InputError(f"{file.origin}{printable(file.path)}: no such file")
 
 
+class Selection(Source):
+    """Some images of a source, by number."""
+
+    def __init__(self, source: Source, numbers: Sequence[int]) -> None:
+        self.path = source.path
+        self._source = source
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._numbers[index])
+
+    def read(self, index: int, color: bool | None = None) -> Image:
+        return self._source.read(self._numbers[index], color)
+
+    def check(self, count: int) -> None:
+        self._source.check(max(self._numbers[:count], default=-1) + 1)
+
+    def close(self) -> None:
+        self._source.close()
+
+
 def open_source(path: Path) -> Source:
     """Open an LMDB (its folder or data file), a folder of images, or a list of images.
 

@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
+from quantize.arrays import FloatArray
 from quantize.caffenet import TRAIN, BlobProto, TransformationParameter
 from quantize.data.decode import MAX_PIXELS
 from quantize.data.sources import Pixels
 from quantize.errors import InputError
 
-FloatArray = npt.NDArray[np.float32]
-Shape = tuple[int, int, int]
+ImageShape = tuple[int, int, int]
 MAX_CHANNELS = 512
 """OpenCV's limit (CV_CN_MAX), which resizing has."""
 
@@ -91,8 +91,8 @@ class Transform:
         """How encoded images are to be decoded; see Source.read."""
         return True if self.force_color else False if self.force_gray else None
 
-    def shape_of(self, image: Shape) -> Shape:
-        """Shape that an image of shape (channels, height, width) gets.
+    def shape_of(self, image: ImageShape) -> ImageShape:
+        """ImageShape that an image of shape (channels, height, width) gets.
 
         Raises:
             InputError: the image is smaller than the crop, or the mean does not fit it; the message
@@ -161,7 +161,7 @@ class Transform:
         assert self.mean_file is not None
         return read_mean(self.mean_file)
 
-    def _resized_size(self, image: Shape) -> tuple[int, int]:
+    def _resized_size(self, image: ImageShape) -> tuple[int, int]:
         """Height and width after resizing."""
         _, height, width = image
         if self.resize is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from quantize.arrays import Shape
 from quantize.caffenet import NetParameter, Weights
-from quantize.config import CaffeProcess
-from quantize.engines.base import Engine, OpenEngine, Shape
+from quantize.engines.base import Engine, OpenEngine
+from quantize.settings import CaffeProcess
 
 
 def engine_opener(name: str, process: CaffeProcess, threads: int) -> OpenEngine:
@@ -19,12 +20,12 @@ def engine_opener(name: str, process: CaffeProcess, threads: int) -> OpenEngine:
     """
 
     def open_onnx(net: NetParameter, weights: Weights, inputs: Mapping[str, Shape]) -> Engine:
-        from quantize.engines.onnx import OnnxEngine
+        from quantize.engines.onnx.engine import OnnxEngine
 
         return OnnxEngine(net, weights, inputs, threads)
 
     def open_caffe(net: NetParameter, weights: Weights, inputs: Mapping[str, Shape]) -> Engine:
-        from quantize.engines.caffe import CaffeEngine
+        from quantize.engines.caffe.engine import CaffeEngine
 
         return CaffeEngine(
             net,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from quantize.config import GRID_BITS
 from quantize.report.facts import NormPlot, Record, Row
+from quantize.settings import GRID_BITS
 
 ENOUGH_IMAGES = 500
 ENOUGH_VALUES = 1000

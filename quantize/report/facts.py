@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from quantize.arrays import Floats
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
-from quantize.grids import make_grid
-from quantize.kernels import to_kernels
-from quantize.report.chains import LINEAR, followers
-from quantize.weights_quan import ALPHA_SUFFIX, QUANTIZED_TYPES
+from quantize.caffenet.chains import LINEAR, followers
+from quantize.caffenet.kernels import to_kernels
+from quantize.numerics.grids import make_grid
+from quantize.stages.weights import ALPHA_SUFFIX, QUANTIZED_TYPES
 
-Floats = npt.NDArray[np.float64]
 Record = Mapping[str, Any]
 
 DEAD_VARIANCE = 1e-10

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from quantize.budget import sensitivities
-from quantize.caffenet import NetParameter, Weights
-from quantize.config import CaffeProcess
+from quantize.arrays import Shape
+from quantize.caffenet import InferenceNet, NetParameter, Weights
 from quantize.data import Transform
-from quantize.data_aware import Calibration
+from quantize.data.feed import Feed
 from quantize.engines import engine_opener
-from quantize.engines.base import Shape
-from quantize.engines.caffe import CaffeEngine
-from quantize.feeds import InferenceNet
-from quantize.sweep import Feed
+from quantize.engines.caffe.engine import CaffeEngine
+from quantize.settings import CaffeProcess
+from quantize.stages.budget import sensitivities
+from quantize.stages.data_aware import Calibration
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
 

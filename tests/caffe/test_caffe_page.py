@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.config import load
-from quantize.pipeline import Run
+from quantize.commands.config import load
+from quantize.job.run import Run
 from tests.caffe.test_install_layers import caffe, files, ours  # noqa: F401 - a fixture
 from tests.test_docs import blocks
 

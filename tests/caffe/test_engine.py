@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import text_format
 
 from quantize.caffenet import NetParameter, Weights, infer_shapes, live_blobs
-from quantize.engines.caffe import CaffeEngine, Worker
+from quantize.engines.caffe.engine import CaffeEngine, Worker
 from quantize.errors import InputError, LabelfreeError
 
 RESIDUAL = """

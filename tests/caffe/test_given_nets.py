@@ -13,8 +13,9 @@ from google.protobuf import text_format
 
 from quantize import cli
 from quantize.caffenet import LayerParameter, NetParameter, filter_net, read_prototxt
-from quantize.config import Config, load
-from quantize.pipeline import Run, evaluate_run
+from quantize.commands.config import load
+from quantize.job.run import Run, evaluate_run
+from quantize.settings import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = CONFIGS / "models/digits"

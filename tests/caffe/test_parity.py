@@ -27,10 +27,10 @@ from quantize.caffenet import (
     single_assignment,
 )
 from quantize.data import Images, Transform, open_source
-from quantize.engines.base import moments_of
-from quantize.engines.caffe import CaffeEngine, Worker
-from quantize.engines.onnx import OnnxEngine
-from quantize.engines.onnx_layers import TRANSLATORS
+from quantize.engines.caffe.engine import CaffeEngine, Worker
+from quantize.engines.onnx.engine import OnnxEngine
+from quantize.engines.onnx.layers import TRANSLATORS
+from quantize.numerics.moments import moments_of
 from tests.caffe.test_engine import images, residual_net
 
 DIGITS = Path(__file__).parents[2] / "configs" / "models" / "digits"

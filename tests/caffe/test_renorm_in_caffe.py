@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pytest
 
+from quantize.arrays import Shape
 from quantize.caffenet import NetParameter, Weights, single_assignment
-from quantize.engines.base import Shape, moments_of
-from quantize.engines.caffe import CaffeEngine, Worker
-from quantize.renorm import renorm
-from quantize.sweep import Feed, depth_order
+from quantize.data.feed import Feed
+from quantize.engines.caffe.engine import CaffeEngine, Worker
+from quantize.numerics.moments import moments_of
+from quantize.stages.renorm import renorm
+from quantize.sweep.plan import depth_order
 from tests.caffe.test_engine import IMAGE, images, residual_net, run_in_ranges
 
 

@@ -18,7 +18,7 @@ from quantize.data.loader import Images
 from quantize.data.make_lmdb import make_datum, write_lmdb
 from quantize.data.sources import open_source
 from quantize.data.transform import Transform
-from quantize.engines.caffe import Worker
+from quantize.engines.caffe.engine import Worker
 
 COUNT = 7
 BATCH = 3

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from quantize.caffenet import Weights, read_prototxt
-from quantize.config import Config, load
-from quantize.evaluate import Evaluation
-from quantize.pipeline import Run, evaluate_run
+from quantize.commands.config import load
+from quantize.job.run import Run, evaluate_run
+from quantize.measure.evaluate import Evaluation
+from quantize.settings import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PLUGIN = "/usr/local/lib/libact_quantize.so"

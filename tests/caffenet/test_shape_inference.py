@@ -6,13 +6,7 @@ from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.caffenet import (
-    LayerParameter,
-    NetParameter,
-    Weights,
-    check_weights,
-    infer_shapes,
-)
+from quantize.caffenet import LayerParameter, NetParameter, Weights, check_weights, infer_shapes
 from quantize.errors import InputError
 
 

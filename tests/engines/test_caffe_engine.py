@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from quantize.caffenet import LayerParameter, NetParameter, Weights
-from quantize.engines.caffe import CaffeEngine, Worker
+from quantize.engines.caffe.engine import CaffeEngine, Worker
 from quantize.errors import InputError, LabelfreeError
 
 FAKE_CAFFE = '''
@@ -306,7 +306,7 @@ def gone(pid, seconds=10):
 
 
 def test_the_worker_keeps_to_what_python_2_understands():
-    source = resources.files("quantize.engines").joinpath("pycaffe_worker.py").read_text("utf-8")
+    source = resources.files("quantize.engines.caffe").joinpath("worker.py").read_text("utf-8")
     assert source.isascii()
     newer = (ast.JoinedStr, ast.AnnAssign, ast.NamedExpr, ast.Nonlocal, ast.YieldFrom, ast.Match, ast.MatMult)
     for node in ast.walk(ast.parse(source)):

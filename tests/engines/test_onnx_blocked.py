@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantize.caffenet import NetParameter, needed_layers, single_assignment
-from quantize.engines.base import moments_of
-from quantize.engines.onnx import OnnxEngine, Translation
-from quantize.engines.onnx_blocked import BlockedGraph, _Convolution, block_size
+from quantize.engines.onnx.blocked import BlockedGraph, _Convolution, block_size
+from quantize.engines.onnx.engine import OnnxEngine, Translation
+from quantize.numerics.moments import moments_of
 from tests.nets import parse, random_weights
 
 SHAPE = (3, 8, 6)
@@ -88,7 +88,7 @@ def test_blocks_do_not_change_the_values(wanted: list[str], monkeypatch: pytest.
     net = single_assignment(NET)
     engine = engine_of(net)
     found = engine.compile(0, len(net.layer), wanted).run({"data": images(3)}).blobs
-    monkeypatch.setattr("quantize.engines.onnx.block_size", lambda: 0)
+    monkeypatch.setattr("quantize.engines.onnx.engine.block_size", lambda: 0)
     plain = engine.compile(0, len(net.layer), wanted).run({"data": images(3)}).blobs
     for name in wanted:
         np.testing.assert_allclose(found[name], plain[name], rtol=1e-4, atol=1e-4 * np.abs(plain[name]).max())

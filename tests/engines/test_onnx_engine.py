@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from quantize.caffenet import NetParameter, Weights, filter_net, inference_net, live_blobs, single_assignment
 from quantize.engines import onnx as onnx_engine
-from quantize.engines.base import Moments, moments_of
-from quantize.engines.onnx import OnnxEngine, split
-from quantize.engines.onnx_graph import Graph
-from quantize.engines.onnx_layers import TRANSLATORS
+from quantize.engines.onnx.engine import OnnxEngine, split
+from quantize.engines.onnx.graph import Graph
+from quantize.engines.onnx.layers import TRANSLATORS
 from quantize.errors import InputError, LabelfreeError
+from quantize.numerics.moments import Moments, moments_of
 from tests.nets import CROPPED, RESIDUAL, parse, random_weights
 
 SCORES = "fc2"

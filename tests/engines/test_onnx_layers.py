@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from quantize.caffenet import NetParameter, Weights, infer_shapes
-from quantize.engines.onnx import OnnxEngine
-from quantize.engines.onnx_layers import TRANSLATORS
+from quantize.engines.onnx.engine import OnnxEngine
+from quantize.engines.onnx.layers import TRANSLATORS
 from quantize.errors import InputError, LabelfreeError
 from tests.caffe.test_parity import CASES, Case, feeds_of, net_of, relative_error, weights_of
 from tests.engines.layer_formulas import FORMULAS

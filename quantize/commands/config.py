@@ -1,0 +1,205 @@
+"""From a YAML file, command-line options and ``--set`` to the checked settings.
+
+Whatever is wrong with them becomes an `InputError` of one line that names the key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from quantize.errors import InputError
+from quantize.settings import Config, LayerChoice, WeightSettings
+
+MAX_YAML_BYTES = 1 << 20
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (they can grow a small file beyond all bounds) and without repeated keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not supported; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key.value, str)):
+            if key.value in seen:
+                raise yaml.YAMLError(f"key {key.value!r} is given twice (line {key.start_mark.line + 1})")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_fault(error: Exception) -> str:
+    """What PyYAML says, in one line and without its name for text that is no file."""
+    return " ".join(str(error).replace('in "<byte string>", ', "at ").split())[:300]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_YAML_BYTES:
+            raise InputError(f"{path}: {size} bytes is too long for a configuration; give the YAML file")
+        content = yaml.load(path.read_bytes(), Loader=_Loader)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise InputError(f"{path}: not valid YAML: {_yaml_fault(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a configuration: expected keys such as name, model, data, output")
+    return content
+
+
+def load(
+    path: Path | None, options: Mapping[str, object] | None = None, assignments: Sequence[str] = ()
+) -> Config:
+    """The checked configuration.
+
+    Args:
+        path: a YAML file, or None where the options say everything. Paths in it are relative to it.
+        options: values by dotted key from the command line, None where not given; paths relative to the
+            current folder.
+        assignments: ``key=value`` texts of ``--set``; values are YAML.
+
+    Raises:
+        InputError: one line about the first thing that is wrong.
+    """
+    where = str(path) if path else "options"
+    tree: dict[str, Any] = read_yaml(path) if path else {}
+    _resolve_paths(tree, path.parent if path else Path(), where)
+    for key, value in (options or {}).items():
+        if value is not None:
+            _assign(tree, key, value, where)
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set {text}: expected key=value, for example --set weights.bits=3")
+        try:
+            parsed = yaml.load(value, Loader=_Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise InputError(f"--set {text}: the value is not valid YAML") from error
+        overlay: dict[str, Any] = {}
+        _assign(overlay, key, parsed, "--set")
+        _resolve_paths(overlay, Path(), "--set")
+        _make_way(tree, overlay)
+        _merge(tree, overlay)
+    if path is None and "name" not in tree:
+        model = tree.get("model")
+        prototxt = Path(str(model.get("prototxt", "net")) if isinstance(model, dict) else "net")
+        tree["name"] = re.sub(r"[^\w.+-]", "_", prototxt.stem)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_first_line(error, where)) from error
+
+
+PATH_KEYS = (
+    "model.prototxt",
+    "model.weights",
+    "model.caffe_proto",
+    "data.calibration.source",
+    "data.validation.source",
+    "data.transform.mean_file",
+    "output",
+)
+
+
+def _resolve_paths(tree: dict[str, Any], base: Path, where: str) -> None:
+    for key in PATH_KEYS:
+        *parents, last = key.split(".")
+        node: Any = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(node.get(last), str):
+            node[last] = str(base / expand(node[last], f"{where}: {key}"))
+
+
+def expand(text: str, where: str) -> Path:
+    """A path with ~ and $VARS expanded.
+
+    Raises:
+        InputError: an unset variable or a NUL byte.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(text))
+    unset = re.search(r"\$(\w+|\{[^}]*\})", expanded)
+    if unset:
+        raise InputError(f"{where}: {text!r} uses {unset[0]}, which is not set; set it or write the path out")
+    if not text or "\0" in text:
+        raise InputError(f"{where}: {text!r} is not a path")
+    return Path(expanded)
+
+
+def _assign(tree: dict[str, Any], key: str, value: object, where: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"{where}: {key}: {parent} is not a section")
+    tree[last] = value
+
+
+def _make_way(tree: Mapping[str, Any], overlay: Mapping[str, Any]) -> None:
+    """Of weights.bits and weights.budget the one on the command line replaces the other one in the file."""
+    before, given = tree.get("weights"), overlay.get("weights")
+    if isinstance(before, dict) and isinstance(given, dict):
+        if given.get("budget") is not None:
+            before.pop("bits", None)
+        if "bits" in given:
+            before.pop("budget", None)
+
+
+def _merge(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
+    for key, value in overlay.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _first_line(error: ValidationError, where: str) -> str:
+    """The first finding of pydantic as our one line."""
+    first = error.errors(include_url=False)[0]
+    location = [part for part in first["loc"] if isinstance(part, str)]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{where}: {key}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing; give it in the YAML file, as an option, or with --set {key}=..."
+    message = first["msg"].removeprefix("Value error, ")
+    value = repr(first["input"])
+    shown = value if len(value) <= 80 else value[:77] + "..."
+    return f"{where}: {key or 'configuration'}: {shown}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in location:
+        field = model.model_fields.get(name)
+        candidates = [] if field is None else _models_in(field.annotation)
+        if not candidates:
+            if name not in model.model_fields and model is WeightSettings:
+                continue
+            return sorted(LayerChoice.model_fields) if "layers" in location else []
+        model = candidates[0]
+    return sorted(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    return [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]

@@ -1,0 +1,169 @@
+"""Short texts about a finished run, for the terminal."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import Any
+
+import click
+
+from quantize.measure.evaluate import Evaluation
+from quantize.settings import Config
+
+KILOBYTE = 1000
+RESULT_COLUMN = 2
+
+
+def print_summary(report: dict[str, Any], config: Config) -> None:
+    """Print what was done, how long it took, what was written, and how to test it with Caffe.
+
+    With colors and rules on a terminal, in plain aligned columns elsewhere. NO_COLOR is obeyed.
+    """
+    rows = _stage_rows(report)
+    if not sys.stdout.isatty():
+        click.echo("\n".join([table(rows), *_below(report, config)]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    shown = Table(title=Text(f"{report['name']}: done"), title_justify="left")
+    for place, heading in enumerate(rows[0]):
+        shown.add_column(heading, justify="left" if place in (0, RESULT_COLUMN) else "right")
+    for row in rows[1:]:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
+    console.print("\n".join(_below(report, config)), markup=False, highlight=False, soft_wrap=True)
+
+
+def _stage_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    heading = ("stage", "layers", "result", "seconds", "peak MB")
+    return [
+        heading,
+        *(
+            (
+                name,
+                str(len(record["layers"])),
+                _result(name, record),
+                f"{record['seconds']:.1f}",
+                f"{record['peak_memory_bytes'] / KILOBYTE**2:.0f}",
+            )
+            for name, record in report["stages"].items()
+        ),
+    ]
+
+
+def _below(report: dict[str, Any], config: Config) -> list[str]:
+    sizes = report["sizes"]
+    page = config.output / "report.html"
+    outputs = {name for record in report["stages"].values() for name in record["outputs"]}
+    return [
+        "",
+        f"size: {_size(sizes['model'])} as given, {_size(sizes['packed'])} packed "
+        f"({sizes['model'] / sizes['packed']:.1f}x smaller)",
+        f"wrote: {', '.join(sorted(outputs))}",
+        f"   in: {config.output}",
+        *([f" look: {page}"] if page.exists() else []),
+        *_caffe_test(report, config),
+    ]
+
+
+def _result(stage: str, record: dict[str, Any]) -> str:
+    layers = record["layers"]
+    if not layers:
+        return "nothing to do"
+    if stage == "weights":
+        bits = f"mean {record['budget']['mean_bits']:.2f} bits, " if "budget" in record else ""
+        return f"{bits}median SQNR {_median(layers, 'sqnr_db'):.1f} dB"
+    if stage == "renorm":
+        return f"mean shift {_mean(layers, 'mean_shift'):.3f} deviations"
+    return f"median SQNR {_median(layers, 'sqnr_db'):.1f} dB, clipped {100 * _mean(layers, 'clipped'):.2f} %"
+
+
+def _median(layers: Sequence[dict[str, Any]], key: str) -> float:
+    """Of layers with a value: one that is exact but for rounding has hundreds of dB."""
+    values = [layer[key] for layer in layers if layer[key] is not None]
+    return median(values) if values else 0.0
+
+
+def _mean(layers: Sequence[dict[str, Any]], key: str) -> float:
+    values = [layer[key] for layer in layers if layer[key] is not None]
+    return fmean(values) if values else 0.0
+
+
+def _caffe_test(report: dict[str, Any], config: Config) -> list[str]:
+    """The `caffe test` command for what was written, where there is a validation LMDB."""
+    from quantize.data.sources import open_source
+    from quantize.job.output import Files
+    from quantize.job.prototxts import validation_lmdb
+
+    if config.data.validation is None or validation_lmdb(config) is None:
+        return []
+    source = open_source(config.data.validation.source)
+    images = len(source)
+    source.close()
+    files = Files.of(config.name)
+    weights = files.renorm if "renorm" in report["stages"] else files.quantized
+    command = [
+        *("caffe", "test", "--model", str(config.output / files.val)),
+        *("--weights", str(config.output / weights)),
+        *("--iterations", str(max(1, images // config.data.validation.batch_size))),
+    ]
+    layer = " (with the ActQuantize layer in it; add --gpu 0 for a GPU)"
+    return ["", f"accuracy under Caffe{layer}:", f"  {shlex.join(command)}"]
+
+
+def evaluation_table(found: Evaluation) -> str:
+    """Accuracy where there are labels, closeness to full precision, and what that means."""
+    labeled = all(value is not None for by_k in found.accuracy.values() for value in by_k.values())
+    rows = [("", *(("top-1", "top-5") if labeled else ()), "agreement", "KL divergence", "score SQNR")]
+    for name, accuracy in found.accuracy.items():
+        close = found.closeness.get(name)
+        tops = (_percent(accuracy["top1"]), _percent(accuracy["top5"])) if labeled else ()
+        closeness = (
+            ("-", "-", "-")
+            if close is None
+            else (
+                f"{close.agreement:.2f} %",
+                f"{close.divergence:.2g} nats",
+                "-" if close.sqnr_db is None else f"{close.sqnr_db:.1f} dB",
+            )
+        )
+        rows.append((name.replace("_", " "), *tops, *closeness))
+    return f"{table(rows)}\n{_meaning(found, labeled)}"
+
+
+def _meaning(found: Evaluation, labeled: bool) -> str:
+    final = list(found.accuracy.values())[-1]
+    if labeled:
+        full = found.accuracy["fp32"]
+        lost = (full["top1"] or 0.0) - (final["top1"] or 0.0)
+        change = (
+            f"{abs(lost):.2f} points of top-1 {'lost' if lost > 0 else 'won'}" if lost else "no top-1 lost"
+        )
+        return f"on {found.images} images: {change}, agreement {found.agreement:.2f} %"
+    return (
+        f"on {found.images} images without labels: agreement {found.agreement:.2f} %; top-1 accuracy can "
+        f"have changed by at most {100 - found.agreement:.2f} points on them"
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned columns, the first row a heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _size(size: int) -> str:
+    return f"{size / KILOBYTE**2:.2f} MB" if size >= KILOBYTE**2 else f"{size / KILOBYTE:.1f} kB"

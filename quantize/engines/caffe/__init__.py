@@ -1,0 +1,1 @@
+"""Real Caffe: pycaffe in a process of its own."""

@@ -1,0 +1,1 @@
+"""How close a net is to another: accuracy, agreement, divergence, SQNR."""

@@ -1,0 +1,131 @@
+"""How far the output of every layer is from full precision, measured on a few images.
+
+Unlike the error of the weights alone, this is what has accumulated up to a layer: its own weights and those
+of all layers before it, quantized activations included. It is measured behind the layer's BatchNorm and
+Scale, before its ReLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantize.arrays import FLOAT_BYTES, FloatArray
+from quantize.caffenet import NetParameter, Weights, single_assignment
+from quantize.caffenet.chains import LINEAR, followers
+from quantize.data.loader import Images
+from quantize.engines.base import OpenEngine, Range
+from quantize.numerics.decibels import decibels
+from quantize.progress import SILENT, Progress
+
+MOST_IMAGES = 32
+"""Enough for a tenth of a decibel: every image adds thousands of values per layer."""
+FEWEST_IMAGES = 4
+SHARE = 1 / 32
+"""Of the images that the stages pass through the net. Three nets see each: a tenth of the run's time."""
+MICRO_BATCH_BYTES = 32 << 20
+"""What the measured outputs of one net may take in one micro-batch."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A net as it is at some point of the compression: the inference net, its blobs, its input blob."""
+
+    net: NetParameter
+    weights: Weights
+    blob: str
+
+
+@dataclass(frozen=True)
+class LayerSqnr:
+    """Output of one layer against full precision.
+
+    Attributes:
+        name: the layer.
+        sqnr_db: 10 log10(||full||^2 / ||full - own||^2) by version; None where either is 0.
+    """
+
+    name: str
+    sqnr_db: dict[str, float | None]
+
+
+def images_to_measure(passed: int) -> int:
+    """How many images are enough, where the stages pass ``passed`` through the net."""
+    return min(MOST_IMAGES, max(FEWEST_IMAGES, int(passed * SHARE)))
+
+
+def output_sqnr(
+    full: Version,
+    others: Mapping[str, Version],
+    layers: Sequence[str],
+    images: Images,
+    open_engine: OpenEngine,
+    progress: Progress = SILENT,
+) -> list[LayerSqnr]:
+    """Compare the outputs of ``layers`` in other versions of a net with those in full precision.
+
+    Args:
+        full: the net before compression.
+        others: versions that have layers of the same names.
+        layers: names of layers with weights.
+        images: what to measure on.
+    """
+    energy = dict.fromkeys(layers, 0.0)
+    loss = {name: dict.fromkeys(layers, 0.0) for name in others}
+    with ExitStack() as stack:
+        progress.start("report", len(images))
+        versions = [full, *others.values()]
+        taps = [_Taps(version, layers, images, open_engine, stack) for version in versions]
+        batch = max(1, min(len(images), MICRO_BATCH_BYTES // max(t.bytes_per_image for t in taps)))
+        for pixels, _ in images.batches(batch):
+            reference = taps[0].run(pixels)
+            for layer in layers:
+                energy[layer] += squared(reference[layer])
+            for name, own in zip(others, taps[1:], strict=True):
+                for layer, output in own.run(pixels).items():
+                    with np.errstate(over="ignore", invalid="ignore"):  # an infinite output has no decibels
+                        loss[name][layer] += squared(reference[layer] - output)
+            progress.advance(len(pixels))
+    return [
+        LayerSqnr(layer, {name: decibels(energy[layer], loss[name][layer]) for name in others})
+        for layer in layers
+    ]
+
+
+class _Taps:
+    """An opened net that gives the outputs of some layers."""
+
+    def __init__(
+        self,
+        version: Version,
+        layers: Sequence[str],
+        images: Images,
+        open_engine: OpenEngine,
+        stack: ExitStack,
+    ) -> None:
+        flat = single_assignment(version.net)
+        by_name = {layer.name: layer for layer in flat.layer}
+        ends = {name: [by_name[name], *followers(flat, name, LINEAR)][-1] for name in layers}
+        self.tops = {name: end.top[0] for name, end in ends.items()}
+        self.blob = version.blob
+        last = max(i for i, layer in enumerate(flat.layer) if layer.name in {e.name for e in ends.values()})
+        del flat.layer[last + 1 :]
+        engine = stack.enter_context(closing(open_engine(flat, version.weights, {self.blob: images.shape})))
+        outputs = list(dict.fromkeys(self.tops.values()))
+        shapes = [engine.shapes.blobs[top] for top in outputs]
+        self.bytes_per_image = FLOAT_BYTES * sum(int(np.prod(shape)) for shape in shapes)
+        self.range: Range = engine.compile(0, len(flat.layer), outputs, own_layout=True)
+
+    def run(self, pixels: FloatArray) -> dict[str, FloatArray]:
+        """The output by layer."""
+        blobs = self.range.run({self.blob: pixels}).blobs
+        return {name: blobs[top] for name, top in self.tops.items()}
+
+
+def squared(values: FloatArray) -> float:
+    """The sum of squares, in float64."""
+    flat = values.astype(np.float64).reshape(-1)
+    return float(flat @ flat)

@@ -1,0 +1,1 @@
+"""The mathematics: grids, solvers, rounding, histograms; nothing of Caffe."""

@@ -1,0 +1,236 @@
+"""The settings as types: what each stage needs. How they are written in YAML is `commands.config`'s."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+UNITS = {"": 1, "b": 1} | {
+    name: base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for name, base in ((f"{letter}b", 1000), (f"{letter}ib", 1024), (letter, 1024))
+}
+
+
+def parse_size(value: object) -> int | None:
+    """Bytes from ``2GiB``, ``500 MB``, ``123456`` or ``unlimited`` (None).
+
+    Raises:
+        ValueError: not a size, or not above zero.
+    """
+    if value is None or value == "unlimited":
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    if isinstance(value, bool) or match is None or match[2].lower() not in UNITS:
+        raise ValueError("not a size; write for example 2GiB, 500MB or unlimited")
+    size = int(float(match[1]) * UNITS[match[2].lower()])
+    if size <= 0:
+        raise ValueError("must be above zero; write for example 2GiB")
+    return size
+
+
+def parse_command(value: object) -> object:
+    """A command as a list; a plain string counts as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Whole = Annotated[int, Strict()]
+"""A number; ``true`` is none, although Python counts it as 1."""
+Bytes = Annotated[int | None, BeforeValidator(parse_size)]
+Command = Annotated[list[str], Field(min_length=1), BeforeValidator(parse_command)]
+GridName = Literal["power_of_two", "fixed_point", "uniform"]
+GRID_BITS = {"power_of_two": (2, 5), "fixed_point": (2, 8), "uniform": (2, 8)}
+
+
+class Section(BaseModel):
+    """A mapping of the YAML file: unknown keys are errors and values keep their types."""
+
+    model_config = ConfigDict(extra="forbid", strict=False, frozen=True)
+
+
+class ModelFiles(Section):
+    """The trained network."""
+
+    prototxt: Path = Field(description="the network's layers")
+    weights: Path = Field(description="the network's trained blobs (caffemodel)")
+    caffe_proto: Path | None = Field(None, description="a fork's caffe.proto, where it has fields of its own")
+
+
+class Calibration(Section):
+    """The unlabeled images."""
+
+    source: Path = Field(description="LMDB folder, image folder or list file")
+    images: Whole | None = Field(
+        None, ge=1, description="use the first so many (default: as many as a stage asks)"
+    )
+
+
+class Validation(Section):
+    """The labeled images that `evaluate` and `caffe test` use."""
+
+    source: Path = Field(description="LMDB folder, image folder or list file")
+    batch_size: Whole = Field(50, ge=1, description="of the Data layer in NAME_val.prototxt")
+
+
+class TransformKeys(Section):
+    """From image to input blob, as Caffe's transform_param; replaces the prototxt's own."""
+
+    crop_size: Whole | None = Field(None, ge=0, description="side of the square crop; 0: none")
+    mirror: bool | None = Field(None, description="mirror every other image at random")
+    scale: float | None = Field(None, description="factor after the mean is subtracted")
+    mean_value: list[float] | None = Field(None, description="per channel (BGR), or one for all")
+    mean_file: Path | None = Field(None, description="binaryproto with a mean image")
+    force_color: bool | None = Field(None, description="decode images to three channels whatever they have")
+    force_gray: bool | None = Field(None, description="decode images to one channel")
+    resize_short: Whole | None = Field(None, ge=1, description="resize the shorter side to this first")
+    resize: tuple[int, int] | None = Field(None, description="resize to [height, width] first")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_mean_for_all(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("mean_value"), int | float):
+            return {**values, "mean_value": [values["mean_value"]]}
+        return values
+
+
+class Data(Section):
+    """Where images come from and how they become input blobs."""
+
+    calibration: Calibration | None = Field(
+        None,
+        description="unlabeled images, for renorm and activations, weights.budget and solver data_aware",
+    )
+    validation: Validation | None = Field(None, description="labeled images")
+    transform: TransformKeys = Field(
+        TransformKeys(), description="overrides of the prototxt's transform_param"
+    )
+    seed: Whole = Field(0, ge=0, description="of the random crops and mirrors")
+
+
+class CaffeProcess(Section):
+    """How `engine: caffe` starts pycaffe."""
+
+    python: Command = Field(["python3"], description="the interpreter that has pycaffe: a command")
+    pycaffe_path: str | None = Field(None, description="prepended to that interpreter's sys.path")
+    preload: str | None = Field(None, description="a shared library with extra layers (LD_PRELOAD)")
+
+
+class GridChoice(Section):
+    """A grid and its number of bits."""
+
+    bits: Whole = Field(4, ge=2, le=8, description="bits per weight")
+    grid: GridName = Field(
+        "power_of_two", description="the levels a weight may take, times the kernel's alpha"
+    )
+
+    @model_validator(mode="after")
+    def _grid_has_the_bits(self) -> GridChoice:
+        low, high = GRID_BITS[self.grid]
+        if not low <= self.bits <= high:
+            raise ValueError(f"grid {self.grid} has {low} to {high} bits, not {self.bits}")
+        return self
+
+
+class LayerChoice(GridChoice):
+    """An override for one layer; a missing half is taken from the general setting."""
+
+    skip: bool = Field(False, description="leave this layer's weights as they are")
+
+
+class WeightSettings(GridChoice):
+    """Stage 1."""
+
+    budget: float | None = Field(
+        None,
+        ge=2,
+        le=8,
+        description="mean bits per weight, instead of bits: every layer gets the bits that change the "
+        "net's output least; the first, the last and those in weights.layers keep theirs",
+    )
+    solver: Literal["optimal", "reference", "data_aware"] = Field(
+        "optimal",
+        description="data_aware: what changes each layer's output least on the calibration images; "
+        "optimal: the least error of the weights; reference: the paper's iteration",
+    )
+    images: Whole = Field(1000, ge=1, description="calibration images, for solver data_aware")
+    first_last: GridChoice = Field(
+        GridChoice(bits=8, grid="fixed_point"), description="for the first and the last quantized layer"
+    )
+    layers: dict[str, LayerChoice] = Field({}, description="overrides by layer name: bits, grid, skip")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_overrides(cls, values: Any) -> Any:
+        """An override inherits from this section, and first_last from its default, what it does not name."""
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        if isinstance(values.get("first_last"), dict):
+            filled["first_last"] = {"bits": 8, "grid": "fixed_point", **values["first_last"]}
+        if isinstance(values.get("layers"), dict):
+            general = {key: values[key] for key in ("bits", "grid") if key in values}
+            filled["layers"] = {
+                name: {**general, **choice} if isinstance(choice, dict) else choice
+                for name, choice in values["layers"].items()
+            }
+        return filled
+
+    @model_validator(mode="after")
+    def _budget_is_for_the_others(self) -> WeightSettings:
+        if self.budget is None:
+            return self
+        if "bits" in self.model_fields_set:
+            raise ValueError("budget stands instead of bits; give one of them")
+        for name, choice in self.layers.items():
+            if not choice.skip and "bits" not in choice.model_fields_set:
+                raise ValueError(f"give layers.{name}.bits: budget is for the layers that are not in layers")
+        return self
+
+
+class RenormSettings(Section):
+    """Stage 2."""
+
+    images: Whole = Field(1000, ge=1, description="calibration images")
+    augment: Literal["train", "test"] = Field(
+        "train",
+        description="train: random crop and mirror as the TRAIN transform says, seeded; test: centre crop",
+    )
+    memory: Bytes = Field(2 << 30, validate_default=False, description="bound on what the sweep keeps")
+
+
+class ActivationSettings(Section):
+    """Stage 3."""
+
+    bits: Whole = Field(8, ge=4, le=8, description="codes 0 .. 2^(bits-1) - 1")
+    levels: Whole | None = Field(
+        None, ge=1, le=255, description="the largest code, instead of bits; 255: full byte"
+    )
+    images: Whole = Field(400, ge=1, description="calibration images")
+    solver: Literal["optimal", "reference"] = Field("optimal", description="reference: the paper's iteration")
+
+    @property
+    def largest_code(self) -> int:
+        """The largest code of a quantized activation."""
+        return self.levels if self.levels is not None else 2 ** (self.bits - 1) - 1
+
+
+class Config(Section):
+    """Everything one run needs."""
+
+    name: str = Field(description="prefix of every output file", pattern=r"^[\w][\w.+-]*$")
+    model: ModelFiles
+    data: Data = Field(Data())
+    engine: Literal["auto", "onnx", "caffe"] = Field(
+        "auto", description="what runs the network; auto is onnx"
+    )
+    caffe: CaffeProcess = Field(CaffeProcess())
+    weights: WeightSettings = Field(WeightSettings())
+    renorm: RenormSettings = Field(RenormSettings())
+    activations: ActivationSettings = Field(ActivationSettings())
+    threads: Whole | None = Field(
+        None, ge=1, le=1024, description="default: the processors this process may use"
+    )
+    output: Path = Field(description="folder for everything that is written")

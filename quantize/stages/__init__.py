@@ -1,0 +1,1 @@
+"""The stages: weights, renorm, activations."""

@@ -1,0 +1,1 @@
+"""Running a net over many images, range by range, in bounded memory."""

@@ -1,0 +1,81 @@
+"""The prototxts that are written, for nets that feed themselves in every way there is."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quantize.caffenet import NetParameter, check_net, filter_net
+from quantize.job.prototxts import deploy_prototxt, validation_prototxt
+from tests.conftest import Job
+from tests.nets import CROPPED, parse
+
+BODY = """
+layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
+  convolution_param { num_output: CLASSES kernel_size: 9 } }
+"""
+LOSS = 'layer { name: "loss" type: "SoftmaxWithLoss" bottom: "conv" bottom: "truth" top: "loss" }'
+INPUT = """
+layer { name: "in" type: "Input" top: "data" input_param { shape { dim: [1, 3, 9, 9] } } }
+"""
+TWO_INPUTS = """
+layer { name: "in" type: "Input" top: "data" input_param { shape { dim: [1, 3, 9, 9] } } }
+layer { name: "in2" type: "Input" top: "truth" input_param { shape { dim: 1 } } }
+"""
+HDF5 = 'layer { name: "h" type: "HDF5Data" top: "data" top: "truth" hdf5_data_param { source: "x" } }'
+LEVELDB = 'layer { name: "d" type: "Data" top: "data" data_param { source: "x" backend: LEVELDB } }'
+
+
+def net_of(feed: str, loss: str = "", classes: int = 7) -> NetParameter:
+    return parse(feed + BODY.replace("CLASSES", str(classes)) + loss)
+
+
+@pytest.mark.parametrize(
+    ("feed", "loss", "label"),
+    [
+        (INPUT, "", "label"),
+        (TWO_INPUTS, LOSS, "truth"),
+        (HDF5, LOSS, "truth"),
+        (LEVELDB, "", "label"),
+    ],
+)
+def test_one_data_layer_feeds_images_and_labels(job: Job, feed: str, loss: str, label: str) -> None:
+    val = filter_net(validation_prototxt(net_of(feed, loss), job.config(), CROPPED), 1)
+    check_net(val)
+    assert [layer.type for layer in val.layer][:2] == ["Data", "Convolution"]
+    assert list(val.layer[0].top) == ["data", label]
+    assert val.layer[0].data_param.source == str(job.folder / "test_lmdb")
+    accuracies = [layer for layer in val.layer if layer.type == "Accuracy"]
+    assert [(layer.accuracy_param.top_k, layer.bottom[1]) for layer in accuracies] == [(1, label), (5, label)]
+
+
+def test_no_top_5_of_three_classes(job: Job) -> None:
+    """Caffe would refuse the net."""
+    val = validation_prototxt(net_of(INPUT, classes=3), job.config(), CROPPED)
+    assert [layer.accuracy_param.top_k for layer in val.layer if layer.type == "Accuracy"] == [1]
+
+
+def test_no_accuracy_where_scores_are_maps(job: Job) -> None:
+    net = net_of(INPUT)
+    net.layer[1].convolution_param.kernel_size[0] = 3
+    val = validation_prototxt(net, job.config(), CROPPED)
+    assert "Accuracy" not in [layer.type for layer in val.layer]
+
+
+@pytest.mark.parametrize("given", ["false", "true"])
+def test_batch_norms_use_their_stored_statistics(job: Job, given: str) -> None:
+    norm = f"""layer {{ name: "bn" type: "BatchNorm" bottom: "conv" top: "bn"
+        batch_norm_param {{ use_global_stats: {given} eps: 0.5 }} }}"""
+    net = net_of(INPUT, norm)
+    for written in (validation_prototxt(net, job.config(), CROPPED), deploy_prototxt(net, CROPPED)):
+        found = next(layer for layer in written.layer if layer.type == "BatchNorm").batch_norm_param
+        assert found.HasField("use_global_stats") == (given == "true")
+        assert found.eps == 0.5
+
+
+def test_without_validation_lmdb_data_layers_stay(make_job: Callable[[str], Job], tmp_path: Path) -> None:
+    job = make_job("a")
+    (tmp_path / "list.txt").write_text("x.png 3\n")
+    net = net_of(LEVELDB)
+    config = job.config(f"data.validation.source={tmp_path / 'list.txt'}")
+    assert validation_prototxt(net, config, CROPPED) == net
