@@ -29,7 +29,7 @@ from quantize.caffenet.schema import (
 )
 from quantize.caffenet.shape_rules import LayerShapes
 from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
-from quantize.caffenet.sharing import BlobId, check_sharing, groups, load_weights, loaded, owners, users
+from quantize.caffenet.sharing import BlobId, check_sharing, load_weights, loaded, owners, sharers, users
 from quantize.caffenet.surgery import (
     insert_after,
     layer_index,
@@ -68,7 +68,6 @@ __all__ = [
     "declared_shape",
     "filter_net",
     "format_prototxt",
-    "groups",
     "infer_shapes",
     "inference_net",
     "insert_after",
@@ -86,6 +85,7 @@ __all__ = [
     "remove_layer",
     "replace_layer",
     "scores_blob",
+    "sharers",
     "single_assignment",
     "users",
 ]

@@ -24,6 +24,7 @@ from quantize.caffenet import (
     check_weights,
     infer_shapes,
     known_part,
+    load_weights,
 )
 from quantize.data.sources import open_source
 from quantize.data.transform import Transform
@@ -135,7 +136,7 @@ def _job(config: Config) -> Iterator[Check]:
         return f"{len(test.net.layer)} layers from {test.blob} to {test.scores}"
 
     def weights() -> str:
-        found = Weights.read(config.model.weights)
+        found = load_weights(config.model.weights, nets[0])
         shape = image_shape(config, nets[0])
         if shape is None:
             return f"{len(found.layers())} layers (not checked against the net: the image shape is unknown)"

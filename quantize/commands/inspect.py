@@ -18,6 +18,7 @@ from quantize.caffenet import (
     declared_shape,
     infer_shapes,
     load_schema,
+    load_weights,
     read_prototxt,
 )
 from quantize.commands.summary import table
@@ -105,7 +106,9 @@ class Inspection:
                 f"{prototxt}: the shape of the images is not in it; give --shape, as in --shape 3,224,224"
             )
         if weights is not None:
-            check_weights(test.net, Weights.read(weights), infer_shapes(test.net, {test.blob: (1, *found)}))
+            check_weights(
+                test.net, load_weights(weights, net), infer_shapes(test.net, {test.blob: (1, *found)})
+            )
         return cls(net, found)
 
 
