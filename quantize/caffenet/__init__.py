@@ -29,6 +29,7 @@ from quantize.caffenet.schema import (
 )
 from quantize.caffenet.shape_rules import LayerShapes
 from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
+from quantize.caffenet.sharing import BlobId, check_sharing, owners, users
 from quantize.caffenet.surgery import (
     insert_after,
     layer_index,
@@ -44,6 +45,7 @@ __all__ = [
     "TEST",
     "TRAIN",
     "TRANSFORMING_TYPES",
+    "BlobId",
     "BlobProto",
     "BlobShape",
     "Datum",
@@ -59,6 +61,7 @@ __all__ = [
     "Weights",
     "all_finite",
     "check_net",
+    "check_sharing",
     "check_weights",
     "data_blobs",
     "data_layer",
@@ -75,9 +78,11 @@ __all__ = [
     "live_blobs",
     "load_schema",
     "needed_layers",
+    "owners",
     "read_prototxt",
     "remove_layer",
     "replace_layer",
     "scores_blob",
     "single_assignment",
+    "users",
 ]
