@@ -217,12 +217,12 @@ def sensitivities(
     feed = calibration.feed
     offered = range(GRID_BITS[grid][0], GRID_BITS[grid][1] + 1)
     found: Sensitivities = {name: {} for name in layers}
-    with closing(calibration.open_engine(net, weights, {feed.blob: feed.images.shape})) as engine:
-        costs = Costs.of(net, engine.shapes, [feed.blob], [scores])
+    with closing(calibration.open_engine(net, weights, feed.shapes)) as engine:
+        costs = Costs.of(net, engine.shapes, list(feed.shapes), [scores])
         work = {name: costs.between(layer_index(net, name), len(net.layer)) for name in layers}
         per_image = sum(work.values()) * len(offered)
         feed = thinned(feed, max(LEAST_IMAGES, int(WORK / max(per_image, 1))))
-        images = len(feed.images)
+        images = len(feed)
         progress.start("budget", per_image * images)
         reference = _Reference.of(engine, feed, scores, costs.widest, calibration.memory)
         for name in layers:
@@ -268,13 +268,12 @@ class _Reference:
             widest: bytes per image of the bottoms and tops of the widest layer.
             memory: bytes that scores and frontier may take; None: no bound.
         """
-        images = len(feed.images)
+        images = len(feed)
         held = FLOAT_BYTES * math.prod(engine.shapes.blobs[scores]) * images
         micro_batch_size(widest + held, images, memory)  # says so where not even one image fits
         batch = micro_batch_size(widest, images, memory and memory - held)
         runner = engine.compile(0, len(engine.net.layer), [scores])
-        batches = feed.images.batches(batch)
-        full = [runner.run({feed.blob: pixels}).blobs[scores] for pixels, _ in batches]
+        full = [runner.run(one.feeds).blobs[scores] for one in feed.batches(batch)]
         return cls(Frontier(engine, feed, batch, memory and memory - held), scores, full)
 
 
@@ -310,7 +309,7 @@ class _Alone:
             scores = self._behind.run({name: feeds[name] for name in self._behind.inputs}).blobs
             total += self._divergence(full, scores[self._reference.scores])
         self._engine.set_blobs(self.layer.name, original)
-        return max(0.0, total / len(self._reference.frontier.feed.images))
+        return max(0.0, total / len(self._reference.frontier.feed))
 
     def _divergence(self, full: FloatArray, own: FloatArray) -> float:
         if not (np.isfinite(full).all() and np.isfinite(own).all()):

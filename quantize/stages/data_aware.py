@@ -95,7 +95,7 @@ def data_aware(
     ordered, cuts = depth_order(
         single_assignment(calibration.net), lambda layer: layer.type == "BatchNorm" or layer.name in chosen
     )
-    shapes = {feed.blob: feed.images.shape}
+    shapes = feed.shapes
     found: dict[str, DataAwareFit] = {}
     with (
         closing(open_engine(ordered, weights, shapes)) as full,
@@ -103,7 +103,7 @@ def data_aware(
     ):
         half = None if memory is None else memory // 2
         widest = Costs.of(ordered, full.shapes, list(shapes), ()).widest
-        batch = micro_batch_size(widest, len(feed.images), half)
+        batch = micro_batch_size(widest, len(feed), half)
         pair = Pair(Frontier(full, feed, batch, half), Frontier(quantized, feed, batch, half))
         for cut, following in zip(cuts, [*cuts[1:], len(ordered.layer)], strict=True):
             if len(found) == len(chosen):
@@ -145,7 +145,7 @@ class Frontier:
         """Run all images up to layer ``stop``: image numbers and result of each micro-batch."""
         live = live_blobs(self.engine.net, stop)
         size = sum(math.prod(self.engine.shapes.blobs[name]) for name in live) * FLOAT_BYTES
-        keep = self.memory is None or size * len(self.feed.images) <= self.memory
+        keep = self.memory is None or size * len(self.feed) <= self.memory
         wanted = list(dict.fromkeys([*outputs, *(live if keep else ())]))
         runner = self.engine.compile(self.place or 0, stop, wanted, moments)
         start = 0
@@ -157,7 +157,7 @@ class Frontier:
                     self.kept.append(kept)
                 else:
                     self.kept[chunk] = kept
-            count = min(self.batch, len(self.feed.images) - start)
+            count = min(self.batch, len(self.feed) - start)
             yield range(start, start + count), result
             start += count
         if keep:
@@ -165,8 +165,8 @@ class Frontier:
 
     def _feeds(self) -> Iterator[Mapping[str, FloatArray]]:
         if self.place is None:
-            for pixels, _ in self.feed.images.batches(self.batch):
-                yield {self.feed.blob: pixels}
+            for batch in self.feed.batches(self.batch):
+                yield batch.feeds
         else:
             yield from self.kept
 
@@ -198,13 +198,13 @@ class Pair:
             blob = engine.weights[layer.name][0]
             patches = Patches.of(layer, bottom, top, blob.shape)
             if patches is not None and patches.columns <= MAX_COLUMNS:
-                outputs, images = blob.size // patches.columns, len(self.full.feed.images)
+                outputs, images = blob.size // patches.columns, len(self.full.feed)
                 sums[layer.name] = LayerMoments(patches, outputs, images, centered[layer.name])
         measured = [layer for layer in layers if layer.name in sums]
         bottoms = list(dict.fromkeys(layer.bottom[0] for layer in measured))
         normed = list(dict.fromkeys(layer.bottom[0] for layer in norms))
         moments: dict[str, Moments] = {}
-        seed = self.full.feed.images.seed
+        seed = self.full.feed.seed
         # The full-precision net runs through the layers, the other one only up to them.
         ahead = self.full.run_to(following, [layer.top[0] for layer in measured]) if layers else None
         for seen, result in self.quantized.run_to(cut, bottoms, normed):

@@ -81,10 +81,11 @@ def renorm(
     norms = [layer.name for layer in net.layer if layer.type == "BatchNorm"]
     if not norms:
         return weights, []
-    known = known_part(net, [feed.blob])
-    check_weights(known, weights, infer_shapes(known, {feed.blob: (1, *feed.images.shape)}))
+    known = known_part(net, feed.shapes)
+    one = {blob: (1, *shape) for blob, shape in feed.shapes.items()}
+    check_weights(known, weights, infer_shapes(known, one))
     ordered, sweep_weights, steps, bottoms = sweep_net(net, weights)
-    engine = open_engine(ordered, sweep_weights, {feed.blob: feed.images.shape})
+    engine = open_engine(ordered, sweep_weights, feed.shapes)
     weights = weights.copy()
     shifts: dict[str, BatchNormShift] = {}
 

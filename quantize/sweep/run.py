@@ -54,7 +54,7 @@ class Sweep:
         self.feed = feed
         self.steps = steps
         self.costs = Costs.of(engine.net, engine.shapes, list(engine.inputs), ())
-        self.plan = plan(self.costs, steps, len(feed.images), memory)
+        self.plan = plan(self.costs, steps, len(feed), memory)
 
     def run(self, measured: Callable[[Step, dict[str, Moments]], None], progress: Progress = SILENT) -> None:
         """Pass all images through all steps.
@@ -130,6 +130,5 @@ class _Group:
     def _feeds(self, origin: int | None) -> Iterator[Mapping[str, FloatArray]]:
         if origin is not None:
             return iter(self.kept)
-        feed = self.sweep.feed
-        batches = feed.images.batches(self.batch, self.images.start, self.images.stop)
-        return ({feed.blob: pixels} for pixels, _ in batches)
+        batches = self.sweep.feed.batches(self.batch, self.images.start, self.images.stop)
+        return (batch.feeds for batch in batches)
