@@ -95,11 +95,11 @@ def data_aware(
         LabelfreeError: a blob is not finite.
     """
     feed = calibration.feed
-    tour = _Tour.of(calibration.net, chosen, feed.blob)
+    tour = _Tour.of(calibration.net, chosen, list(feed.shapes))
     found: dict[str, DataAwareFit] = {}
     blobs: dict[str, list[FloatArray]] = {}
     both = both_weights(weights, weights, tour.ordered.layer)
-    with closing(calibration.open_engine(tour.net, both, {feed.blob: feed.images.shape})) as engine:
+    with closing(calibration.open_engine(tour.net, both, feed.shapes)) as engine:
         patches = {stop.place: stop.patches(engine) for stop in tour.stops}
         steps = [stop.step(patches[stop.place]) for stop in tour.stops]
         shard = Shard(engine, feed, steps, calibration.memory)
@@ -110,13 +110,13 @@ def data_aware(
                 layer.name: LayerMoments(
                     layer,
                     patches[stop.place][layer.name],
-                    len(feed.images),
+                    len(feed),
                     _mean_is_free(layer, tour.ordered, weights),
                 )
                 for layer in stop.rounded
                 if layer.name in patches[stop.place]
             }
-            moments = shard.advance(blobs, partial(_add, sums, feed.images.seed))
+            moments = shard.advance(blobs, partial(_add, sums, feed.seed))
             blobs = {
                 name: statistics.blobs for name, statistics in renorm.update(stop.norms, moments).items()
             }
@@ -178,18 +178,18 @@ class _Tour:
     stops: list[_Stop]
 
     @classmethod
-    def of(cls, net: NetParameter, chosen: Collection[str], blob: str) -> _Tour:
-        """For an inference net, the layers to quantize and the blob of the images."""
+    def of(cls, net: NetParameter, chosen: Collection[str], inputs: Collection[str]) -> _Tour:
+        """For an inference net, the layers to quantize and the blobs that feed the net."""
         ordered, cuts = depth_order(
             single_assignment(net), lambda layer: layer.type == "BatchNorm" or layer.name in chosen
         )
         groups = [list(ordered.layer[start:stop]) for start, stop in pairwise([0, *cuts])]
         while groups and not any(layer.name in chosen for layer in groups[-1]):
             groups.pop()
-        layers = full_layers(groups[0], [blob])
+        layers = full_layers(groups[0], inputs)
         stops = []
         for before, behind in pairwise(groups):
-            layers += [*before, *full_layers(behind, [blob])]
+            layers += [*before, *full_layers(behind, inputs)]
             rounded = [layer for layer in behind if layer.name in chosen]
             stops.append(_Stop(len(layers), rounded, renorm.norms_of(behind)))
         return cls(ordered, of_layers(ordered, layers), stops)

@@ -84,11 +84,13 @@ def renorm(
     """
     if not any(layer.type == "BatchNorm" for layer in net.layer):
         return weights, []
-    known = known_part(net, [feed.blob])
-    check_weights(known, weights, infer_shapes(known, {feed.blob: (1, *feed.images.shape)}))
+    known = known_part(net, feed.shapes)
+    check_weights(
+        known, weights, infer_shapes(known, {name: (1, *shape) for name, shape in feed.shapes.items()})
+    )
     tour = Tour.of(net, weights)
     found: dict[str, Statistics] = {}
-    with closing(open_engine(tour.net, tour.weights, {feed.blob: feed.images.shape})) as engine:
+    with closing(open_engine(tour.net, tour.weights, feed.shapes)) as engine:
         shard = Shard(engine, feed, tour.steps, memory)
         if advice := shard.advice():
             progress.note(f"renorm: {advice}")
