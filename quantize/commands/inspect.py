@@ -10,6 +10,7 @@ from pathlib import Path
 
 from quantize.caffenet import (
     TEST,
+    BlobId,
     InferenceNet,
     NetParameter,
     Weights,
@@ -19,6 +20,7 @@ from quantize.caffenet import (
     infer_shapes,
     load_schema,
     load_weights,
+    owners,
     read_prototxt,
 )
 from quantize.commands.summary import table
@@ -27,7 +29,7 @@ from quantize.errors import InputError
 from quantize.settings import WeightSettings, parse_size
 from quantize.stages.activations import plain_relus
 from quantize.stages.renorm import Tour
-from quantize.stages.weights import QUANTIZED_TYPES, choices
+from quantize.stages.weights import QUANTIZED_TYPES, choices, unquantizable, weight_users
 from quantize.sweep.plan import Costs, Route, Step, plan
 
 COLOR_CHANNELS = 3
@@ -35,8 +37,8 @@ COLOR_CHANNELS = 3
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer: its first top's shape without the batch, its parameters and multiply-accumulates per image,
-    and what the tool would do with it.
+    """One layer: its first top's shape without the batch, its parameters (those that it shares with layers
+    before it aside) and multiply-accumulates per image, and what the tool would do with it.
     """
 
     name: str
@@ -52,11 +54,18 @@ def inspect_net(net: NetParameter, shape: Sequence[int], settings: WeightSetting
     test = InferenceNet.of(net)
     shapes = infer_shapes(test.net, {test.blob: (1, *shape)})
     chosen = choices(test.net, settings)
+    first_user = {user: name for name, users in weight_users(test.net).items() for user in users}
+    left_out = unquantizable(test.net)
+    shared = owners(test.net)
     relus = plain_relus(test.net)
     rows = []
     for layer in test.net.layer:
-        if layer.name in chosen:
-            what = f"weights: {chosen[layer.name].bits} bits {chosen[layer.name].grid}"
+        first = first_user.get(layer.name, layer.name)
+        if first in chosen:
+            same = "" if first == layer.name else f", those of {first}"
+            what = f"weights: {chosen[first].bits} bits {chosen[first].grid}{same}"
+        elif layer.name in left_out:
+            what = f"kept: {left_out[layer.name]}"
         elif layer.type in QUANTIZED_TYPES:
             what = "kept: weights.layers says skip"
         elif layer.type == "BatchNorm":
@@ -74,7 +83,11 @@ def inspect_net(net: NetParameter, shape: Sequence[int], settings: WeightSetting
                 layer.name,
                 layer.type,
                 tuple(shapes.blobs[layer.top[0]][1:]),
-                sum(math.prod(blob) for blob in shapes.params[layer.name]),
+                sum(
+                    math.prod(blob)
+                    for index, blob in enumerate(shapes.params[layer.name])
+                    if BlobId(layer.name, index) not in shared
+                ),
                 shapes.macs.get(layer.name, 0),
                 what,
             )

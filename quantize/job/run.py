@@ -182,7 +182,7 @@ class Run:
         skipped = [
             layer.name for layer in test.net.layer if layer.type in QUANTIZED_TYPES and layer.name not in done
         ]
-        return {"layers": [asdict(layer) for layer in layers], "skipped": skipped, **record}
+        return {"layers": [asdict(layer) for layer in layers], "skipped": skipped, "kept": kept, **record}
 
     def _renorm(self) -> dict[str, Any]:
         weights = self._read_result(self.files.quantized, "weights")
@@ -213,7 +213,8 @@ class Run:
     def _measure_outputs(self) -> None:
         """Add the output SQNR per layer to the report, where there are images to measure it on."""
         records = self.report["stages"]["weights"]["layers"]
-        layers = [name for layer in records for name in (layer["name"], *layer["shared_by"])]
+        quantized = {name for layer in records for name in (layer["name"], *layer["shared_by"])}
+        layers = [layer.name for layer in InferenceNet.of(self.net).net.layer if layer.name in quantized]
         if self.config.data.calibration is None or not layers:
             return
         try:

@@ -270,7 +270,7 @@ def test_a_large_network_has_a_small_page() -> None:
         weights.append(
             {
                 **{"name": layer.name, "bits": 4, "grid": "power_of_two", "kernels": outputs},
-                **{"weights": outputs * few, "loss": 1.0, "sqnr_db": 15 + place / 10},
+                **{"weights": outputs * few, "loss": 1.0, "shared_by": [], "sqnr_db": 15 + place / 10},
             }
         )
     for norm, layer in zip(norms, layers, strict=False):
@@ -286,7 +286,7 @@ def test_a_large_network_has_a_small_page() -> None:
         "settings": {"weights": {"bits": 4}, "activations": {"bits": 8}},
         "sizes": {"model": 10**8, "written": 10**8, "packed": 14 * 10**6},
         "stages": {
-            "weights": {**record, "layers": weights, "skipped": []},
+            "weights": {**record, "layers": weights, "skipped": [], "kept": {}},
             "renorm": {**record, "layers": [{"name": norm.name, **shift} for norm in norms]},
             "activations": {
                 **record,
@@ -309,7 +309,7 @@ def test_a_large_network_has_a_small_page() -> None:
 
 
 def the_report(**stages: Any) -> dict[str, Any]:
-    weights = {"layers": [], "skipped": []}
+    weights = {"layers": [], "skipped": [], "kept": {}}
     evaluation = {"closeness": {"quantized": {"agreement": 99.0}}}
     settings = {"weights": {"solver": "optimal"}}
     stages = {"weights": weights, **stages}
