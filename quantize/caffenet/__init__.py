@@ -1,5 +1,6 @@
 """Caffe's file formats: nets as prototxt, weights as caffemodel, and what a net implies."""
 
+from quantize.caffenet.norms import doubtful_norms, stored_statistics
 from quantize.caffenet.phases import (
     TRANSFORMING_TYPES,
     InferenceNet,
@@ -66,6 +67,7 @@ __all__ = [
     "data_blobs",
     "data_layer",
     "declared_shape",
+    "doubtful_norms",
     "filter_net",
     "format_prototxt",
     "infer_shapes",
@@ -87,5 +89,6 @@ __all__ = [
     "scores_blob",
     "sharers",
     "single_assignment",
+    "stored_statistics",
     "users",
 ]

@@ -17,6 +17,7 @@ from quantize.caffenet import (
     check_weights,
     data_layer,
     declared_shape,
+    doubtful_norms,
     infer_shapes,
     load_schema,
     load_weights,
@@ -97,10 +98,17 @@ def inspect_net(net: NetParameter, shape: Sequence[int], settings: WeightSetting
 
 @dataclass(frozen=True)
 class Inspection:
-    """A network to look at: its prototxt and the shape (channels, height, width) of its images."""
+    """A network to look at.
+
+    Attributes:
+        net: its prototxt.
+        shape: (channels, height, width) of its images.
+        notes: lines about its weights.
+    """
 
     net: NetParameter
     shape: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -118,11 +126,11 @@ class Inspection:
             raise InputError(
                 f"{prototxt}: the shape of the images is not in it; give --shape, as in --shape 3,224,224"
             )
-        if weights is not None:
-            check_weights(
-                test.net, load_weights(weights, net), infer_shapes(test.net, {test.blob: (1, *found)})
-            )
-        return cls(net, found)
+        if weights is None:
+            return cls(net, found)
+        given = load_weights(weights, net)
+        check_weights(test.net, given, infer_shapes(test.net, {test.blob: (1, *found)}))
+        return cls(net, found, tuple(doubtful_norms(test.net, given)))
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -152,15 +160,14 @@ def layers_text(found: Inspection, as_json: bool) -> str:
     parameters, macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
     if as_json:
         layers = [asdict(row) for row in rows]
-        return json.dumps({"layers": layers, "parameters": parameters, "macs": macs})
+        return json.dumps({"layers": layers, "parameters": parameters, "macs": macs, "notes": found.notes})
     cells = [("layer", "type", "shape", "parameters", "MMACs", "plan")]
     cells += [
         (r.name, r.type, shape_text(r.shape), f"{r.parameters:,}", f"{r.macs / 1e6:,.1f}", r.plan)
         for r in rows
     ]
-    return (
-        f"{table(cells)}\n\ntotal: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates"
-    )
+    total = f"total: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates"
+    return "\n".join([table(cells), "", total, *(f"note: {note}" for note in found.notes)])
 
 
 def plan_text(found: Inspection, images: int, memory: str, as_json: bool) -> str:

@@ -34,6 +34,7 @@ from quantize.caffenet import (
     NetParameter,
     Weights,
     check_weights,
+    doubtful_norms,
     filter_net,
     format_prototxt,
     infer_shapes,
@@ -167,9 +168,10 @@ class Run:
         chosen = choices(test.net, settings)
         check_kernels(filter_net(self.net, TEST), weights, chosen)
         kept = unquantizable(test.net)
-        for name, reason in kept.items():
-            self.progress.note(f"weights: {name} is not quantized: {reason}")
-        record: dict[str, Any] = {}
+        doubtful = doubtful_norms(test.net, weights)
+        for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
+            self.progress.note(f"weights: {line}")
+        record: dict[str, Any] = {"kept": kept, "doubtful": doubtful}
         if settings.budget is not None:
             calibration = self._calibration(self._renorm_feed())
             chosen, found = keep_budget(weights, settings, calibration, test.scores, self.progress)
@@ -182,7 +184,7 @@ class Run:
         skipped = [
             layer.name for layer in test.net.layer if layer.type in QUANTIZED_TYPES and layer.name not in done
         ]
-        return {"layers": [asdict(layer) for layer in layers], "skipped": skipped, "kept": kept, **record}
+        return {"layers": [asdict(layer) for layer in layers], "skipped": skipped, **record}
 
     def _renorm(self) -> dict[str, Any]:
         weights = self._read_result(self.files.quantized, "weights")

@@ -45,6 +45,7 @@ def advise(report: dict[str, Any], rows: Sequence[Row], norms: Sequence[NormPlot
     found = [
         *_accuracy(report),
         *_unfinished(report),
+        *_given(report),
         *_images(report),
         *_weights(report, rows),
         *_norms(report, norms),
@@ -115,6 +116,11 @@ def _unfinished(report: Record) -> list[Advice]:
             f"labelfree quantize --config YOUR.yaml --stages {','.join(missing)}",
         )
     ]
+
+
+def _given(report: Record) -> list[Advice]:
+    """What was wrong with the model before anything was done to it."""
+    return [Advice("warning", f"{line}.") for line in report["stages"]["weights"]["doubtful"]]
 
 
 def _images(report: Record) -> list[Advice]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from quantize.arrays import Floats
-from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
+from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment, stored_statistics
 from quantize.caffenet.chains import LINEAR, followers
 from quantize.caffenet.kernels import to_kernels
 from quantize.numerics.grids import make_grid
@@ -134,10 +134,4 @@ class NormPlot:
 
 def norm_plot(name: str, before: Weights, after: Weights) -> NormPlot:
     """The statistics of a BatchNorm layer in two caffemodels."""
-    return NormPlot(name, *_statistics(before, name), *_statistics(after, name))
-
-
-def _statistics(weights: Weights, name: str) -> tuple[Floats, Floats]:
-    mean, variance, factor = (np.asarray(blob, np.float64).reshape(-1) for blob in weights[name])
-    scale = 1 / factor[0] if factor[0] else 0.0
-    return mean * scale, variance * scale
+    return NormPlot(name, *stored_statistics(before[name]), *stored_statistics(after[name]))
