@@ -21,7 +21,6 @@ from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import Selection
 from quantize.engines import engine_opener
-from quantize.host import available_threads
 from quantize.job.feeds import calibration_feed, validation_feed
 from quantize.job.run import read_model_prototxt
 from quantize.measure.evaluate import Candidate, Closeness, evaluate
@@ -49,7 +48,7 @@ class Subject:
         self.inference = InferenceNet.of(self.net)
         self.calibration = calibration_feed(config, self.net, config.renorm.images)
         self.validation = validation_feed(config, self.net, images).images
-        self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
+        self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
 
     def feed(self, numbers: list[int]) -> Feed:
         """Calibration images by number."""

@@ -14,8 +14,8 @@ from typing import BinaryIO
 from quantize.errors import InputError, LabelfreeError
 
 PART_SUFFIX = ".labelfree-part"
-"""Of a file being written. No program but this one uses it: what bears it in an output folder is ours to remove,
-and nothing else is."""
+"""Of a file being written. No program but this one uses it: what bears it in an output folder is ours to
+remove, and nothing else is."""
 
 
 @dataclass(frozen=True)
