@@ -254,8 +254,8 @@ def _svg(draw: Callable[[Axes], None], panel: Panel, description: str) -> str:
 def _import_quietly() -> None:
     """Import matplotlib without warnings where it finds no folder to keep things in.
 
-    It and fontconfig, which it calls, then get a temporary one for the moment; the fonts they look for are not
-    needed.
+    It and fontconfig, which it calls, then get a temporary one for the moment; the fonts that they look for
+    are not needed.
     """
     if "matplotlib" in sys.modules or (_is_there("CACHE", "~/.cache") and _is_there("CONFIG", "~/.config")):
         return
@@ -270,7 +270,7 @@ def _import_quietly() -> None:
 
 
 def _is_there(kind: str, usual: str) -> bool:
-    """Whether the user has a folder of the kind ``$XDG_kind_HOME`` that can be written; it is made if need be."""
+    """Whether the user has a folder ``$XDG_kind_HOME`` that can be written; it is made if need be."""
     path = os.environ.get(f"XDG_{kind}_HOME") or os.path.expanduser(usual)
     try:
         os.makedirs(path, exist_ok=True)
