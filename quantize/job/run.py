@@ -41,7 +41,7 @@ from quantize.caffenet import (
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
-from quantize.host import available_threads, peak_memory, reset_peak_memory
+from quantize.host import available_threads, peak_memory, reset_peak_memory, using_threads
 from quantize.job.feeds import (
     calibration_feed,
     calibration_images,
@@ -71,7 +71,7 @@ from quantize.stages.weights import (
 
 STAGES = ("weights", "renorm", "activations")
 LIBRARIES = (
-    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb"),
+    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb", "threadpoolctl"),
     *("matplotlib", "jinja2"),
 )
 READ_BLOCK = 1 << 20
@@ -89,7 +89,7 @@ class Run:
         self.config = config
         self.progress = progress
         self.files = Files.of(config.name)
-        self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
+        self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
         self.net = read_model_prototxt(config)
         self.inputs: dict[str, str] = {"prototxt": sha256(config.model.prototxt)}
         self.report: dict[str, Any] = {}
@@ -118,7 +118,10 @@ class Run:
             "activations": self._activations,
         }
         self._check_before_work(stages)
-        with closing(OutputFolder(self.config.output)) as self.folder:
+        with (
+            using_threads(self.config.threads),
+            closing(OutputFolder(self.config.output)) as self.folder,
+        ):
             self.report = previous_report(self.config.output, self.config.name, self.progress)
             for stage in (s for s in STAGES if s in stages):
                 key = self._key(stage)
@@ -304,7 +307,7 @@ class Run:
             "data": dump(self.config.data),
             "calibration": fingerprint(self.config),
             "engine": self.config.engine,
-            "threads": self.config.threads or available_threads(),
+            "threads": available_threads(),
         }
 
     def _is_done(self, stage: str, key: str) -> bool:
@@ -402,8 +405,9 @@ def evaluate_run(
     if not without_renorm:
         candidates.pop("without_renorm", None)
     before = read_report(config.output)
-    open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
-    found = evaluate(candidates, feed, open_engine, progress)
+    open_engine = engine_opener(config.engine, config.caffe, config.threads)
+    with using_threads(config.threads):
+        found = evaluate(candidates, feed, open_engine, progress)
     try:
         with closing(OutputFolder(config.output)) as folder:
             report = read_report(config.output)
