@@ -29,7 +29,7 @@ from quantize.caffenet.schema import (
 )
 from quantize.caffenet.shape_rules import LayerShapes
 from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
-from quantize.caffenet.sharing import BlobId, check_sharing, owners, users
+from quantize.caffenet.sharing import BlobId, check_sharing, groups, load_weights, loaded, owners, users
 from quantize.caffenet.surgery import (
     insert_after,
     layer_index,
@@ -68,6 +68,7 @@ __all__ = [
     "declared_shape",
     "filter_net",
     "format_prototxt",
+    "groups",
     "infer_shapes",
     "inference_net",
     "insert_after",
@@ -77,6 +78,8 @@ __all__ = [
     "layer_index",
     "live_blobs",
     "load_schema",
+    "load_weights",
+    "loaded",
     "needed_layers",
     "owners",
     "read_prototxt",

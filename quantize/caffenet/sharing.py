@@ -1,13 +1,18 @@
-"""Blobs that several layers share by name (``param { name: "w" }``): which layer owns them."""
+"""Blobs that several layers share by name (``param { name: "w" }``): who owns them, and what is in them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from quantize.arrays import Shape
-from quantize.caffenet.schema import NetParameter
+import numpy as np
+
+from quantize.arrays import FloatArray, Shape
+from quantize.caffenet.phases import filter_net
+from quantize.caffenet.schema import TEST, NetParameter
+from quantize.caffenet.weights import Weights
 from quantize.errors import InputError
 
 
@@ -55,6 +60,89 @@ def users(net: NetParameter, index: int = 0) -> dict[str, list[str]]:
         if blob.index == owner.index == index:
             found.setdefault(owner.layer, [owner.layer]).append(blob.layer)
     return found
+
+
+def groups(net: NetParameter) -> dict[BlobId, list[BlobId]]:
+    """By owner all blobs that are one, the owner first, in network order; only what is shared.
+
+    Args:
+        net: of one phase.
+    """
+    found: dict[BlobId, list[BlobId]] = {}
+    for blob, owner in owners(net).items():
+        found.setdefault(owner, [owner]).append(blob)
+    return found
+
+
+def permissive_blobs(net: NetParameter) -> set[BlobId]:
+    """The blobs that are one with another for which only the sizes need to agree.
+
+    Args:
+        net: of one phase.
+    """
+    layers = {layer.name: layer for layer in net.layer}
+    found = set()
+    for blob, owner in owners(net).items():
+        param = layers[blob.layer].param[blob.index]
+        if param.share_mode == param.PERMISSIVE:
+            found |= {blob, owner}
+    return found
+
+
+def load_weights(path: str | Path, net: NetParameter) -> Weights:
+    """Read a caffemodel as Caffe loads it into a net (see `loaded`).
+
+    Args:
+        path: the file.
+        net: with all its phases; what counts is the TEST phase.
+
+    Raises:
+        InputError: as `Weights.read`.
+    """
+    return loaded(filter_net(net, TEST), Weights.read(path))
+
+
+def loaded(net: NetParameter, weights: Weights) -> Weights:
+    """The blobs that a net has when a caffemodel has been loaded (``Net::CopyTrainedLayersFrom``).
+
+    The layers of the file are copied in its order, so of blobs that are one the last in the file counts, and
+    a layer that the file lacks has what it shares with others.
+
+    Args:
+        net: of one phase.
+        weights: the caffemodel.
+
+    Returns:
+        Every layer with its own blobs; the shared ones hold the same values.
+    """
+    shared = owners(net)
+    if not shared:
+        return weights
+    memory: dict[BlobId, FloatArray] = {}
+    for name, blobs in weights.entries():
+        for index, blob in enumerate(blobs):
+            place = BlobId(name, index)
+            memory[shared.get(place, place)] = blob
+    given = dict(weights.entries())
+    weights = weights.copy()
+    for layer in net.layer:
+        named = (BlobId(layer.name, index) for index in range(len(layer.param)))
+        held = [memory.get(shared.get(place, place)) for place in named]
+        own = given.get(layer.name, [])
+        if own:
+            new = [_in_place_of(blob, other) for blob, other in zip(own, held, strict=False)]
+            if any(a is not b for a, b in zip(own, new, strict=False)):
+                weights.replace(layer.name, [*new, *own[len(new) :]])
+        elif held and all(blob is not None for blob in held):
+            weights.add(layer, [blob for blob in held if blob is not None])
+    return weights
+
+
+def _in_place_of(blob: FloatArray, other: FloatArray | None) -> FloatArray:
+    """What a blob holds that is one with ``other``, which may have another shape."""
+    if other is None or other.size != blob.size or np.array_equal(other.reshape(blob.shape), blob):
+        return blob  # sizes that differ are refused where shapes are checked
+    return other.reshape(blob.shape)
 
 
 def check_sharing(net: NetParameter, params: Mapping[str, Sequence[Shape]]) -> None:

@@ -228,12 +228,12 @@ def sensitivities(
             )
     feed = calibration.feed
     offered = range(GRID_BITS[grid][0], GRID_BITS[grid][1] + 1)
-    with closing(calibration.open_engine(net, weights, {feed.blob: feed.images.shape})) as engine:
-        costs = Costs.of(net, engine.shapes, [feed.blob], [scores])
+    with closing(calibration.open_engine(net, weights, feed.shapes)) as engine:
+        costs = Costs.of(net, engine.shapes, list(feed.shapes), [scores])
         work = {name: costs.between(layer_index(net, name), len(net.layer)) for name in layers}
         per_image = sum(work.values()) * len(offered)
         feed = thinned(feed, max(LEAST_IMAGES, int(WORK / max(per_image, 1))))
-        images = len(feed.images)
+        images = len(feed)
         # The scores of all images are kept.
         held = FLOAT_BYTES * math.prod(engine.shapes.blobs[scores]) * images
         memory = calibration.memory
@@ -279,8 +279,8 @@ class _Scores:
     @classmethod
     def of(cls, shard: Shard, blob: str, progress: Progress) -> _Scores:
         """Run a shard's only step."""
-        shape = shard.engine.blob_shape(blob, len(shard.feed.images))
-        values = np.empty((len(shard.feed.images), math.prod(shape) // len(shard.feed.images)), np.float32)
+        shape = shard.engine.blob_shape(blob, len(shard.feed))
+        values = np.empty((len(shard.feed), math.prod(shape) // len(shard.feed)), np.float32)
 
         def keep(images: range, blobs: Mapping[str, FloatArray]) -> None:
             values[images.start : images.stop] = blobs[blob].reshape(len(images), -1)
@@ -386,7 +386,7 @@ class _Alone:
 
         shard.advance(visit=add, progress=progress)
         engine.set_blobs(name, original)
-        return {key: max(0.0, total / len(shard.feed.images)) for key, total in totals.items()}
+        return {key: max(0.0, total / len(shard.feed)) for key, total in totals.items()}
 
 
 class _Variants:

@@ -101,7 +101,7 @@ def data_aware(
     found: dict[str, DataAwareFit] = {}
     blobs: dict[str, list[FloatArray]] = {}
     both = both_weights(weights, weights, tour.ordered.layer)
-    with closing(calibration.open_engine(tour.net, both, {feed.blob: feed.images.shape})) as engine:
+    with closing(calibration.open_engine(tour.net, both, feed.shapes)) as engine:
         patches = {stop.place: stop.patches(engine) for stop in tour.stops}
         steps = [stop.step(patches[stop.place]) for stop in tour.stops]
         shard = Shard(engine, feed, steps, calibration.memory)
@@ -112,13 +112,13 @@ def data_aware(
                 layer.name: LayerMoments(
                     layer,
                     patches[stop.place][layer.name],
-                    len(feed.images),
+                    len(feed),
                     _mean_is_free(layer, tour.ordered, weights),
                 )
                 for layer in stop.rounded
                 if layer.name in patches[stop.place]
             }
-            moments = shard.advance(blobs, partial(_add, sums, feed.images.seed))
+            moments = shard.advance(blobs, partial(_add, sums, feed.seed))
             blobs = {
                 name: statistics.blobs for name, statistics in renorm.update(stop.norms, moments).items()
             }
@@ -183,17 +183,18 @@ class _Tour:
     @classmethod
     def of(cls, calibration: Calibration, weights: Weights, chosen: Collection[str]) -> _Tour:
         """For a net, its blobs and the layers to quantize."""
-        blob, net = calibration.feed.blob, calibration.net
+        inputs = list(calibration.feed.shapes)
         ordered, cuts = depth_order(
-            single_assignment(net), lambda layer: layer.type == "BatchNorm" or layer.name in chosen
+            single_assignment(calibration.net),
+            lambda layer: layer.type == "BatchNorm" or layer.name in chosen,
         )
         groups = [list(ordered.layer[start:stop]) for start, stop in pairwise([0, *cuts])]
         while groups and not any(layer.name in chosen for layer in groups[-1]):
             groups.pop()
-        layers = full_layers(groups[0], [blob])
+        layers = full_layers(groups[0], inputs)
         stops = []
         for before, behind in pairwise(groups):
-            layers += [*before, *full_layers(behind, [blob])]
+            layers += [*before, *full_layers(behind, inputs)]
             rounded = [layer for layer in behind if layer.name in chosen]
             norms = [layer for layer in behind if layer.type == "BatchNorm"]
             paired = weights if calibration.statistics == "paired" else None

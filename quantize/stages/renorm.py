@@ -9,7 +9,7 @@ all images in training mode. Every other layer behaves as in the TEST phase.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
@@ -67,12 +67,10 @@ class FullPrecision:
     Attributes:
         net: the inference net.
         weights: its blobs.
-        blob: the blob of the images.
     """
 
     net: NetParameter
     weights: Weights
-    blob: str
 
 
 def renorm(
@@ -106,11 +104,13 @@ def renorm(
     """
     if not any(layer.type == "BatchNorm" for layer in net.layer):
         return weights, []
-    known = known_part(net, [feed.blob])
-    check_weights(known, weights, infer_shapes(known, {feed.blob: (1, *feed.images.shape)}))
-    tour = Tour.of(net, weights, full)
+    known = known_part(net, feed.shapes)
+    check_weights(
+        known, weights, infer_shapes(known, {name: (1, *shape) for name, shape in feed.shapes.items()})
+    )
+    tour = Tour.of(net, weights, full, list(feed.shapes))
     found: dict[str, Statistics] = {}
-    with closing(open_engine(tour.net, tour.weights, {feed.blob: feed.images.shape})) as engine:
+    with closing(open_engine(tour.net, tour.weights, feed.shapes)) as engine:
         shard = Shard(engine, feed, tour.steps, memory)
         if advice := shard.advice():
             progress.note(f"renorm: {advice}")
@@ -281,8 +281,19 @@ class Tour:
     norms: list[list[Norm]]
 
     @classmethod
-    def of(cls, net: NetParameter, weights: Weights, full: FullPrecision | None = None) -> Tour:
-        """For an inference net with at least one BatchNorm."""
+    def of(
+        cls,
+        net: NetParameter,
+        weights: Weights,
+        full: FullPrecision | None = None,
+        inputs: Collection[str] = (),
+    ) -> Tour:
+        """For an inference net with at least one BatchNorm.
+
+        Args:
+            full: for paired statistics.
+            inputs: the blobs that feed both nets then.
+        """
         flat = single_assignment(net)
         front, by_name = _front(flat, full)
         pooled, weights = with_early_pooling(flat, weights)
@@ -298,7 +309,7 @@ class Tour:
         layers = list(ordered.layer[: cuts[-2]])
         if full is not None:
             weights = both_weights(weights, full.weights, front)
-            front = full_layers(front, [full.blob])
+            front = full_layers(front, inputs)
         return cls(of_layers(ordered, [*front, *layers]), weights, steps, norms)
 
 

@@ -69,7 +69,7 @@ class Shard:
         self.steps = steps
         self.memory = memory
         self.costs = Costs.of(engine.net, engine.shapes, list(engine.inputs), (), steps)
-        self.plan = plan(self.costs, steps, len(feed.images), memory)
+        self.plan = plan(self.costs, steps, len(feed), memory)
         # Who is shown values wants them in Caffe's order.
         self.own_layout = not any(step.outputs for step in steps)
         self._done = 0
@@ -111,7 +111,7 @@ class Shard:
         times = self.plan.work / max(self.plan.plain_work, 1)
         if self.memory is None or times < WORTH_SAYING:
             return None
-        images = len(self.feed.images)
+        images = len(self.feed)
         enough = plan(self.costs, self.steps, images, None).kept_bytes * RESERVE // (RESERVE - 1) + 1
         return (
             f"with renorm.memory {mebibytes(self.memory)} this takes {times:.1f} times the work of one pass, "
@@ -184,6 +184,5 @@ class _Group:
     def _feeds(self, origin: int | None) -> Iterator[Mapping[str, FloatArray]]:
         if origin is not None:
             return iter(self.kept)
-        feed = self.shard.feed
-        batches = feed.images.batches(self.batch, self.images.start, self.images.stop)
-        return ({feed.blob: pixels} for pixels, _ in batches)
+        batches = self.shard.feed.batches(self.batch, self.images.start, self.images.stop)
+        return (batch.feeds for batch in batches)

@@ -177,7 +177,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     path = write_images(tmp_path_factory.mktemp("images") / "lmdb", IMAGES)
     images = images_of(path, Transform(crop_size=9, scale=0.02, mean_value=(100.0,)), phase=1)
     test = InferenceNet.of(parse(RESIDUAL))
-    return Calibration(test.net, Feed(test.blob, images), ONNX, None)
+    return Calibration(test.net, Feed({test.blob: images}), ONNX, None)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def weights(calibration: Calibration) -> Weights:
 
 def run(net: NetParameter, weights: Weights, calibration: Calibration, blob: str) -> np.ndarray:
     """A blob for all images in one batch."""
-    pixels, _ = next(calibration.feed.images.batches(IMAGES))
+    pixels = next(calibration.feed.batches(IMAGES)).feeds["data"]
     engine = ONNX(net, weights, {"data": CROPPED})
     return engine.compile(0, len(net.layer), [blob]).run({"data": pixels}).blobs[blob]
 

@@ -296,7 +296,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[NetParameter, 
         Transform(crop_size=9, scale=0.02, mean_value=(100.0,)),
         phase=1,
     )
-    feed = Feed(test.blob, images)
+    feed = Feed({test.blob: images})
     weights = random_weights(test.net, {test.blob: CROPPED})
     weights, _ = renorm(test.net, weights, feed, ONNX, None)
     return net, weights, Calibration(test.net, feed, ONNX, None)
@@ -304,10 +304,10 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[NetParameter, 
 
 def scores(net: NetParameter, weights: Weights, calibration: Calibration) -> np.ndarray:
     inference = InferenceNet.of(net)
-    engine = ONNX(inference.net, weights, {inference.blob: calibration.feed.images.shape})
+    engine = ONNX(inference.net, weights, calibration.feed.shapes)
     runner = engine.compile(0, len(inference.net.layer), [inference.scores])
-    batches = calibration.feed.images.batches(40)
-    return np.concatenate([runner.run({inference.blob: x}).blobs[inference.scores] for x, _ in batches])
+    batches = calibration.feed.batches(40)
+    return np.concatenate([runner.run(batch.feeds).blobs[inference.scores] for batch in batches])
 
 
 @pytest.mark.parametrize(("bits", "grid"), [(2, "power_of_two"), (4, "power_of_two"), (3, "uniform")])
@@ -394,7 +394,7 @@ def test_depthwise_transposed_and_layers_that_are_not_provided_for(tmp_path: Pat
     images = images_of(
         write_images(tmp_path / "lmdb", 30), Transform(crop_size=9, scale=0.02, mean_value=(100.0,)), 1
     )
-    calibration = Calibration(InferenceNet.of(net).net, Feed("data", images), ONNX, None)
+    calibration = Calibration(InferenceNet.of(net).net, Feed({"data": images}), ONNX, None)
     chosen = {name: GridChoice(bits=3) for name in ("dw", "twice", "fc")}
     found = data_aware(weights, chosen, calibration)
     plain = fit(to_kernels(net.layer[2], weights["twice"][0]), make_grid("power_of_two", 3))

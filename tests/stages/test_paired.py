@@ -27,7 +27,7 @@ NORMS = ("bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1")
 def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
     path = write_images(tmp_path_factory.mktemp("images") / "lmdb", COUNT)
     transform = Transform(crop_size=9, mirror=True, scale=0.02, mean_value=(100.0,))
-    return Feed("data", images_of(path, transform, TRAIN))
+    return Feed({"data": images_of(path, transform, TRAIN)})
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def net() -> NetParameter:
 @pytest.fixture(scope="module")
 def full(net: NetParameter) -> FullPrecision:
     inference = InferenceNet.of(net).net
-    return FullPrecision(inference, random_weights(inference, {"data": CROPPED}), "data")
+    return FullPrecision(inference, random_weights(inference, {"data": CROPPED}))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def inputs_of_norms(net: NetParameter, weights: Weights, feed: Feed) -> dict[str
     """The moments of what every BatchNorm reads, all images in one batch."""
     flat = single_assignment(net)
     bottoms = {layer.name: layer.bottom[0] for layer in flat.layer if layer.type == "BatchNorm"}
-    (pixels, _), *_ = feed.images.batches(COUNT)
+    pixels = next(feed.batches(COUNT)).feeds["data"]
     engine = OPEN(flat, weights, {"data": CROPPED})
     blobs = engine.compile(0, len(flat.layer), list(bottoms.values())).run({"data": pixels}).blobs
     return {name: moments_of(blobs[bottom]) for name, bottom in bottoms.items()}
@@ -77,7 +77,7 @@ def test_nothing_quantized_gives_back_what_is_stored(
     for name in NORMS:
         mean, variance, _ = weights[name]
         weights.replace(name, [mean * factor, variance * factor, np.full(1, factor, np.float32)])
-    original = FullPrecision(full.net, weights, "data")
+    original = FullPrecision(full.net, weights)
     renormed, shifts = renorm(full.net, weights, feed, OPEN, memory, full=original)
     for name in NORMS:
         mean, variance, one = renormed[name]
@@ -173,9 +173,9 @@ def small() -> tuple[NetParameter, Weights, Weights]:
 
 def test_it_is_the_formula(small: tuple[NetParameter, Weights, Weights], feed: Feed) -> None:
     net, weights, changed = small
-    (pixels, _), *_ = feed.images.batches(COUNT)
+    pixels = next(feed.batches(COUNT)).feeds["data"]
     expected = by_hand(pixels, weights, changed, {"bn_a": 0.01, "bn_b": 1e-5})
-    renormed, _ = renorm(net, changed, feed, OPEN, None, full=FullPrecision(net, weights, "data"))
+    renormed, _ = renorm(net, changed, feed, OPEN, None, full=FullPrecision(net, weights))
     for name, (mean, variance) in expected.items():
         np.testing.assert_allclose(renormed[name][0], mean, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(renormed[name][1], variance, rtol=1e-5)
@@ -226,13 +226,13 @@ def test_nothing_becomes_a_nan(small: tuple[NetParameter, Weights, Weights], fee
         weights.replace("a", [kernels, bias])
         if case == "dead":
             changed.replace("a", [kernels, bias + 1])
-    renormed, shifts = renorm(net, changed, feed, OPEN, None, full=FullPrecision(net, weights, "data"))
+    renormed, shifts = renorm(net, changed, feed, OPEN, None, full=FullPrecision(net, weights))
     for name in ("bn_a", "bn_b"):
         assert all(np.isfinite(blob).all() for blob in renormed[name])
         assert (renormed[name][1] >= 0).all()
     assert all(np.isfinite([shift.mean_shift, shift.variance_ratio]).all() for shift in shifts)
     if case == "no statistics":
-        same, _ = renorm(net, weights, feed, OPEN, None, full=FullPrecision(net, weights, "data"))
+        same, _ = renorm(net, weights, feed, OPEN, None, full=FullPrecision(net, weights))
         np.testing.assert_allclose(same["bn_a"][0], 0, atol=1e-6)
         np.testing.assert_allclose(same["bn_a"][1], 0, atol=1e-6)
 

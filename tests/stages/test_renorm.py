@@ -23,7 +23,7 @@ COUNT = 23
 @pytest.fixture(scope="module")
 def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
     path = write_images(tmp_path_factory.mktemp("images") / "lmdb", COUNT)
-    return Feed("data", images_of(path, TRANSFORM, TRAIN))
+    return Feed({"data": images_of(path, TRANSFORM, TRAIN)})
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,14 @@ def training_mode_statistics(
 ) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """Mean, biased variance and count of every BatchNorm's input, with all images in one batch."""
     flat = single_assignment(net)
-    (pixels, _), *rest = feed.images.batches(len(feed.images))
+    batch, *rest = feed.batches(len(feed))
     assert not rest
-    engine = OPEN(flat, weights, {feed.blob: feed.images.shape})
+    engine = OPEN(flat, weights, feed.shapes)
     found = {}
     for index, layer in enumerate(flat.layer):
         if layer.type != "BatchNorm":
             continue
-        x = engine.compile(0, index, [layer.bottom[0]]).run({feed.blob: pixels}).blobs[layer.bottom[0]]
+        x = engine.compile(0, index, [layer.bottom[0]]).run(batch.feeds).blobs[layer.bottom[0]]
         x = np.moveaxis(x.astype(np.float64), 1, 0).reshape(x.shape[1], -1)
         found[layer.name] = x.mean(axis=1), x.var(axis=1), x.shape[1]
         blobs = [x.mean(axis=1), x.var(axis=1), np.ones(1)]
@@ -190,7 +190,7 @@ def test_a_large_mean_does_not_drown_the_deviation(feed: Feed, memory: int | Non
         "convolution_param { num_output: 2 kernel_size: 1 } } "
         'layer { name: "bn2" type: "BatchNorm" bottom: "conv2" top: "conv2" }'
     )
-    (pixels, _), *_ = feed.images.batches(COUNT)
+    pixels = next(feed.batches(COUNT)).feeds["data"]
     deviation = pixels[:, 0].std(dtype=np.float64)
     weights = random_weights(net, {"data": CROPPED})
     kernels = np.zeros((2, 3, 1, 1), np.float32)

@@ -26,7 +26,7 @@ OPEN = engine_opener("onnx", CaffeProcess(), 2)
 def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
     path = write_images(tmp_path_factory.mktemp("images") / "lmdb", COUNT)
     transform = Transform(crop_size=9, mirror=True, scale=0.02, mean_value=(100.0,))
-    return Feed("data", images_of(path, transform, TRAIN))
+    return Feed({"data": images_of(path, transform, TRAIN)})
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def weights(net: NetParameter) -> Weights:
 
 
 def in_one_batch(net: NetParameter, weights: Weights, feed: Feed, blob: str) -> np.ndarray:
-    (pixels, _), *_ = feed.images.batches(COUNT)
+    pixels = next(feed.batches(COUNT)).feeds["data"]
     engine = OPEN(net, weights, {"data": CROPPED})
     return engine.compile(0, len(net.layer), [blob]).run({"data": pixels}).blobs[blob]
 
