@@ -36,6 +36,7 @@ from quantize.caffenet import (
     infer_shapes,
     known_part,
     load_schema,
+    load_weights,
     read_prototxt,
 )
 from quantize.data.feed import Feed
@@ -59,7 +60,7 @@ from quantize.settings import Config
 from quantize.stages.activations import QuantizedActivation, activations_quan, plain_relus, with_act_quantize
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
-from quantize.stages.renorm import renorm
+from quantize.stages.renorm import FullPrecision, renorm
 from quantize.stages.weights import (
     ALPHA_SUFFIX,
     QUANTIZED_TYPES,
@@ -184,13 +185,21 @@ class Run:
         weights = self._read_result(self.files.quantized, "weights")
         net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         feed = self._renorm_feed()
-        weights, shifts = renorm(
-            net, weights, feed, self.open_engine, self.config.renorm.memory, self.progress
-        )
+        settings = self.config.renorm
+        full = self._full_precision() if settings.statistics == "paired" else None
+        weights, shifts = renorm(net, weights, feed, self.open_engine, settings.memory, self.progress, full)
         if not shifts:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
         self._write_weights(self.files.renorm, weights)
-        return {"images": len(feed), "layers": [asdict(shift) for shift in shifts]}
+        return {
+            "statistics": settings.statistics,
+            "images": len(feed),
+            "layers": [asdict(shift) for shift in shifts],
+        }
+
+    def _full_precision(self) -> FullPrecision:
+        test = InferenceNet.of(self.net)
+        return FullPrecision(test.net, load_weights(self.config.model.weights, self.net))
 
     def _activations(self) -> dict[str, Any]:
         weights = self._read_result(self.files.renorm, "renorm")
@@ -233,7 +242,9 @@ class Run:
         return self._calibration(calibration_feed(self.config, self.net, settings.images, self.progress))
 
     def _calibration(self, feed: Feed) -> Calibration:
-        return Calibration(InferenceNet.of(self.net).net, feed, self.open_engine, self.config.renorm.memory)
+        settings = self.config.renorm
+        net = InferenceNet.of(self.net).net
+        return Calibration(net, feed, self.open_engine, settings.memory, settings.statistics)
 
     def _renorm_feed(self) -> Feed:
         return calibration_feed(self.config, self.net, self.config.renorm.images, self.progress)
@@ -287,6 +298,8 @@ class Run:
             parts |= {"weights": self._hash_inputs()["weights"], "settings": dump(config.weights)}
             if config.weights.solver == "data_aware" or config.weights.budget is not None:
                 parts |= self._image_key()
+            if config.weights.solver == "data_aware":
+                parts |= {"statistics": config.renorm.statistics}
             if config.weights.budget is not None:
                 parts |= {"renorm_images": config.renorm.images}
         else:
@@ -298,6 +311,8 @@ class Run:
                 "settings": dump(settings),
                 **self._image_key(),
             }
+            if stage == "renorm" and config.renorm.statistics == "paired":
+                parts |= {"weights": self._hash_inputs()["weights"]}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _image_key(self) -> dict[str, Any]:
