@@ -47,7 +47,7 @@ from quantize.caffenet import (
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
-from quantize.host import available_threads, peak_memory, reset_peak_memory
+from quantize.host import available_threads, peak_memory, reset_peak_memory, using_threads
 from quantize.job.feeds import (
     calibration_feed,
     calibration_images,
@@ -65,7 +65,7 @@ from quantize.settings import Config
 from quantize.stages.activations import QuantizedActivation, activations_quan, plain_relus, with_act_quantize
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
-from quantize.stages.renorm import renorm
+from quantize.stages.renorm import FullPrecision, renorm
 from quantize.stages.weights import (
     QUANTIZED_TYPES,
     check_kernels,
@@ -77,7 +77,7 @@ from quantize.stages.weights import (
 
 STAGES = ("weights", "renorm", "activations")
 LIBRARIES = (
-    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb"),
+    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb", "threadpoolctl"),
     *("matplotlib", "jinja2"),
 )
 READ_BLOCK = 1 << 20
@@ -95,7 +95,7 @@ class Run:
         self.config = config
         self.progress = progress
         self.files = Files.of(config.name)
-        self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
+        self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
         self.net = read_model_prototxt(config)
         self.inputs: dict[str, str] = {"prototxt": sha256(config.model.prototxt)}
         self.report: dict[str, Any] = {}
@@ -124,7 +124,10 @@ class Run:
             "activations": self._activations,
         }
         self._check_before_work(stages)
-        with closing(OutputFolder(self.config.output)) as self.folder:
+        with (
+            using_threads(self.config.threads),
+            closing(OutputFolder(self.config.output)) as self.folder,
+        ):
             self.report = previous_report(self.config.output, self.config.name, self.progress)
             for stage in (s for s in STAGES if s in stages):
                 key = self._key(stage)
@@ -190,13 +193,21 @@ class Run:
         weights = self._read_result(self.files.quantized, "weights")
         net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         feed = self._renorm_feed()
-        weights, shifts = renorm(
-            net, weights, feed, self.open_engine, self.config.renorm.memory, self.progress
-        )
+        settings = self.config.renorm
+        full = self._full_precision() if settings.statistics == "paired" else None
+        weights, shifts = renorm(net, weights, feed, self.open_engine, settings.memory, self.progress, full)
         if not shifts:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
         self._write_weights(self.files.renorm, weights)
-        return {"images": len(feed), "layers": [asdict(shift) for shift in shifts]}
+        return {
+            "statistics": settings.statistics,
+            "images": len(feed),
+            "layers": [asdict(shift) for shift in shifts],
+        }
+
+    def _full_precision(self) -> FullPrecision:
+        test = InferenceNet.of(self.net)
+        return FullPrecision(test.net, load_weights(self.config.model.weights, self.net))
 
     def _activations(self) -> dict[str, Any]:
         weights = self._read_result(self.files.renorm, "renorm")
@@ -241,7 +252,9 @@ class Run:
         return self._calibration(calibration_feed(self.config, self.net, settings.images, self.progress))
 
     def _calibration(self, feed: Feed) -> Calibration:
-        return Calibration(InferenceNet.of(self.net).net, feed, self.open_engine, self.config.renorm.memory)
+        settings = self.config.renorm
+        net = InferenceNet.of(self.net).net
+        return Calibration(net, feed, self.open_engine, settings.memory, settings.statistics)
 
     def _renorm_feed(self) -> Feed:
         return calibration_feed(self.config, self.net, self.config.renorm.images, self.progress)
@@ -295,6 +308,8 @@ class Run:
             parts |= {"weights": self._hash_inputs()["weights"], "settings": dump(config.weights)}
             if config.weights.solver == "data_aware" or config.weights.budget is not None:
                 parts |= self._image_key()
+            if config.weights.solver == "data_aware":
+                parts |= {"statistics": config.renorm.statistics}
             if config.weights.budget is not None:
                 parts |= {"renorm_images": config.renorm.images}
         else:
@@ -306,6 +321,8 @@ class Run:
                 "settings": dump(settings),
                 **self._image_key(),
             }
+            if stage == "renorm" and config.renorm.statistics == "paired":
+                parts |= {"weights": self._hash_inputs()["weights"]}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _image_key(self) -> dict[str, Any]:
@@ -315,7 +332,7 @@ class Run:
             "data": dump(self.config.data),
             "calibration": fingerprint(self.config),
             "engine": self.config.engine,
-            "threads": self.config.threads or available_threads(),
+            "threads": available_threads(),
         }
 
     def _is_done(self, stage: str, key: str) -> bool:
@@ -420,8 +437,9 @@ def evaluate_run(
     if not without_renorm:
         candidates.pop("without_renorm", None)
     before = read_report(config.output)
-    open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
-    found = evaluate(candidates, feed, open_engine, progress)
+    open_engine = engine_opener(config.engine, config.caffe, config.threads)
+    with using_threads(config.threads):
+        found = evaluate(candidates, feed, open_engine, progress)
     try:
         with closing(OutputFolder(config.output)) as folder:
             report = read_report(config.output)
