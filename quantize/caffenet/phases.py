@@ -58,7 +58,7 @@ def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level:
             raise InputError(
                 f"{_where(net, layer)} has include and exclude rules; Caffe allows one kind only"
             )
-        if _exists(layer, phase, set(stages), level):
+        if exists(layer, phase, set(stages), level):
             kept.layer.add().CopyFrom(layer)
     check_net(kept)
     return kept
@@ -78,7 +78,7 @@ def name_apart(net: NetParameter, stages: Iterable[str] = (), level: int = 0) ->
     """
     given = set(stages)
     found = [
-        (layer, [phase for phase in (TEST, TRAIN) if _exists(layer, phase, given, level)])
+        (layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase, given, level)])
         for layer in net.layer
     ]
     taken = {layer.name for layer in net.layer}
@@ -219,7 +219,7 @@ def _meets(rule: NetStateRule, phase: int, stages: set[str], level: int) -> bool
     )
 
 
-def _exists(layer: LayerParameter, phase: int, stages: set[str], level: int) -> bool:
+def exists(layer: LayerParameter, phase: int, stages: set[str], level: int) -> bool:
     """Whether a layer is there in a state (``Net::FilterNet``)."""
     rules = layer.include or layer.exclude
     return not rules or any(_meets(rule, phase, stages, level) for rule in rules) == bool(layer.include)

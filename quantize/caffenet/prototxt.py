@@ -12,6 +12,7 @@ from typing import cast
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
+from quantize.caffenet.batch import free_batch
 from quantize.caffenet.phases import name_apart
 from quantize.caffenet.schema import NetParameter
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_net
@@ -25,7 +26,7 @@ _fork: type[NetParameter] | None = None
 
 
 def read_prototxt(path: str | Path, schema: type[NetParameter] | None = None) -> NetParameter:
-    """Read a net's prototxt, upgrade it to the form of Caffe 1.0 and name its layers apart.
+    """Read a net's prototxt in the form of Caffe 1.0, its layers named apart, for batches of any size.
 
     Args:
         path: the file.
@@ -46,6 +47,7 @@ def read_prototxt(path: str | Path, schema: type[NetParameter] | None = None) ->
     if not net.layer:
         raise InputError(f"{path}: the net has no layers; is this a net's prototxt?")
     name_apart(net)
+    free_batch(net)
     return net
 
 
