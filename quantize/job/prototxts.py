@@ -46,7 +46,8 @@ def validation_prototxt(net: NetParameter, config: Config, shape: Sequence[int] 
     feeding = [layer for layer in filtered.layer if is_data_layer(layer)]
     images = next(layer for layer in feeding if test.blob in layer.top)
     label = _label_blob(filtered, images)
-    data = LayerParameter(name=images.name if images.type in TRANSFORMING_TYPES else "data", type="Data")
+    name = images.name if images.type in TRANSFORMING_TYPES else _unused(test.net, "data")
+    data = LayerParameter(name=name, type="Data")
     data.top.extend([test.blob, label])
     data.include.add().phase = TEST
     data.transform_param.CopyFrom(to_proto(effective_transform(net, TEST, config)))
@@ -102,7 +103,7 @@ def deploy_prototxt(net: NetParameter, shape: Sequence[int] | None) -> NetParame
     """
     test = InferenceNet.of(with_stored_statistics(net))
     deploy = NetParameter(name=net.name)
-    data = LayerParameter(name=test.blob, type="Input")
+    data = LayerParameter(name=_unused(test.net, test.blob), type="Input")
     data.top.append(test.blob)
     if shape is not None:
         data.input_param.shape.add().dim.extend([1, *shape])
@@ -124,6 +125,14 @@ def validation_lmdb(config: Config) -> Path | None:
         return Path(os.path.abspath(path)) if isinstance(source, LmdbSource) else None
     finally:
         source.close()
+
+
+def _unused(net: NetParameter, name: str) -> str:
+    """``name``, made unlike those of all layers: the first layer of a name is the one that gets its blobs."""
+    taken = {layer.name for layer in net.layer}
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _accuracy(scores: str, label: str, top_k: int) -> LayerParameter:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from quantize.arrays import FloatArray
 from quantize.caffenet import BlobId, LayerParameter, NetParameter, Weights, all_finite, sharers
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
+from quantize.caffenet.shapes import no_weights
 from quantize.errors import InputError
 from quantize.numerics.decibels import decibels
 from quantize.numerics.grids import make_grid
@@ -190,10 +191,7 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
         layer = _layer(net, name)
         where = f"layer {name!r} ({layer.type})"
         if name not in weights or not weights[name]:
-            raise InputError(
-                f"{where} has no weights in the caffemodel; it belongs to another net, or the layer was "
-                "renamed"
-            )
+            raise InputError(f"{where} {no_weights(name)}")
         blobs = weights[name]
         kernels = outputs(layer)
         size = blobs[0].size
