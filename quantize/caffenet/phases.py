@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from quantize.caffenet.schema import TEST, LayerParameter, NetParameter, NetStateRule
+from quantize.caffenet.schema import TEST, TRAIN, LayerParameter, NetParameter, NetStateRule
 from quantize.errors import InputError
 
+NAMESAKE = "#"
+"""Between the name that several layers have and the number that tells them apart."""
 TRANSFORMING_TYPES = ("Data", "ImageData", "MemoryData", "WindowData")
 PLAIN_INPUTS = ("Input", "HDF5Data")
 """Data layers whose tops may be anything; what others make beside the images are labels."""
@@ -97,8 +99,9 @@ def at_state(net: NetParameter, stages: Sequence[str], level: int) -> NetParamet
         remaining = kept.include if layer.include else kept.exclude
         del remaining[:]
         remaining.extend(NetStateRule(phase=rule.phase) for rule in met if not always)
+    name_apart(chosen)
     try:
-        filter_net(net, TEST, given, level)
+        filter_net(chosen, TEST)
     except InputError as error:
         remedy = f"the stages {named}: choose with model.stages" if named else "levels: choose model.level"
         raise InputError(f"{error}; the net's rules name {remedy}") from None
@@ -117,7 +120,6 @@ def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level:
     Raises:
         InputError: a layer has include as well as exclude rules, or what is left is no sound net.
     """
-    state = (phase, set(stages), level)
     kept = _without_layers(net)
     left_out: list[LayerParameter] = []
     for layer in net.layer:
@@ -125,12 +127,44 @@ def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level:
             raise InputError(
                 f"{_where(net, layer)} has include and exclude rules; Caffe allows one kind only"
             )
-        if _is_in(layer, state):
+        if _exists(layer, phase, set(stages), level):
             kept.layer.add().CopyFrom(layer)
         else:
             left_out.append(layer)
     check_net(kept, left_out)
     return kept
+
+
+def name_apart(net: NetParameter, stages: Iterable[str] = (), level: int = 0) -> None:
+    """Give every layer of a phase a name of its own, in place: "crop", "crop#2", "crop#3".
+
+    Caffe allows one name for several layers. It looks for a layer of the net by each name in the caffemodel,
+    and takes the first. So the first of the TEST phase keeps its name, and with it what the caffemodel holds;
+    those behind it have no blobs, or share them. TRAIN-only layers give way.
+
+    Args:
+        net: the net with all its phases.
+        stages: the stages that are set.
+        level: the level.
+    """
+    given = set(stages)
+    found = [
+        (layer, [phase for phase in (TEST, TRAIN) if _exists(layer, phase, given, level)])
+        for layer in net.layer
+    ]
+    taken = {layer.name for layer in net.layer}
+    used: dict[int, set[str]] = {TEST: set(), TRAIN: set()}
+    numbers: Counter[str] = Counter()
+    for layer, phases in sorted(found, key=lambda each: TEST not in each[1]):
+        name = layer.name
+        while any(layer.name in used[phase] for phase in phases) or (
+            layer.name != name and layer.name in taken
+        ):
+            numbers[name] += 1
+            layer.name = f"{name}{NAMESAKE}{numbers[name] + 1}"
+        taken.add(layer.name)
+        for phase in phases:
+            used[phase].add(layer.name)
 
 
 def check_net(net: NetParameter, left_out: Iterable[LayerParameter] = ()) -> None:
@@ -281,7 +315,7 @@ def is_measure(layer: LayerParameter) -> bool:
 
 def data_layer(net: NetParameter, phase: int) -> LayerParameter | None:
     """The layer with a transform that feeds the net in a phase, if there is one."""
-    included = (layer for layer in net.layer if _is_in(layer, (phase, set(), 0)))
+    included = (layer for layer in net.layer if _exists(layer, phase, set(), 0))
     return next((layer for layer in included if layer.type in TRANSFORMING_TYPES), None)
 
 
@@ -321,12 +355,6 @@ def _declared(layer: LayerParameter, top: str) -> tuple[int, ...] | None:
     return tuple(shapes[min(list(layer.top).index(top), len(shapes) - 1)].dim[1:])
 
 
-def _is_in(layer: LayerParameter, state: tuple[int, set[str], int]) -> bool:
-    """Whether a state (phase, stages, level) includes a layer."""
-    rules = layer.include or layer.exclude
-    return not rules or any(_meets(rule, *state) for rule in rules) == bool(layer.include)
-
-
 def _meets(rule: NetStateRule, phase: int, stages: set[str], level: int) -> bool:
     """``Net::StateMeetsRule``."""
     return (not rule.HasField("phase") or rule.phase == phase) and _meets_state(rule, stages, level)
@@ -356,6 +384,12 @@ def _hint(blob: str, left_out: Iterable[LayerParameter]) -> str:
                 "labelfree reads the TEST phase, so give a prototxt with a data layer or an Input layer there"
             )
     return ""
+
+
+def _exists(layer: LayerParameter, phase: int, stages: set[str], level: int) -> bool:
+    """Whether a layer is there in a state (``Net::FilterNet``)."""
+    rules = layer.include or layer.exclude
+    return not rules or any(_meets(rule, phase, stages, level) for rule in rules) == bool(layer.include)
 
 
 def _without_layers(net: NetParameter) -> NetParameter:

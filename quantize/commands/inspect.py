@@ -30,7 +30,7 @@ from quantize.errors import InputError
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.settings import WeightSettings, parse_size
 from quantize.stages.activations import plain_relus
-from quantize.stages.renorm import sweep_net
+from quantize.stages.renorm import Tour
 from quantize.stages.weights import QUANTIZED_TYPES, choices
 from quantize.sweep.plan import Costs, Route, Step, plan
 
@@ -191,9 +191,10 @@ def plan_text(found: Inspection, images: int, memory: str, as_json: bool) -> str
     test = InferenceNet.of(found.net)
     if not any(layer.type == "BatchNorm" for layer in test.net.layer):
         raise InputError("the net has no BatchNorm layer: renorm has nothing to do")
-    net, _, steps, _ = sweep_net(test.net, Weights())
+    tour = Tour.of(test.net, Weights())
+    net, steps = tour.net, tour.steps
     one = {blob: (1, *shape) for blob, shape in found.inputs.items()}
-    costs = Costs.of(net, infer_shapes(net, one), list(one), ())
+    costs = Costs.of(net, infer_shapes(net, one), list(one), (), steps)
     chosen = plan(costs, steps, images, bound)
     if as_json:
         return json.dumps({**asdict(chosen), "kept_bytes": chosen.kept_bytes, "work": chosen.work})

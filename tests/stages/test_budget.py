@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights, remove_layer, single_assignment
+from quantize.caffenet import (
+    InferenceNet,
+    NetParameter,
+    Weights,
+    infer_shapes,
+    layer_index,
+    remove_layer,
+    single_assignment,
+)
 from quantize.caffenet.kernels import from_kernels, to_kernels
 from quantize.commands.config import load
 from quantize.commands.summary import print_summary
@@ -27,6 +35,7 @@ from quantize.progress import Progress
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.budget import Sensitivities, allocate, bits_left, keep_budget, sensitivities
 from quantize.stages.data_aware import Calibration
+from quantize.sweep.plan import Costs
 from tests.conftest import Job
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
@@ -248,10 +257,12 @@ def test_a_net_that_costs_much_is_measured_on_fewer_images(
     calibration: Calibration, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantize.stages.budget.LEAST_IMAGES", 3)
-    heard = Heard()
-    _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2", heard)
+    _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2")
     assert images == IMAGES
-    monkeypatch.setattr("quantize.stages.budget.WORK", heard.total / IMAGES * 7.5)
+    net = single_assignment(calibration.net)
+    costs = Costs.of(net, infer_shapes(net, {"data": (1, *CROPPED)}), ["data"], ["fc2"])
+    behind = costs.between(layer_index(net, "left"), len(net.layer))
+    monkeypatch.setattr("quantize.stages.budget.WORK", 7 * behind * 7.5)  # 2 to 8 bits
     _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2")
     assert images == 7
     monkeypatch.setattr("quantize.stages.budget.WORK", 1.0)
