@@ -1,5 +1,13 @@
 """Caffe's file formats: nets as prototxt, weights as caffemodel, and what a net implies."""
 
+from quantize.caffenet.fork import (
+    Schema,
+    empty_like,
+    foreign_field_text,
+    foreign_fields,
+    load_schema,
+    schema_of,
+)
 from quantize.caffenet.phases import (
     TRANSFORMING_TYPES,
     InferenceNet,
@@ -13,7 +21,7 @@ from quantize.caffenet.phases import (
     is_measure,
     scores_blob,
 )
-from quantize.caffenet.prototxt import format_prototxt, load_schema, read_prototxt
+from quantize.caffenet.prototxt import format_prototxt, read_prototxt
 from quantize.caffenet.schema import (
     TEST,
     TRAIN,
@@ -54,6 +62,7 @@ __all__ = [
     "NetState",
     "NetStateRule",
     "PoolingParameter",
+    "Schema",
     "Shapes",
     "TransformationParameter",
     "Weights",
@@ -63,7 +72,10 @@ __all__ = [
     "data_blobs",
     "data_layer",
     "declared_shape",
+    "empty_like",
     "filter_net",
+    "foreign_field_text",
+    "foreign_fields",
     "format_prototxt",
     "infer_shapes",
     "inference_net",
@@ -78,6 +90,7 @@ __all__ = [
     "read_prototxt",
     "remove_layer",
     "replace_layer",
+    "schema_of",
     "scores_blob",
     "single_assignment",
 ]

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from quantize.arrays import FloatArray
 from quantize.caffenet import TRAIN, BlobProto, TransformationParameter
+from quantize.caffenet.strings import to_path
 from quantize.data.decode import MAX_PIXELS
 from quantize.data.sources import Pixels
 from quantize.errors import InputError
@@ -81,7 +82,7 @@ class Transform:
             mirror=param.mirror,
             scale=param.scale,
             mean_value=tuple(param.mean_value),
-            mean_file=base / param.mean_file if param.HasField("mean_file") else None,
+            mean_file=base / to_path(param.mean_file) if param.HasField("mean_file") else None,
             force_color=param.force_color,
             force_gray=param.force_gray,
         )

@@ -8,12 +8,15 @@ from typing import Literal
 from quantize.caffenet import (
     TEST,
     TRAIN,
+    TRANSFORMING_TYPES,
     InferenceNet,
     NetParameter,
     TransformationParameter,
     data_layer,
     declared_shape,
+    foreign_fields,
 )
+from quantize.caffenet.strings import from_path
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import FileSource, Selection, Source, open_source
@@ -104,6 +107,12 @@ def _feed(
 ) -> Feed:
     blob = InferenceNet.of(net).blob
     transform = effective_transform(net, phase, config)
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+        if layer.type in TRANSFORMING_TYPES and foreign is not None:
+            progress.note(
+                f"layer {layer.name!r}: {foreign} is a field of a fork of Caffe and is not applied; say in "
+                "data.transform what the images need"
+            )
     if (
         isinstance(source, FileSource)
         and transform.crop_size
@@ -172,7 +181,7 @@ def to_proto(transform: Transform) -> TransformationParameter:
         param.scale = transform.scale
     param.mean_value.extend(transform.mean_value)
     if transform.mean_file is not None:
-        param.mean_file = str(transform.mean_file.resolve())
+        param.mean_file = from_path(transform.mean_file.resolve())
     if transform.force_color:
         param.force_color = True
     if transform.force_gray:

@@ -13,6 +13,7 @@ from quantize.caffenet import (
     InferenceNet,
     LayerParameter,
     NetParameter,
+    empty_like,
     filter_net,
     infer_shapes,
     is_data_layer,
@@ -20,6 +21,7 @@ from quantize.caffenet import (
     known_part,
 )
 from quantize.caffenet.schema import DataParameter
+from quantize.caffenet.strings import from_path
 from quantize.data.sources import LmdbSource, open_source
 from quantize.job.feeds import effective_transform, to_proto
 from quantize.settings import Config
@@ -50,7 +52,7 @@ def validation_prototxt(net: NetParameter, config: Config, shape: Sequence[int] 
     data.top.extend([test.blob, label])
     data.include.add().phase = TEST
     data.transform_param.CopyFrom(to_proto(effective_transform(net, TEST, config)))
-    data.data_param.source = str(source)
+    data.data_param.source = from_path(source)
     data.data_param.batch_size = config.data.validation.batch_size if config.data.validation else 1
     data.data_param.backend = DataParameter.LMDB
     replaced = [images, *(layer for layer in feeding if list(layer.top) == [label])]
@@ -101,7 +103,7 @@ def deploy_prototxt(net: NetParameter, shape: Sequence[int] | None) -> NetParame
             layers' tops then have no shape and the Input layer declares none.
     """
     test = InferenceNet.of(with_stored_statistics(net))
-    deploy = NetParameter(name=net.name)
+    deploy = empty_like(net)
     data = LayerParameter(name=test.blob, type="Input")
     data.top.append(test.blob)
     if shape is not None:

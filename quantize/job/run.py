@@ -37,7 +37,9 @@ from quantize.caffenet import (
     known_part,
     load_schema,
     read_prototxt,
+    schema_of,
 )
+from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
@@ -190,7 +192,9 @@ class Run:
         found = activations_quan(net, weights, feed, self.config.activations, self.open_engine, self.progress)
         kept = [layer.name for layer in net.layer if layer.type == "ReLU"]
         for name in sorted(set(kept) - set(plain_relus(net))):
-            self.progress.note(f"activations: {name} is left alone: it has a negative slope")
+            self.progress.note(
+                f"activations: {name} is left alone: it has a negative slope or a field of a fork"
+            )
         if not found:
             self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
         for activation in (a for a in found if a.dead):
@@ -351,7 +355,7 @@ class Run:
             written[self.files.deploy] = deploy_prototxt(net, shape)
         for name, content in written.items():
             with self.folder.writing(name) as file:
-                file.write(format_prototxt(content).encode())
+                file.write(to_bytes(format_prototxt(content)))
         return list(written)
 
     def _latest(self, stages: dict[str, Any]) -> str:
@@ -444,7 +448,7 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
         found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.blob, unrepaired.scores)
         weights = Weights.read(renormed)
-    final = InferenceNet.of(read_prototxt(prototxt))
+    final = InferenceNet.of(read_prototxt(prototxt, schema_of(net)))
     found["quantized"] = Candidate(final.net, weights, final.blob, final.scores)
     return found
 

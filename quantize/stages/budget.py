@@ -19,7 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from quantize.arrays import FLOAT_BYTES, FloatArray
-from quantize.caffenet import NetParameter, Weights, layer_index, live_blobs, needed_layers, single_assignment
+from quantize.caffenet import (
+    NetParameter,
+    Weights,
+    empty_like,
+    layer_index,
+    live_blobs,
+    needed_layers,
+    single_assignment,
+)
 from quantize.caffenet.kernels import from_kernels, to_kernels
 from quantize.data.feed import Feed, thinned
 from quantize.engines.base import Engine
@@ -240,7 +248,7 @@ def sensitivities(
 def _part_for(net: NetParameter, scores: str) -> tuple[NetParameter, str]:
     """The layers that the scores depend on, every blob name assigned once, and the scores' name there."""
     check_scores(net, scores)
-    part = NetParameter()
+    part = empty_like(net)
     part.layer.extend(needed_layers(net.layer, [scores]))
     flat = single_assignment(part)
     return flat, flat.layer[-1].top[list(part.layer[-1].top).index(scores)]

@@ -19,13 +19,15 @@ from quantize.caffenet import (
     NetParameter,
     Weights,
     check_weights,
+    foreign_field_text,
+    foreign_fields,
     infer_shapes,
     known_part,
     single_assignment,
 )
 from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine
-from quantize.errors import LabelfreeError
+from quantize.errors import InputError, LabelfreeError
 from quantize.numerics.moments import Moments
 from quantize.progress import SILENT, Progress
 from quantize.sweep.early_pooling import with_early_pooling
@@ -75,12 +77,15 @@ def renorm(
         BatchNorm is returned as it came.
 
     Raises:
-        InputError: a blob is missing or has the wrong shape.
+        InputError: a blob is missing or has the wrong shape, or a BatchNorm has a field of a fork.
         LabelfreeError: a statistic is not finite.
     """
     norms = [layer.name for layer in net.layer if layer.type == "BatchNorm"]
     if not norms:
         return weights, []
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+        if layer.name in norms and foreign is not None:
+            raise InputError(f"layer {layer.name!r} ({layer.type}): {foreign_field_text(foreign)}")
     known = known_part(net, [feed.blob])
     check_weights(known, weights, infer_shapes(known, {feed.blob: (1, *feed.images.shape)}))
     ordered, sweep_weights, steps, bottoms = sweep_net(net, weights)

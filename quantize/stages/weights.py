@@ -15,7 +15,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from quantize.caffenet import LayerParameter, NetParameter, Weights, all_finite, insert_after
+from quantize.caffenet import (
+    LayerParameter,
+    NetParameter,
+    Weights,
+    all_finite,
+    foreign_field_text,
+    foreign_fields,
+    insert_after,
+)
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.errors import InputError
 from quantize.numerics.decibels import decibels
@@ -66,7 +74,8 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
         net: the inference net.
 
     Raises:
-        InputError: an override names a layer that is not there or has no weights to quantize.
+        InputError: an override names a layer that is not there or has no weights to quantize, or a layer to
+            quantize has a field of a fork, which may compute something else of its weights.
     """
     names = [layer.name for layer in net.layer if layer.type in QUANTIZED_TYPES]
     for name in settings.layers:
@@ -84,6 +93,12 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
         if isinstance(override, LayerChoice) and override.skip:
             continue
         found[name] = override or (settings if name in free else settings.first_last)
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+        if layer.name in found and foreign is not None:
+            raise InputError(
+                f"layer {layer.name!r} ({layer.type}): {foreign_field_text(foreign)}; or leave the layer's "
+                f"weights alone (weights.layers: {{{layer.name}: {{skip: true}}}})"
+            )
     return found
 
 
