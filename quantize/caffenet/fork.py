@@ -1,9 +1,10 @@
 """Forks of Caffe: their caffe.proto joined with ours, the nets that carry it, and the fields only they have.
 
-A field's number says nothing between forks: 148 is ``clip_param`` in one, ``smooth_l1_loss_param`` elsewhere. A
-prototxt is text, in which only names count. So a fork's schema is joined with ours by name: what both know has
-our number, what only the fork knows has a number that we do not use, and is to our NetParameter an unknown
-field that protobuf carries along. The joined schema travels with its net in the same way.
+A field's number says nothing between forks: 148 is ``clip_param`` in one, ``smooth_l1_loss_param`` in
+another. A prototxt is text, in which only names count. So a fork's schema is joined with ours by name: what
+both know has our number, what only the fork knows has a number that we do not use, and is to our
+NetParameter an unknown field that protobuf carries along. The joined schema travels with its net in the
+same way.
 """
 
 from __future__ import annotations
