@@ -37,10 +37,18 @@ def parse_command(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def check_size(value: object) -> object:
+    """A height and a width."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value
+    raise ValueError("expected [height, width], as in resize: [256, 256]")
+
+
 Whole = Annotated[int, Strict()]
 """A number; ``true`` is none, although Python counts it as 1."""
 Bytes = Annotated[int | None, BeforeValidator(parse_size)]
 Command = Annotated[list[str], Field(min_length=1), BeforeValidator(parse_command)]
+Size = Annotated[tuple[Whole, Whole], BeforeValidator(check_size)]
 GridName = Literal["power_of_two", "fixed_point", "uniform"]
 GRID_BITS = {"power_of_two": (2, 5), "fixed_point": (2, 8), "uniform": (2, 8)}
 
@@ -86,7 +94,7 @@ class TransformKeys(Section):
     force_color: bool | None = Field(None, description="decode images to three channels whatever they have")
     force_gray: bool | None = Field(None, description="decode images to one channel")
     resize_short: Whole | None = Field(None, ge=1, description="resize the shorter side to this first")
-    resize: tuple[int, int] | None = Field(None, description="resize to [height, width] first")
+    resize: Size | None = Field(None, description="resize to [height, width] first")
 
     @model_validator(mode="before")
     @classmethod

@@ -10,7 +10,7 @@ from pathlib import Path
 from google.protobuf.message import Message
 from google.protobuf.text_format import ParseError
 
-from quantize.caffenet.other_formats import FIRST_BYTES, is_text, other_format
+from quantize.caffenet.other_formats import FIRST_BYTES, is_text, not_but, other_format
 from quantize.caffenet.schema import SolverParameter
 from quantize.caffenet.strings import to_bytes
 
@@ -26,7 +26,7 @@ def no_prototxt(path: str | Path, start: bytes) -> str | None:
     """What a file that cannot be read as a prototxt seems to be, by its first bytes."""
     other = other_format(start)
     if other is not None:
-        return f"{path}: not a net's prototxt but {other}"
+        return f"{path}: " + not_but("a net's prototxt", other)
     if not is_text(start):
         return (
             f"{path}: a binary file, not a net's prototxt; if it is the caffemodel, model.prototxt and "

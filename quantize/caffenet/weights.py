@@ -22,7 +22,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from quantize.arrays import FloatArray
-from quantize.caffenet.other_formats import FIRST_BYTES, is_text, other_format
+from quantize.caffenet.other_formats import FIRST_BYTES, is_text, not_but, other_format
 from quantize.caffenet.schema import LayerParameter, V1LayerParameter
 from quantize.caffenet.strings import to_bytes, to_text
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_v1_layer
@@ -296,7 +296,7 @@ def _no_caffemodel(start: bytes) -> str | None:
     """What a file that is no caffemodel seems to be, by its first bytes."""
     other = other_format(start)
     if other is not None:
-        return f"not a caffemodel but {other}"
+        return not_but("a caffemodel", other)
     if is_text(start):
         return (
             "text, not a caffemodel; if it is the net's prototxt, model.prototxt and model.weights have "

@@ -15,12 +15,15 @@ from google.protobuf.message import DecodeError
 
 from quantize.arrays import FloatArray
 from quantize.caffenet import TRAIN, BlobProto, TransformationParameter
+from quantize.caffenet.other_formats import other_format
 from quantize.caffenet.strings import to_path
 from quantize.data.decode import MAX_PIXELS
 from quantize.data.sources import Pixels
 from quantize.errors import InputError
+from quantize.files import read_file
 
 ImageShape = tuple[int, int, int]
+MAX_MEAN_BYTES = 256 << 20
 MAX_CHANNELS = 512
 """OpenCV's limit (CV_CN_MAX), which resizing has."""
 
@@ -73,6 +76,10 @@ class Transform:
             raise InputError("force_color and force_gray are both set: keep one, as Caffe demands")
         if not math.isfinite(self.scale) or not all(map(math.isfinite, self.mean_value)):
             raise InputError("scale and mean_value must be finite numbers")
+        if self.scale == 0:
+            raise InputError(
+                "scale is 0, which makes every pixel 0: leave it out, or give the net's own factor"
+            )
 
     @classmethod
     def from_proto(cls, param: TransformationParameter, base: Path) -> Transform:
@@ -210,11 +217,18 @@ def read_mean(path: Path) -> FloatArray:
         InputError: the file is missing or damaged, or its blob is not one image.
     """
     try:
-        blob = BlobProto.FromString(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: the mean_file cannot be read: {error.strerror}") from error
+        data = read_file(path, "mean_file", MAX_MEAN_BYTES)
+    except InputError as error:
+        raise InputError(
+            f"{error} (a relative mean_file of a prototxt starts at the prototxt's folder; "
+            "data.transform.mean_file replaces it)"
+        ) from None
+    try:
+        blob = BlobProto.FromString(data)
     except DecodeError as error:
-        raise InputError(f"{path}: the mean_file is not a BlobProto (binaryproto)") from error
+        other = other_format(data)
+        what = f"but {other.what}; give the BlobProto, or mean_value" if other else "(binaryproto)"
+        raise InputError(f"{path}: the mean_file is not a BlobProto {what}") from error
     shape = (
         tuple(blob.shape.dim)
         if blob.HasField("shape")

@@ -43,6 +43,7 @@ from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
+from quantize.files import open_file
 from quantize.host import available_threads, peak_memory, reset_peak_memory
 from quantize.job.feeds import calibration_feed, evaluation_images, image_shape, validation_feed
 from quantize.job.output import Files, OutputFolder
@@ -156,6 +157,8 @@ class Run:
         self._check(weights)
         settings = self.config.weights
         chosen = choices(test.net, settings)
+        if not chosen:
+            self.progress.note("weights: weights.layers skips every layer; no weights are quantized")
         check_kernels(test.net, weights, chosen)
         record: dict[str, Any] = {}
         if settings.budget is not None:
@@ -472,12 +475,9 @@ def sha256(path: Path) -> str:
         InputError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(READ_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}; check the path") from error
+    with open_file(path, "file") as file:
+        while block := file.read(READ_BLOCK):
+            digest.update(block)
     return digest.hexdigest()
 
 
