@@ -31,9 +31,9 @@ import cv2
 import matplotlib.backends.backend_agg
 import matplotlib.font_manager  # noqa: F401 - here, as it makes a cache below the home folder
 import numpy as np
-import quantize.pipeline
 import yaml
 
+import quantize
 from quantize import cli
 from quantize.caffenet import (
     BlobProto,

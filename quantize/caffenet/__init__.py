@@ -37,6 +37,7 @@ from quantize.caffenet.schema import (
 )
 from quantize.caffenet.shape_rules import LayerShapes
 from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
+from quantize.caffenet.sharing import BlobId, check_sharing, groups, load_weights, loaded, owners, users
 from quantize.caffenet.surgery import (
     insert_after,
     layer_index,
@@ -52,6 +53,7 @@ __all__ = [
     "TEST",
     "TRAIN",
     "TRANSFORMING_TYPES",
+    "BlobId",
     "BlobProto",
     "BlobShape",
     "Datum",
@@ -68,6 +70,7 @@ __all__ = [
     "Weights",
     "all_finite",
     "check_net",
+    "check_sharing",
     "check_weights",
     "data_blobs",
     "data_layer",
@@ -77,6 +80,7 @@ __all__ = [
     "foreign_field_text",
     "foreign_fields",
     "format_prototxt",
+    "groups",
     "infer_shapes",
     "inference_net",
     "insert_after",
@@ -86,11 +90,15 @@ __all__ = [
     "layer_index",
     "live_blobs",
     "load_schema",
+    "load_weights",
+    "loaded",
     "needed_layers",
+    "owners",
     "read_prototxt",
     "remove_layer",
     "replace_layer",
     "schema_of",
     "scores_blob",
     "single_assignment",
+    "users",
 ]

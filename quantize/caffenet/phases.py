@@ -6,9 +6,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from quantize.caffenet.schema import TEST, LayerParameter, NetParameter, NetStateRule
+from quantize.caffenet.schema import TEST, TRAIN, LayerParameter, NetParameter, NetStateRule
+from quantize.caffenet.text_faults import did_you_mean
 from quantize.errors import InputError
 
+NAMESAKE = "#"
+"""Between the name that several layers have and the number that tells them apart."""
+NO_INPUT = (
+    '; the net has no input in this phase: put layer { name: "data" type: "Input" top: "data" input_param { '
+    "shape { dim: 1 dim: 3 dim: 224 dim: 224 } } }, with its own size, in front"
+)
 TRANSFORMING_TYPES = ("Data", "ImageData", "MemoryData", "WindowData")
 
 
@@ -35,6 +42,8 @@ class InferenceNet:
         """
         filtered = filter_net(net, TEST)
         blobs = data_blobs(filtered)
+        if not blobs:
+            raise InputError(f"net {net.name!r} computes nothing from images{NO_INPUT}")
         return cls(inference_net(filtered, blobs[:1]), blobs[0], scores_blob(filtered))
 
 
@@ -50,18 +59,48 @@ def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level:
     Raises:
         InputError: a layer has include as well as exclude rules, or what is left is no sound net.
     """
-    state = (phase, set(stages), level)
     kept = _without_layers(net)
     for layer in net.layer:
         if layer.include and layer.exclude:
             raise InputError(
                 f"{_where(net, layer)} has include and exclude rules; Caffe allows one kind only"
             )
-        rules = layer.include or layer.exclude
-        if not rules or any(_meets(rule, *state) for rule in rules) == bool(layer.include):
+        if _exists(layer, phase, set(stages), level):
             kept.layer.add().CopyFrom(layer)
     check_net(kept)
     return kept
+
+
+def name_apart(net: NetParameter, stages: Iterable[str] = (), level: int = 0) -> None:
+    """Give every layer of a phase a name of its own, in place: "crop", "crop#2", "crop#3".
+
+    Caffe allows one name for several layers. It looks for a layer of the net by each name in the caffemodel,
+    and takes the first. So the first of the TEST phase keeps its name, and with it what the caffemodel holds;
+    those behind it have no blobs, or share them. TRAIN-only layers give way.
+
+    Args:
+        net: the net with all its phases.
+        stages: the stages that are set.
+        level: the level.
+    """
+    given = set(stages)
+    found = [
+        (layer, [phase for phase in (TEST, TRAIN) if _exists(layer, phase, given, level)])
+        for layer in net.layer
+    ]
+    taken = {layer.name for layer in net.layer}
+    used: dict[int, set[str]] = {TEST: set(), TRAIN: set()}
+    numbers: Counter[str] = Counter()
+    for layer, phases in sorted(found, key=lambda each: TEST not in each[1]):
+        name = layer.name
+        while any(layer.name in used[phase] for phase in phases) or (
+            layer.name != name and layer.name in taken
+        ):
+            numbers[name] += 1
+            layer.name = f"{name}{NAMESAKE}{numbers[name] + 1}"
+        taken.add(layer.name)
+        for phase in phases:
+            used[phase].add(layer.name)
 
 
 def check_net(net: NetParameter) -> None:
@@ -84,7 +123,10 @@ def check_net(net: NetParameter) -> None:
             )
         for bottom in layer.bottom:
             if bottom not in known:
-                raise InputError(f"{_where(net, layer)} reads {bottom!r}, which no layer before it makes")
+                hint = did_you_mean(bottom, known) if any(map(is_data_layer, net.layer)) else NO_INPUT
+                raise InputError(
+                    f"{_where(net, layer)} reads {bottom!r}, which no layer before it makes{hint}"
+                )
         for index, top in enumerate(layer.top):
             in_place = index < len(layer.bottom) and layer.bottom[index] == top
             if (top in known and not in_place) or top in layer.top[:index]:
@@ -185,6 +227,12 @@ def _meets(rule: NetStateRule, phase: int, stages: set[str], level: int) -> bool
         and stages.issuperset(rule.stage)
         and stages.isdisjoint(rule.not_stage)
     )
+
+
+def _exists(layer: LayerParameter, phase: int, stages: set[str], level: int) -> bool:
+    """Whether a layer is there in a state (``Net::FilterNet``)."""
+    rules = layer.include or layer.exclude
+    return not rules or any(_meets(rule, phase, stages, level) for rule in rules) == bool(layer.include)
 
 
 def _without_layers(net: NetParameter) -> NetParameter:

@@ -8,6 +8,7 @@ from pathlib import Path
 from google.protobuf import text_format
 
 from quantize.caffenet.fork import Schema, fork_class, from_fork, schema_of
+from quantize.caffenet.phases import name_apart
 from quantize.caffenet.schema import NetParameter
 from quantize.caffenet.strings import to_text
 from quantize.caffenet.text_faults import explain, no_prototxt
@@ -22,7 +23,7 @@ _ESCAPES = re.compile(rb"\\(?:([23][0-7]{2})|[xX]([89a-fA-F][0-9a-fA-F])|.)", re
 
 
 def read_prototxt(path: str | Path, schema: Schema | None = None) -> NetParameter:
-    """Read a net's prototxt and upgrade it to the form of Caffe 1.0.
+    """Read a net's prototxt, upgrade it to the form of Caffe 1.0 and name its layers apart.
 
     Bytes that are not UTF-8 are kept (see ``strings``).
 
@@ -41,6 +42,7 @@ def read_prototxt(path: str | Path, schema: Schema | None = None) -> NetParamete
         raise InputError(f"{path}: {error}") from None
     if not net.layer:
         raise InputError(f"{path}: the net has no layers; is this a net's prototxt?")
+    name_apart(net)
     return net
 
 

@@ -74,8 +74,8 @@ def layer_shapes(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     registered = _rules.get(layer.type)
     if registered is None:
         raise ShapeError(
-            f"this layer type is not supported{did_you_mean(layer.type, _rules)} (engine: caffe runs what your "
-            f"Caffe knows); supported are: {', '.join(sorted(_rules))}"
+            f"this layer type is not supported{did_you_mean(layer.type, _rules)} (engine: caffe runs what "
+            f"your Caffe knows); supported are: {', '.join(sorted(_rules))}"
         )
     if not registered.least_bottoms <= len(bottoms) <= registered.most_bottoms:
         raise ShapeError(f"{len(bottoms)} bottoms; the type does not take so many or so few")

@@ -183,17 +183,14 @@ def _first_line(error: ValidationError, where: str) -> str:
         return f"{where}: {key} is missing; give it in the YAML file, as an option, or with --set {key}=..."
     value = first["input"]
     if value is None:
-        return (
-            f"{where}: {key} is empty; give it a value{'' if _is_required(location) else ' or leave it out'}"
-        )
+        leave = "" if _is_required(location) else " or leave it out"
+        return f"{where}: {key} is empty; give it a value{leave}"
     if first["type"] == "dict_type":
         return f"{where}: {key} is a section with names as keys, as in fc8: {{...}}, not {str(value)[:40]!r}"
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: {key} is a section{_section_hint(location, value)}"
     if first["type"] == "path_type":
-        what = (
-            "a section" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)
-        )
+        what = {dict: "a section", list: "a list"}.get(type(value), repr(value))
         return f"{where}: {key}: expected a path, not {what}; write {location[-1]}: path/to/it"
     message = first["msg"].removeprefix("Value error, ")
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
@@ -203,13 +200,10 @@ def _first_line(error: ValidationError, where: str) -> str:
 def _section_hint(location: Sequence[str], value: object) -> str:
     """What a section holds that something else was given for, and where a path given for it belongs."""
     keys = f" with the keys {', '.join(_keys_at(location))}"
-    belongs = {
-        "data": "calibration: {source: PATH}",
-        "calibration": "source: PATH",
-        "validation": "source: PATH",
-    }
-    if isinstance(value, str) and location[-1] in belongs:
-        return f"{keys}; write {location[-1]}: {{{belongs[location[-1]].replace('PATH', value)}}}"
+    if isinstance(value, str) and location[-1] in ("data", "calibration", "validation"):
+        source = f"{{source: {value}}}"
+        right = f"{{calibration: {source}}}" if location[-1] == "data" else source
+        return f"{keys}; write {location[-1]}: {right}"
     return f"{keys}, not {str(value)[:40]!r}"
 
 

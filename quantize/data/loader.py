@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 
 from quantize.arrays import FloatArray, Labels
-from quantize.data.sources import Source
+from quantize.data.sources import Selection, Source
 from quantize.data.transform import ImageShape, Transform, shape_text
 from quantize.errors import InputError
 from quantize.host import available_threads
@@ -115,6 +115,11 @@ class Images:
                 yield batch.images, np.array(labels, np.int64) if complete else None
         finally:
             executor.shutdown(cancel_futures=True)
+
+    def selected(self, numbers: Sequence[int]) -> Images:
+        """Some of the images, by number; the random crop and mirror of each is that of its new number."""
+        chosen = Selection(self.source, numbers)
+        return Images(chosen, self.transform, self.phase, None, self.seed, self.threads)
 
     def _begin(self, executor: ThreadPoolExecutor, start: int, stop: int) -> _Batch:
         batch = _Batch(np.empty((stop - start, *self.shape), np.float32), [None] * (stop - start), [])

@@ -76,10 +76,6 @@ class Transform:
             raise InputError("force_color and force_gray are both set: keep one, as Caffe demands")
         if not math.isfinite(self.scale) or not all(map(math.isfinite, self.mean_value)):
             raise InputError("scale and mean_value must be finite numbers")
-        if self.scale == 0:
-            raise InputError(
-                "scale is 0, which makes every pixel 0: leave it out, or give the net's own factor"
-            )
 
     @classmethod
     def from_proto(cls, param: TransformationParameter, base: Path) -> Transform:

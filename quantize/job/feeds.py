@@ -89,9 +89,16 @@ def evaluation_images(config: Config) -> ImagesFrom:
     """Which images `validation_feed` gives."""
     if config.data.validation is not None or config.data.calibration is None:
         return "validation"
+    return "held_out" if calibration_images(config) > images_used(config) else "calibration"
+
+
+def calibration_images(config: Config) -> int:
+    """How many calibration images there are."""
+    if config.data.calibration is None:
+        return 0
     source = open_source(config.data.calibration.source)
     try:
-        return "held_out" if len(source) > images_used(config) else "calibration"
+        return len(source)
     finally:
         source.close()
 
@@ -129,18 +136,19 @@ def _feed(
             f"{source.path}: images are {shape_text(feed.shape)} when transformed but input {blob} "
             f"is {shape_text(expected)}; set data.transform.crop_size, resize or resize_short"
         )
-    return Feed(blob, feed)
+    return Feed({blob: feed}, config.data.seed)
 
 
 def image_shape(config: Config, net: NetParameter) -> tuple[int, ...] | None:
     """(channels, height, width) of an input image, as far as net and configuration tell."""
-    declared = declared_shape(net, InferenceNet.of(net).blob)
+    blob = InferenceNet.of(net).blob
+    declared = declared_shape(net, blob)
     if declared is not None:
         return declared
     if config.data.calibration is not None:
-        return calibration_feed(config, net, 1).images.shape
+        return calibration_feed(config, net, 1).shapes[blob]
     if config.data.validation is not None:
-        return validation_feed(config, net, 1).images.shape
+        return validation_feed(config, net, 1).shapes[blob]
     return None
 
 
@@ -167,7 +175,13 @@ def effective_transform(net: NetParameter, phase: int, config: Config) -> Transf
         given["crop_size"] = shape[-1] if len(shape) == 3 and shape[1] == shape[2] else 0
     if not (transform.force_color or {"force_color", "force_gray"} & given.keys()):
         given["force_gray"] = transform.force_gray or (shape is not None and shape[0] == 1)
-    return replace(transform, **given)
+    transform = replace(transform, **given)
+    if transform.scale == 0:
+        raise InputError(
+            "scale is 0, which makes every pixel 0; leave it out, or give the net's factor "
+            "(data.transform.scale)"
+        )
+    return transform
 
 
 def to_proto(transform: Transform) -> TransformationParameter:

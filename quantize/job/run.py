@@ -45,7 +45,13 @@ from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
 from quantize.files import open_file
 from quantize.host import available_threads, peak_memory, reset_peak_memory
-from quantize.job.feeds import calibration_feed, evaluation_images, image_shape, validation_feed
+from quantize.job.feeds import (
+    calibration_feed,
+    calibration_images,
+    evaluation_images,
+    image_shape,
+    validation_feed,
+)
 from quantize.job.output import Files, OutputFolder
 from quantize.job.prototxts import deploy_prototxt, validation_prototxt
 from quantize.job.store import PAGE, REPORT, previous_report, read_report, show_page, write_page, write_report
@@ -186,7 +192,7 @@ class Run:
         if not shifts:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
         self._write_weights(self.files.renorm, weights)
-        return {"images": len(feed.images), "layers": [asdict(shift) for shift in shifts]}
+        return {"images": len(feed), "layers": [asdict(shift) for shift in shifts]}
 
     def _activations(self) -> dict[str, Any]:
         weights = self._read_result(self.files.renorm, "renorm")
@@ -202,7 +208,7 @@ class Run:
             self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
         for activation in (a for a in found if a.dead):
             self.progress.note(f"activations: {activation.name} is dead: 0 on every calibration image")
-        return {"images": len(feed.images), "layers": [asdict(activation) for activation in found]}
+        return {"images": len(feed), "layers": [asdict(activation) for activation in found]}
 
     def _measure_outputs(self) -> None:
         """Add the output SQNR per layer to the report, where there are images to measure it on."""
@@ -211,16 +217,16 @@ class Run:
             return
         try:
             enough = images_to_measure(self.config.renorm.images + self.config.activations.images)
-            present = len(calibration_feed(self.config, self.net, 1).images.source)
-            images = calibration_feed(self.config, self.net, min(enough, present)).images
+            present = calibration_images(self.config)
+            feed = calibration_feed(self.config, self.net, min(enough, present))
             candidates = _candidates(self.config, self.net)
-            versions = {name: Version(c.net, c.weights, c.blob) for name, c in candidates.items()}
+            versions = {name: Version(c.net, c.weights) for name, c in candidates.items()}
             full = versions.pop("fp32")
-            found = output_sqnr(full, versions, layers, images, self.open_engine, self.progress)
+            found = output_sqnr(full, versions, layers, feed, self.open_engine, self.progress)
         except LabelfreeError as error:
             self.progress.note(f"output SQNR is not measured: {error}")
             return
-        self.report["output_sqnr"] = {"images": len(images), "layers": [asdict(layer) for layer in found]}
+        self.report["output_sqnr"] = {"images": len(feed), "layers": [asdict(layer) for layer in found]}
         write_report(self.folder, self.report)
 
     def _solver_calibration(self) -> Calibration | None:
@@ -404,7 +410,7 @@ def evaluate_run(
         candidates.pop("without_renorm", None)
     before = read_report(config.output)
     open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
-    found = evaluate(candidates, feed.images, open_engine, progress)
+    found = evaluate(candidates, feed, open_engine, progress)
     try:
         with closing(OutputFolder(config.output)) as folder:
             report = read_report(config.output)
@@ -445,14 +451,14 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
     if not quantized.exists() or not prototxt.exists():
         raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
     full = InferenceNet.of(net)
-    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.blob, full.scores)}
+    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.scores)}
     weights = Weights.read(quantized)
     if renormed.exists():
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
-        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.blob, unrepaired.scores)
+        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.scores)
         weights = Weights.read(renormed)
     final = InferenceNet.of(read_prototxt(prototxt, schema_of(net)))
-    found["quantized"] = Candidate(final.net, weights, final.blob, final.scores)
+    found["quantized"] = Candidate(final.net, weights, final.scores)
     return found
 
 
