@@ -190,7 +190,7 @@ def _first_line(error: ValidationError, where: str) -> str:
     if first["type"] in ("model_type", "model_attributes_type"):
         return f"{where}: {key} is a section{_section_hint(location, value)}"
     if first["type"] == "path_type":
-        what = {dict: "a section", list: "a list"}.get(type(value), repr(value))
+        what = "a section" if isinstance(value, dict) else "a list" if isinstance(value, list) else value
         return f"{where}: {key}: expected a path, not {what}; write {location[-1]}: path/to/it"
     message = first["msg"].removeprefix("Value error, ")
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."

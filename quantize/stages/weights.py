@@ -162,6 +162,8 @@ def weights_quan(
         The new net, its blobs (everything else carried over untouched), and what was done per layer.
     """
     weights = weights.copy()
+    if not chosen:
+        return with_alpha_terms(net, weights), weights, []
     progress.start("weights", sum(weights[name][0].size for name in chosen))
     aware: dict[str, DataAwareFit] = {}
     if solver == "data_aware":
