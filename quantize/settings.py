@@ -72,10 +72,18 @@ def parse_shapes(value: object) -> object:
     return value if value is None else parse_shape(value)
 
 
+def check_size(value: object) -> object:
+    """A height and a width."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value
+    raise ValueError("expected [height, width], as in resize: [256, 256]")
+
+
 Whole = Annotated[int, Strict()]
 """A number; ``true`` is none, although Python counts it as 1."""
 Bytes = Annotated[int | None, BeforeValidator(parse_size)]
 Command = Annotated[list[str], Field(min_length=1), BeforeValidator(parse_list)]
+Size = Annotated[tuple[Whole, Whole], BeforeValidator(check_size)]
 InputValues = Annotated[float | list[Any] | Path, BeforeValidator(parse_values)]
 """What goes into an input that takes no images (`data.values.open_values`)."""
 InputShapes = Annotated[list[int] | dict[str, list[int]] | None, BeforeValidator(parse_shapes)]
@@ -144,7 +152,7 @@ class TransformKeys(Section):
     force_color: bool | None = Field(None, description="decode images to three channels whatever they have")
     force_gray: bool | None = Field(None, description="decode images to one channel")
     resize_short: Whole | None = Field(None, ge=1, description="resize the shorter side to this first")
-    resize: tuple[int, int] | None = Field(None, description="resize to [height, width] first")
+    resize: Size | None = Field(None, description="resize to [height, width] first")
 
     @model_validator(mode="before")
     @classmethod

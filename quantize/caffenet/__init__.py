@@ -1,5 +1,13 @@
 """Caffe's file formats: nets as prototxt, weights as caffemodel, and what a net implies."""
 
+from quantize.caffenet.fork import (
+    Schema,
+    empty_like,
+    foreign_field_text,
+    foreign_fields,
+    load_schema,
+    schema_of,
+)
 from quantize.caffenet.norms import doubtful_norms, stored_statistics
 from quantize.caffenet.phases import (
     TRANSFORMING_TYPES,
@@ -16,7 +24,7 @@ from quantize.caffenet.phases import (
     is_measure,
     scores_blob,
 )
-from quantize.caffenet.prototxt import format_prototxt, load_schema, read_prototxt
+from quantize.caffenet.prototxt import format_prototxt, read_prototxt
 from quantize.caffenet.schema import (
     TEST,
     TRAIN,
@@ -59,6 +67,7 @@ __all__ = [
     "NetState",
     "NetStateRule",
     "PoolingParameter",
+    "Schema",
     "Shapes",
     "TransformationParameter",
     "Weights",
@@ -71,7 +80,10 @@ __all__ = [
     "declared_shape",
     "dependents",
     "doubtful_norms",
+    "empty_like",
     "filter_net",
+    "foreign_field_text",
+    "foreign_fields",
     "format_prototxt",
     "infer_shapes",
     "inference_net",
@@ -90,6 +102,7 @@ __all__ = [
     "read_prototxt",
     "remove_layer",
     "replace_layer",
+    "schema_of",
     "scores_blob",
     "sharers",
     "single_assignment",

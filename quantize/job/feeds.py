@@ -9,11 +9,14 @@ from quantize.arrays import Shape
 from quantize.caffenet import (
     TEST,
     TRAIN,
+    TRANSFORMING_TYPES,
     InferenceNet,
     NetParameter,
     TransformationParameter,
     data_layer,
+    foreign_fields,
 )
+from quantize.caffenet.strings import from_path
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import FileSource, Selection, Source, open_source
@@ -164,6 +167,12 @@ def _images(
 ) -> Images:
     blob = image_input(config, net)
     transform = effective_transform(net, phase, config)
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+        if layer.type in TRANSFORMING_TYPES and foreign is not None:
+            progress.note(
+                f"layer {layer.name!r}: {foreign} is a field of a fork of Caffe and is not applied; say in "
+                "data.transform what the images need"
+            )
     if (
         isinstance(source, FileSource)
         and transform.crop_size
@@ -219,9 +228,15 @@ def effective_transform(net: NetParameter, phase: int, config: Config) -> Transf
     if not (transform.force_color or {"force_color", "force_gray"} & given.keys()):
         given["force_gray"] = transform.force_gray or (shape is not None and shape[0] == 1)
     try:
-        return replace(transform, **given)
+        transform = replace(transform, **given)
     except InputError as error:
         raise InputError(f"data.transform: {error}") from error
+    if transform.scale == 0:
+        raise InputError(
+            "scale is 0, which makes every pixel 0; leave it out, or give the net's factor "
+            "(data.transform.scale)"
+        )
+    return transform
 
 
 def to_proto(transform: Transform) -> TransformationParameter:
@@ -235,7 +250,7 @@ def to_proto(transform: Transform) -> TransformationParameter:
         param.scale = transform.scale
     param.mean_value.extend(transform.mean_value)
     if transform.mean_file is not None:
-        param.mean_file = str(transform.mean_file.resolve())
+        param.mean_file = from_path(transform.mean_file.resolve())
     if transform.force_color:
         param.force_color = True
     if transform.force_gray:

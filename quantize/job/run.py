@@ -44,10 +44,13 @@ from quantize.caffenet import (
     load_weights,
     owners,
     read_prototxt,
+    schema_of,
 )
+from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
+from quantize.files import open_file
 from quantize.host import available_threads, peak_memory, reset_peak_memory, using_threads
 from quantize.job.feeds import (
     calibration_feed,
@@ -172,6 +175,8 @@ class Run:
         self._check(weights)
         settings = self.config.weights
         chosen = choices(test.net, settings)
+        if not chosen:
+            self.progress.note("weights: weights.layers skips every layer; no weights are quantized")
         check_kernels(filter_net(self.net, TEST), weights, chosen)
         kept = unquantizable(test.net)
         doubtful = doubtful_norms(test.net, weights)
@@ -219,7 +224,9 @@ class Run:
         found = activations_quan(net, weights, feed, self.config.activations, self.open_engine, self.progress)
         kept = [layer.name for layer in net.layer if layer.type == "ReLU"]
         for name in sorted(set(kept) - set(plain_relus(net))):
-            self.progress.note(f"activations: {name} is left alone: it has a negative slope")
+            self.progress.note(
+                f"activations: {name} is left alone: it has a negative slope or a field of a fork"
+            )
         if not found:
             self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
         for activation in (a for a in found if a.dead):
@@ -389,7 +396,7 @@ class Run:
             self.progress.note(f"{self.files.deploy} needs the images' shape: give data.input_shape")
         for name, content in written.items():
             with self.folder.writing(name) as file:
-                file.write(format_prototxt(content).encode())
+                file.write(to_bytes(format_prototxt(content)))
         return list(written)
 
     def _latest(self, stages: dict[str, Any]) -> str:
@@ -491,7 +498,7 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
         found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.scores)
         weights = Weights.read(renormed)
-    final = InferenceNet.of(read_prototxt(prototxt))
+    final = InferenceNet.of(read_prototxt(prototxt, schema_of(net)))
     found["quantized"] = Candidate(final.net, weights, final.scores)
     return found
 
@@ -515,12 +522,9 @@ def sha256(path: Path) -> str:
         InputError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(READ_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}; check the path") from error
+    with open_file(path, "file") as file:
+        while block := file.read(READ_BLOCK):
+            digest.update(block)
     return digest.hexdigest()
 
 
