@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from quantize.arrays import Shape
 from quantize.caffenet.phases import exists
@@ -19,7 +19,7 @@ _BATCH_SIZES = (
 )
 
 
-def free_batch(net: NetParameter, stages: Iterable[str] = (), level: int = 0) -> None:
+def free_batch(net: NetParameter) -> None:
     """Have Reshape layers of the TEST phase copy their first axis where they name it, in place.
 
     Deploy nets for one image say ``dim: 1`` where they mean the batch, those for ten ``dim: 10``. ``dim: 0``,
@@ -27,11 +27,9 @@ def free_batch(net: NetParameter, stages: Iterable[str] = (), level: int = 0) ->
     size, and writes a net for one image and one for the validation images.
 
     Args:
-        net: the net with all its phases.
-        stages: the stages that are set.
-        level: the level.
+        net: the net with all its phases, no stages set (see `at_state`).
     """
-    layers = [layer for layer in net.layer if exists(layer, TEST, set(stages), level)]
+    layers = [layer for layer in net.layer if exists(layer, TEST, set(), 0)]
     named = [layer for layer in layers if layer.type == "Reshape" and _names_first_axis(layer)]
     if not named:
         return

@@ -17,7 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from quantize.arrays import FloatArray
-from quantize.caffenet import BlobId, LayerParameter, NetParameter, Weights, all_finite, sharers
+from quantize.caffenet import (
+    BlobId,
+    LayerParameter,
+    NetParameter,
+    Weights,
+    all_finite,
+    foreign_field_text,
+    foreign_fields,
+    sharers,
+)
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.caffenet.shapes import no_weights
 from quantize.errors import InputError
@@ -73,7 +82,8 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
 
     Raises:
         InputError: an override names a layer that is not there or has no weights to quantize, layers with the
-            same weights have different overrides, or the net has been quantized already.
+            same weights have different overrides, a layer to quantize has a field of a fork, which may
+            compute something else of its weights, or the net has been quantized already.
     """
     names, left_out = _names(net), unquantizable(net)
     for name in settings.layers:
@@ -93,11 +103,19 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
             f"the net has a layer {min(taken)!r}: it has been quantized; give the net from before"
         )
     free = free_layers(net, settings)
+    users = weight_users(net)
     found: dict[str, GridChoice] = {}
-    for name, users in weight_users(net).items():
-        override = _override(users, settings)
+    for name in users:
+        override = _override(users[name], settings)
         if override is None or not override.skip:
             found[name] = override or (settings if name in free else settings.first_last)
+    quantized = {user for name in found for user in users[name]}
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+        if layer.name in quantized and foreign is not None:
+            raise InputError(
+                f"layer {layer.name!r} ({layer.type}): {foreign_field_text(foreign)}; or leave the layer's "
+                f"weights alone (weights.layers: {{{layer.name}: {{skip: true}}}})"
+            )
     return found
 
 
@@ -226,6 +244,8 @@ def weights_quan(
         The new net, its blobs (everything else carried over untouched), and what was done per layer.
     """
     weights = weights.copy()
+    if not chosen:
+        return with_alpha_terms(net, weights), weights, []
     progress.start("weights", sum(weights[name][0].size for name in chosen))
     aware: dict[str, DataAwareFit] = {}
     if solver == "data_aware":

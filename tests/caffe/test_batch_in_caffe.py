@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantize.caffenet import InferenceNet, format_prototxt, load_weights, read_prototxt
+from quantize.caffenet import InferenceNet, format_prototxt, load_weights, read_net
 from quantize.commands.config import load
 from quantize.data.make_lmdb import make_datum, write_lmdb
 from quantize.engines.onnx.engine import OnnxEngine
@@ -42,7 +42,7 @@ def model(tmp_path: Path) -> Callable[[int], tuple[Path, Path]]:
     def make(batch: int) -> tuple[Path, Path]:
         prototxt, weights = tmp_path / "net.prototxt", tmp_path / "net.caffemodel"
         prototxt.write_text(NET % ((batch,) * 3))
-        net = InferenceNet.of(read_prototxt(prototxt)).net
+        net = InferenceNet.of(read_net(prototxt)).net
         with open(weights, "wb") as file:
             random_weights(net, {"data": SHAPE}).write(file)
         return prototxt, weights
@@ -61,7 +61,7 @@ def test_any_batch_gives_what_the_batch_of_the_net_gives(
             for first in range(0, 8, batch)
         ]
     )
-    net = read_prototxt(prototxt)
+    net = read_net(prototxt)
     whole = caffe_forward(format_prototxt(net), weights, {"data": images(8)}, ["fc"])[0]
     np.testing.assert_allclose(whole, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     engine = OnnxEngine(InferenceNet.of(net).net, load_weights(weights, net), {"data": SHAPE}, 1)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.caffenet import read_prototxt
+from quantize.caffenet import read_net
 
 INPUT = (
     'layer {{ name: "in" type: "Input" top: "data" input_param {{ shape {{ dim: {} dim: 4 dim: 6 }} }} }}\n'
@@ -18,7 +18,7 @@ def dims_of(folder: Path, head: str, reshape: str, behind: str = "data") -> list
         f'layer {{ name: "r" type: "Reshape" bottom: "{behind}" top: "r" reshape_param {{ {reshape} }} }}\n'
     )
     (folder / "net.prototxt").write_text(text)
-    return list(read_prototxt(folder / "net.prototxt").layer[-1].reshape_param.shape.dim)
+    return list(read_net(folder / "net.prototxt").layer[-1].reshape_param.shape.dim)
 
 
 def shape(*dims: int) -> str:
