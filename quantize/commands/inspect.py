@@ -86,18 +86,14 @@ def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: Weight
         else:
             what = ""
         known = layer.name in shapes.params
+        blobs = enumerate(shapes.params.get(layer.name, ()))
+        own = [math.prod(blob) for index, blob in blobs if BlobId(layer.name, index) not in shared]
         rows.append(
             LayerRow(
                 layer.name,
                 layer.type,
                 tuple(shapes.blobs[layer.top[0]][1:]) if known else None,
-                sum(
-                    math.prod(blob)
-                    for index, blob in enumerate(shapes.params[layer.name])
-                    if BlobId(layer.name, index) not in shared
-                )
-                if known
-                else None,
+                sum(own) if known else None,
                 shapes.macs.get(layer.name, 0) if known else None,
                 what,
             )

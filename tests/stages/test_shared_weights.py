@@ -124,7 +124,7 @@ def test_weights_that_are_something_else_elsewhere_are_kept(
         InputError, match=rf"weights\.layers\.{left_out[0]}: cannot be quantized: its weights"
     ):
         choices(net, settings(layers={left_out[0]: {"bits": 3}}))
-    plans = {row.name: row.plan for row in inspect_net(parse(text), IMAGE, settings())}
+    plans = {row.name: row.plan for row in inspect_net(parse(text), {"data": IMAGE}, settings())}
     assert "kept: its weights are also in layer" in plans[left_out[0]]
 
 
@@ -220,10 +220,8 @@ def test_a_layer_of_both_phases_has_its_alpha_in_both() -> None:
 def test_a_layer_behind_the_labels_that_has_the_weights_too() -> None:
     """It is not needed to quantize, but `caffe test` runs it."""
     text = CHAIN.replace(INPUT, 'layer { name: "d" type: "Data" top: "data" top: "label" }\n') + (
-        'layer { name: "mixed" type: "Scale" bottom: "c1" bottom: "label" top: "mixed" '
-        "scale_param { axis: 0 } }\n"
-        + layer("behind", "mixed", "w", "b")
-        + 'layer { name: "loss" type: "EuclideanLoss" bottom: "behind" bottom: "c3" top: "loss" }\n'
+        'layer { name: "loss" type: "EuclideanLoss" bottom: "fc" bottom: "label" top: "loss" }\n'
+        + layer("behind", "loss", "w", "b")
     )
     net = parse(text)
     weights = loaded(filter_net(net, TEST), random_weights(InferenceNet.of(net).net, {"data": IMAGE}))
@@ -263,7 +261,7 @@ def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) 
 
 
 def test_what_is_shared_counts_once(tmp_path: Path) -> None:
-    rows = {row.name: row for row in inspect_net(parse(CHAIN), IMAGE, settings())}
+    rows = {row.name: row for row in inspect_net(parse(CHAIN), {"data": IMAGE}, settings())}
     assert [rows[name].parameters for name in ("c2", "c3", "c5")] == [6 * 6 * 9 + 6, 6, 6 * 6 * 9]
     assert rows["c3"].plan == "weights: 4 bits power_of_two, those of c2"
     (tmp_path / "net.prototxt").write_text(CHAIN)
