@@ -8,24 +8,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.caffenet import (
-    TEST,
-    TRAIN,
-    InferenceNet,
-    NetParameter,
-    Weights,
-    data_layer,
-    declared_shape,
-    load_schema,
-    read_prototxt,
-)
-from quantize.data.sources import FileSource, open_source
+from quantize.caffenet import TRAIN, NetParameter, Weights, load_schema, read_prototxt
+from quantize.commands.config import load
+from quantize.data.sources import Source, open_source
 from quantize.errors import InputError
-from quantize.job.feeds import RESIZE_PER_CROP
+from quantize.job.feeds import effective_transform, guessed_short_side
 from quantize.job.output import OutputFolder
+from quantize.job.transforms import ARITHMETIC, has_data_layer, with_chosen_transform
+from quantize.settings import Config, TransformKeys
 
-IMAGENET_MEAN = [104, 117, 123]
-"""Blue, green, red: what most published Caffe networks subtract."""
+USUAL_IMAGES = 1000
+KEPT_SHARE = 5
+"""One image in so many is kept back for evaluate."""
 
 TEMPLATE = """\
 # {name}: written by `labelfree init`. Paths are relative to this file; ~ and $VARS expand.
@@ -34,7 +28,7 @@ model:
   prototxt: {prototxt}
   weights: {weights}{schema}
 data:
-  calibration: {{source: {calibration}, images: {images}}}  # unlabeled
+  calibration: {{source: {calibration}, images: {images}}}  # unlabeled; {kept}
   # validation: {{source: /path/to/labeled_lmdb, batch_size: 50}}    # for evaluate and `caffe test`
 {transform}
   seed: 0                             # of random crops and mirrors
@@ -45,12 +39,12 @@ weights:
   first_last: {{bits: 8, grid: fixed_point}}
   # layers: {{some_layer: {{bits: 8, grid: fixed_point}}, other_layer: {{skip: true}}}}
 renorm:
-  images: {images}
+  # images: 1000                      # of calibration; the default, or as many as there are
   augment: train                      # random crops and mirrors as in training; test: centre crops
   memory: 2GiB                        # bound on what the sweep keeps
 activations:
   bits: 8                             # codes 0..127; `levels: 255` uses the full byte
-  images: {activation_images}
+  # images: 400
 output: {output}
 """
 
@@ -86,14 +80,31 @@ def initial_config(
         InputError: the net or the images cannot be read.
     """
     guesses: list[str] = []
-    source = open_source(calibration)
-    count = len(source)
-    files = isinstance(source, FileSource)
-    source.close()
     name = re.sub(r"[^\w.+-]+", "_", net.name or prototxt.stem).strip("_.+-") or "net"
-    images = min(1000, count)
-    if count < 1000:
-        guesses.append(f"renorm uses all {count} images; about 1,000 are usual")
+    options = {
+        "name": name,
+        "model.prototxt": str(prototxt),
+        "model.weights": str(weights),
+        "model.caffe_proto": str(caffe_proto) if caffe_proto else None,
+        "data.calibration.source": str(calibration),
+        "output": f"out/{name}",
+    }
+    config = load(None, options)
+    source = open_source(calibration)
+    try:
+        count = len(source)
+        keys = _geometry(net, config, source, guesses)
+    finally:
+        source.close()
+    images = min(USUAL_IMAGES, count - count // KEPT_SHARE)
+    if count < USUAL_IMAGES:
+        guesses.append(f"{images} of {count} images are used, about {USUAL_IMAGES:,} are usual")
+    kept = f"the other {count - images} are for evaluate" if count > images else "none are left for evaluate"
+    guesses.append(f"data.calibration.images {images}: {kept}")
+    config, why = with_chosen_transform(config, net, Weights.read(weights))
+    guesses.append(f"data.transform: {why}")
+    shown = json.dumps({**keys, **_arithmetic(config.data.transform)}).replace('"', "")
+    comment = "  # overrides of the prototxt's transform_param" if has_data_layer(net) else ""
     text = TEMPLATE.format(
         name=name,
         prototxt=_path(prototxt, folder),
@@ -101,11 +112,34 @@ def initial_config(
         schema=f"\n  caffe_proto: {_path(caffe_proto, folder)}" if caffe_proto else "",
         calibration=_path(calibration, folder),
         images=images,
-        activation_images=min(400, count),
-        transform=_transform(net, files, guesses),
+        kept=kept,
+        transform=f"  transform: {shown}{comment}",
         output=json.dumps(f"out/{name}"),
     )
     return Initial(name, text, guesses)
+
+
+def _geometry(net: NetParameter, config: Config, source: Source, guesses: list[str]) -> dict[str, object]:
+    """The keys of data.transform that say how large images become, as far as the prototxt does not."""
+    keys: dict[str, object] = {}
+    transform = effective_transform(net, TRAIN, config)
+    if not has_data_layer(net) and transform.crop_size:
+        keys["crop_size"] = transform.crop_size
+        guesses.append(f"crop_size {transform.crop_size} from the shape of the input")
+    short = guessed_short_side(source, transform)
+    if short is not None:
+        keys["resize_short"] = short
+        guesses.append(f"images are not all of the net's size: the shorter side is resized to {short}")
+    return keys
+
+
+def _arithmetic(transform: TransformKeys) -> dict[str, object]:
+    """The keys of data.transform that say what happens to the values of pixels."""
+    if not ARITHMETIC & transform.model_fields_set:
+        return {}
+    mean = [float(f"{value:.7g}") for value in transform.mean_value or []]
+    keys: dict[str, object] = {"mean_value": [int(value) if value.is_integer() else value for value in mean]}
+    return keys if transform.scale == 1 else {**keys, "scale": float(f"{transform.scale:.7g}")}
 
 
 def write_initial(
@@ -125,7 +159,6 @@ def write_initial(
         InputError: bad input, or the file is there and ``force`` is not set.
     """
     net = read_prototxt(prototxt, load_schema(caffe_proto) if caffe_proto else None)
-    Weights.read(weights)
     folder = path.parent if path is not None else Path()
     initial = initial_config(net, prototxt, weights, calibration, folder, caffe_proto)
     target = path if path is not None else Path(f"{initial.name}.yaml")
@@ -146,27 +179,3 @@ def _path(path: Path, folder: Path) -> str:
     base = Path(os.path.abspath(folder))
     shown = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
     return json.dumps(str(shown), ensure_ascii=False)
-
-
-def _transform(net: NetParameter, files: bool, guesses: list[str]) -> str:
-    layer = data_layer(net, TRAIN) or data_layer(net, TEST)
-    keys: dict[str, object] = {}
-    if layer is not None:
-        guesses.append(f"the transform is that of the prototxt's layer {layer.name}")
-        crop = layer.transform_param.crop_size
-    else:
-        shape = declared_shape(net, InferenceNet.of(net).blob)
-        crop = shape[-1] if shape is not None and len(shape) == 3 else 0
-        if crop:
-            keys["crop_size"] = crop
-            guesses.append(f"crop_size {crop} from the shape of the input")
-        if shape is not None and shape[0] == len(IMAGENET_MEAN):
-            keys["mean_value"] = IMAGENET_MEAN
-            guesses.append(
-                f"mean_value {IMAGENET_MEAN}, the usual one: check it against how the net was trained"
-            )
-    if files and crop:
-        keys["resize_short"] = round(crop * RESIZE_PER_CROP)
-        guesses.append(f"images are resized so that the shorter side is {keys['resize_short']}")
-    comment = "  # overrides of the prototxt's transform_param" if layer is not None else ""
-    return f"  transform: {json.dumps(keys).replace(chr(34), '')}{comment}"

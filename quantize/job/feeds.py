@@ -23,9 +23,59 @@ from quantize.progress import SILENT, Progress
 from quantize.settings import Config
 
 ImagesFrom = Literal["validation", "held_out", "calibration"]
+Stage = Literal["weights", "renorm", "activations"]
 RESIZE_PER_CROP = 256 / 224
 """Photographs of any size are resized so that the shorter side is this much longer than the crop, the common
 convention of ImageNet training."""
+SIZES_LOOKED_AT = 32
+"""Image files whose size decides whether images are resized at all."""
+
+
+def stage_feed(config: Config, net: NetParameter, stage: Stage, progress: Progress = SILENT) -> Feed:
+    """The calibration images that a stage looks at: as many as it asks for, or all where there are fewer.
+
+    Raises:
+        InputError: as `calibration_feed`, or there are fewer images than the user has asked for.
+    """
+    return calibration_feed(config, net, stage_images(config, stage, progress), progress)
+
+
+def stage_images(config: Config, stage: Stage, progress: Progress = SILENT) -> int:
+    """How many calibration images a stage looks at.
+
+    Raises:
+        InputError: fewer are there than the user has asked for; defaults ask for nothing.
+    """
+    settings, calibration = getattr(config, stage), config.data.calibration
+    present = calibration_images(config)
+    if calibration is None:
+        return int(settings.images)
+    cure = f"set data.calibration.images={present}, which holds for all stages, or give more images"
+    if (calibration.images or 0) > present:
+        raise InputError(
+            f"{calibration.source}: data.calibration.images asks for {calibration.images} images but it "
+            f"holds {present}: {cure}"
+        )
+    available = calibration.images or present
+    if settings.images > available and calibration.images is None:
+        if "images" in settings.model_fields_set:
+            raise InputError(
+                f"{calibration.source}: {stage}.images asks for {settings.images} images but it holds "
+                f"{present}: {cure}"
+            )
+        progress.note(f"{calibration.source} holds {present} images: all of them are used (1,000 are usual)")
+    return int(min(settings.images, available))
+
+
+def calibration_images(config: Config) -> int:
+    """How many calibration images there are."""
+    if config.data.calibration is None:
+        return 0
+    source = open_source(config.data.calibration.source)
+    try:
+        return len(source)
+    finally:
+        source.close()
 
 
 def calibration_feed(config: Config, net: NetParameter, images: int, progress: Progress = SILENT) -> Feed:
@@ -86,11 +136,7 @@ def evaluation_images(config: Config) -> ImagesFrom:
     """Which images `validation_feed` gives."""
     if config.data.validation is not None or config.data.calibration is None:
         return "validation"
-    source = open_source(config.data.calibration.source)
-    try:
-        return "held_out" if len(source) > images_used(config) else "calibration"
-    finally:
-        source.close()
+    return "held_out" if calibration_images(config) > images_used(config) else "calibration"
 
 
 def _feed(
@@ -104,13 +150,12 @@ def _feed(
 ) -> Feed:
     blob = InferenceNet.of(net).blob
     transform = effective_transform(net, phase, config)
-    if (
-        isinstance(source, FileSource)
-        and transform.crop_size
-        and not (transform.resize or transform.resize_short)
-    ):
-        short = round(transform.crop_size * RESIZE_PER_CROP)
-        progress.note(f"{source.path}: resizing the shorter side to {short} (data.transform.resize_short)")
+    short = guessed_short_side(source, transform)
+    if short is not None:
+        progress.note(
+            f"{source.path}: images are not all {transform.crop_size}x{transform.crop_size} as the net wants "
+            f"them: resizing the shorter side to {short} (data.transform.resize_short)"
+        )
         transform = replace(transform, resize_short=short)
     source = Selection(source, range(first, len(source))) if first else source
     feed = Images(source, transform, phase, images, config.data.seed, config.threads)
@@ -121,6 +166,19 @@ def _feed(
             f"is {shape_text(expected)}; set data.transform.crop_size, resize or resize_short"
         )
     return Feed(blob, feed)
+
+
+def guessed_short_side(source: Source, transform: Transform) -> int | None:
+    """To how many pixels the shorter side of images is resized although nobody has said so.
+
+    None where something is said, where images come from an LMDB, made for a net, and where image files are
+    as large as the crop: these are taken as they are.
+    """
+    crop = transform.crop_size
+    if not isinstance(source, FileSource) or not crop or transform.resize or transform.resize_short:
+        return None
+    same = all(size == (crop, crop) for size in source.sizes(SIZES_LOOKED_AT))
+    return None if same else round(crop * RESIZE_PER_CROP)
 
 
 def image_shape(config: Config, net: NetParameter) -> tuple[int, ...] | None:

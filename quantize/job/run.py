@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,22 @@ from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
 from quantize.host import available_threads, peak_memory, reset_peak_memory
-from quantize.job.feeds import calibration_feed, evaluation_images, image_shape, validation_feed
+from quantize.job.checks import Checks
+from quantize.job.feeds import (
+    calibration_feed,
+    calibration_images,
+    evaluation_images,
+    image_shape,
+    stage_feed,
+    validation_feed,
+)
 from quantize.job.output import Files, OutputFolder
 from quantize.job.prototxts import deploy_prototxt, validation_prototxt
 from quantize.job.store import PAGE, REPORT, previous_report, read_report, show_page, write_page, write_report
+from quantize.job.transforms import says_transform, transform_check, with_chosen_transform
 from quantize.measure.evaluate import Candidate, Evaluation, evaluate
 from quantize.measure.sqnr import Version, images_to_measure, output_sqnr
+from quantize.measure.transform_check import TransformCheck
 from quantize.progress import SILENT, Progress
 from quantize.settings import Config
 from quantize.stages.activations import QuantizedActivation, activations_quan, plain_relus, with_act_quantize
@@ -77,16 +88,21 @@ class Run:
     Args:
         config: the settings.
         progress: what hears how far it is.
+        choose_transform: where neither they nor the prototxt say what happens to the values of pixels, take
+            the transform that fits the net's statistics of training.
     """
 
-    def __init__(self, config: Config, progress: Progress = SILENT) -> None:
+    def __init__(self, config: Config, progress: Progress = SILENT, choose_transform: bool = False) -> None:
         self.config = config
         self.progress = progress
         self.files = Files.of(config.name)
         self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
         self.net = read_model_prototxt(config)
+        self.may_choose = choose_transform
+        self.chosen: str | None = None
         self.inputs: dict[str, str] = {"prototxt": sha256(config.model.prototxt)}
         self.report: dict[str, Any] = {}
+        self.transform: dict[str, Any] | None = None
 
     def quantize(
         self, stages: Sequence[str] = STAGES, resume: bool = False, force: bool = False
@@ -111,7 +127,9 @@ class Run:
             "renorm": self._renorm,
             "activations": self._activations,
         }
-        self._check_before_work(stages)
+        for _, look in self.checks(stages):
+            look()
+        self.choose_transform()
         with closing(OutputFolder(self.config.output)) as self.folder:
             self.report = previous_report(self.config.output, self.config.name, self.progress)
             for stage in (s for s in STAGES if s in stages):
@@ -119,6 +137,10 @@ class Run:
                 if resume and not force and self._is_done(stage, key):
                     self.progress.note(f"{stage}: skipped, its results fit the inputs and settings")
                     continue
+                if self.transform is None:
+                    self.transform = self._transform_record()
+                if stage != "weights":
+                    self.__dict__.pop("model_weights", None)
                 reset_peak_memory()
                 start = time.monotonic()
                 record = works[stage]()
@@ -133,23 +155,44 @@ class Run:
                 show_page(self.folder, self.config, self.net, self.report, self.progress)
         return self.report
 
-    def _check_before_work(self, stages: Sequence[str]) -> None:
-        """Find what is wrong with the inputs of later stages before an earlier stage takes its time."""
-        if "weights" in stages:
-            choices(InferenceNet.of(self.net).net, self.config.weights)
-        if "renorm" in stages or "activations" in stages:
-            calibration_feed(self.config, self.net, 1)
-        if "weights" in stages:
-            self._solver_calibration()
-            if self.config.weights.budget is not None:
-                self._renorm_feed()
-        if "renorm" in stages:
-            self._renorm_feed()
-        if "activations" in stages:
-            self._activations_feed()
+    def checks(self, stages: Sequence[str] = STAGES) -> Checks:
+        """What must be right before some stages begin."""
+        weights = lambda: self.model_weights  # noqa: E731 - read when it is looked at
+        return Checks(self.config, self.net, weights, self.open_engine, self.progress, stages)
+
+    @cached_property
+    def model_weights(self) -> Weights:
+        """The blobs of the given net.
+
+        Raises:
+            InputError: the file cannot be read or is damaged.
+        """
+        return Weights.read(self.config.model.weights)
+
+    def choose_transform(self) -> None:
+        """Take the transform that fits, where nobody has said one and the run may choose."""
+        if self.may_choose and not self.chosen and not says_transform(self.config, self.net):
+            self.config, self.chosen = with_chosen_transform(self.config, self.net, self.model_weights)
+            self.progress.note(f"data.transform: {self.chosen}")
+
+    def transform_check(self) -> TransformCheck | None:
+        """How the transform fits the net's statistics of training; None where there are no images."""
+        return transform_check(self.config, self.net, self.model_weights)
+
+    def _transform_record(self) -> dict[str, Any]:
+        """`transform_check` for the report; what it finds is said."""
+        check = self.transform_check()
+        if check is None:
+            return {}
+        if check.doubtful:
+            self.progress.warn(f"{check.finding}; {check.remedy}")
+        elif check.given is None:
+            self.progress.note(check.finding)
+        return {"chosen": self.chosen, **check.record}
 
     def _weights(self) -> dict[str, Any]:
-        weights = Weights.read(self.config.model.weights)
+        weights = self.model_weights
+        del self.model_weights  # lest it stay in memory through the later stages
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
@@ -204,8 +247,9 @@ class Run:
             return
         try:
             enough = images_to_measure(self.config.renorm.images + self.config.activations.images)
-            present = len(calibration_feed(self.config, self.net, 1).images.source)
-            images = calibration_feed(self.config, self.net, min(enough, present)).images
+            images = calibration_feed(
+                self.config, self.net, min(enough, calibration_images(self.config))
+            ).images
             candidates = _candidates(self.config, self.net)
             versions = {name: Version(c.net, c.weights, c.blob) for name, c in candidates.items()}
             full = versions.pop("fp32")
@@ -221,16 +265,16 @@ class Run:
         settings = self.config.weights
         if settings.solver != "data_aware":
             return None
-        return self._calibration(calibration_feed(self.config, self.net, settings.images, self.progress))
+        return self._calibration(stage_feed(self.config, self.net, "weights", self.progress))
 
     def _calibration(self, feed: Feed) -> Calibration:
         return Calibration(InferenceNet.of(self.net).net, feed, self.open_engine, self.config.renorm.memory)
 
     def _renorm_feed(self) -> Feed:
-        return calibration_feed(self.config, self.net, self.config.renorm.images, self.progress)
+        return stage_feed(self.config, self.net, "renorm", self.progress)
 
     def _activations_feed(self) -> Feed:
-        return calibration_feed(self.config, self.net, self.config.activations.images, self.progress)
+        return stage_feed(self.config, self.net, "activations", self.progress)
 
     def _check(self, weights: Weights) -> None:
         """Check the blobs against the layers, as far as the shapes of images and layers are known."""
@@ -334,6 +378,7 @@ class Run:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
             "settings": dump(self.config),
             "inputs": self._hash_inputs(),
+            "transform": self.transform,
             "stages": stages,
             "sizes": self._sizes(stages),
         }
