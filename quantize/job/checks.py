@@ -15,10 +15,11 @@ from quantize.caffenet import (
     known_part,
     single_assignment,
 )
+from quantize.data.feed import Feed
 from quantize.data.transform import shape_text
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError
-from quantize.job.feeds import Stage, image_shape, stage_feed, validation_feed
+from quantize.job.feeds import Stage, calibration_images, image_shape, stage_feed, validation_feed
 from quantize.progress import Progress
 from quantize.settings import Config
 from quantize.stages.budget import bits_left
@@ -75,6 +76,13 @@ class Checks:
     def _weights(self) -> str:
         """The caffemodel against the net, and the settings against both."""
         test, weights = InferenceNet.of(self.net), self.weights()
+        try:
+            shape = image_shape(self.config, self.net)
+        except InputError:  # the images are looked at next
+            shape = None
+        if shape is not None:
+            known = known_part(test.net, [test.blob])
+            check_weights(known, weights, infer_shapes(known, {test.blob: (1, *shape)}))
         if "weights" in self.stages:
             settings = self.config.weights
             chosen = choices(test.net, settings)
@@ -83,24 +91,15 @@ class Checks:
                 counts = {name: weights[name][0].size for name in chosen}
                 free = free_layers(test.net, settings)
                 bits_left(counts, {n: chosen[n].bits for n in chosen if n not in free}, settings)
-        try:
-            shape = image_shape(self.config, self.net)
-        except InputError:  # the images are looked at next
-            shape = None
-        if shape is None:
-            return (
-                f"{len(weights.layers())} layers (the shape of images, and so of the weights, is not known)"
-            )
-        known = known_part(test.net, [test.blob])
-        check_weights(known, weights, infer_shapes(known, {test.blob: (1, *shape)}))
-        return f"{len(weights.layers())} layers, they fit the net"
+        fit = "they fit the net" if shape is not None else "the shape of images, and so theirs, is not known"
+        return f"{len(weights.layers())} layers, {fit}"
 
     def _calibration(self) -> str:
         """Enough images, the first of which can be read and has the net's size."""
         feeds = {stage: stage_feed(self.config, self.net, stage, self.progress) for stage in self._fed}
-        counts = ", ".join(f"{len(feed.images):,} for {stage}" for stage, feed in feeds.items())
-        images = feeds[self._fed[0]].images
-        return f"{len(images.source):,} images: {counts}; {shape_text(images.shape)} when transformed"
+        counts = ", ".join(f"{len(feed):,} for {stage}" for stage, feed in feeds.items())
+        present = calibration_images(self.config)
+        return f"{present:,} images: {counts}; {_shapes(feeds[self._fed[0]])} when transformed"
 
     def _layers(self) -> str:
         """That the engine can run what the stages run: all up to the last layer that one of them looks at."""
@@ -112,7 +111,7 @@ class Checks:
             del flat.layer[max(measured, default=-1) + 1 :]
         if not flat.layer:
             return "no BatchNorm and no ReLU: nothing has to be run"
-        with closing(self.open_engine(flat, self.weights(), {feed.blob: feed.images.shape})) as engine:
+        with closing(self.open_engine(flat, self.weights(), feed.shapes)) as engine:
             engine.compile(0, len(flat.layer), [flat.layer[-1].top[0]])
             widest = Costs.of(engine.net, engine.shapes, list(engine.inputs), ()).widest
         if "renorm" in self._fed:
@@ -121,5 +120,9 @@ class Checks:
 
     def _validation(self) -> str:
         """Images, the first of which can be read and has the net's size."""
-        images = validation_feed(self.config, self.net, 1, self.progress).images
-        return f"{len(images.source):,} images, {shape_text(images.shape)} when transformed"
+        feed = validation_feed(self.config, self.net, None, self.progress)
+        return f"{len(feed):,} images, {_shapes(feed)} when transformed"
+
+
+def _shapes(feed: Feed) -> str:
+    return ", ".join(shape_text(shape) for shape in feed.shapes.values())

@@ -165,7 +165,7 @@ def _feed(
             f"{source.path}: images are {shape_text(feed.shape)} when transformed but input {blob} "
             f"is {shape_text(expected)}; set data.transform.crop_size, resize or resize_short"
         )
-    return Feed(blob, feed)
+    return Feed({blob: feed}, config.data.seed)
 
 
 def guessed_short_side(source: Source, transform: Transform) -> int | None:
@@ -183,13 +183,14 @@ def guessed_short_side(source: Source, transform: Transform) -> int | None:
 
 def image_shape(config: Config, net: NetParameter) -> tuple[int, ...] | None:
     """(channels, height, width) of an input image, as far as net and configuration tell."""
-    declared = declared_shape(net, InferenceNet.of(net).blob)
+    blob = InferenceNet.of(net).blob
+    declared = declared_shape(net, blob)
     if declared is not None:
         return declared
     if config.data.calibration is not None:
-        return calibration_feed(config, net, 1).images.shape
+        return calibration_feed(config, net, 1).shapes[blob]
     if config.data.validation is not None:
-        return validation_feed(config, net, 1).images.shape
+        return validation_feed(config, net, 1).shapes[blob]
     return None
 
 

@@ -42,7 +42,7 @@ from quantize.caffenet import (
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
-from quantize.host import available_threads, peak_memory, reset_peak_memory
+from quantize.host import available_threads, peak_memory, reset_peak_memory, using_threads
 from quantize.job.checks import Checks
 from quantize.job.feeds import (
     calibration_feed,
@@ -76,7 +76,7 @@ from quantize.stages.weights import (
 
 STAGES = ("weights", "renorm", "activations")
 LIBRARIES = (
-    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb"),
+    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb", "threadpoolctl"),
     *("matplotlib", "jinja2"),
 )
 READ_BLOCK = 1 << 20
@@ -96,7 +96,7 @@ class Run:
         self.config = config
         self.progress = progress
         self.files = Files.of(config.name)
-        self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
+        self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
         self.net = read_model_prototxt(config)
         self.may_choose = choose_transform
         self.chosen: str | None = None
@@ -122,38 +122,43 @@ class Run:
             InputError: bad input, or a stage before the first one asked for has not been run.
             LabelfreeError: the work failed.
         """
+        with using_threads(self.config.threads):
+            for _, look in self.checks(stages):
+                look()
+            self.choose_transform()
+            with closing(OutputFolder(self.config.output)) as self.folder:
+                self._run([s for s in STAGES if s in stages], resume and not force)
+        return self.report
+
+    def _run(self, stages: Sequence[str], resume: bool) -> None:
+        """Run stages in their order, but for those whose results are there."""
         works: dict[str, Callable[[], dict[str, Any]]] = {
             "weights": self._weights,
             "renorm": self._renorm,
             "activations": self._activations,
         }
-        for _, look in self.checks(stages):
-            look()
-        self.choose_transform()
-        with closing(OutputFolder(self.config.output)) as self.folder:
-            self.report = previous_report(self.config.output, self.config.name, self.progress)
-            for stage in (s for s in STAGES if s in stages):
-                key = self._key(stage)
-                if resume and not force and self._is_done(stage, key):
-                    self.progress.note(f"{stage}: skipped, its results fit the inputs and settings")
-                    continue
-                if self.transform is None:
-                    self.transform = self._transform_record()
-                if stage != "weights":
-                    self.__dict__.pop("model_weights", None)
-                reset_peak_memory()
-                start = time.monotonic()
-                record = works[stage]()
-                record |= {
-                    "key": key,
-                    "seconds": time.monotonic() - start,
-                    "peak_memory_bytes": peak_memory(),
-                }
-                self._finish(stage, record)
-            if not (self.config.output / PAGE).exists():
-                self._measure_outputs()
-                show_page(self.folder, self.config, self.net, self.report, self.progress)
-        return self.report
+        self.report = previous_report(self.config.output, self.config.name, self.progress)
+        for stage in stages:
+            key = self._key(stage)
+            if resume and self._is_done(stage, key):
+                self.progress.note(f"{stage}: skipped, its results fit the inputs and settings")
+                continue
+            if self.transform is None:
+                self.transform = self._transform_record()
+            if stage != "weights":
+                self.__dict__.pop("model_weights", None)
+            reset_peak_memory()
+            start = time.monotonic()
+            record = works[stage]()
+            record |= {
+                "key": key,
+                "seconds": time.monotonic() - start,
+                "peak_memory_bytes": peak_memory(),
+            }
+            self._finish(stage, record)
+        if not (self.config.output / PAGE).exists():
+            self._measure_outputs()
+            show_page(self.folder, self.config, self.net, self.report, self.progress)
 
     def checks(self, stages: Sequence[str] = STAGES) -> Checks:
         """What must be right before some stages begin."""
@@ -224,7 +229,7 @@ class Run:
         if not shifts:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
         self._write_weights(self.files.renorm, weights)
-        return {"images": len(feed.images), "layers": [asdict(shift) for shift in shifts]}
+        return {"images": len(feed), "layers": [asdict(shift) for shift in shifts]}
 
     def _activations(self) -> dict[str, Any]:
         weights = self._read_result(self.files.renorm, "renorm")
@@ -238,7 +243,7 @@ class Run:
             self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
         for activation in (a for a in found if a.dead):
             self.progress.note(f"activations: {activation.name} is dead: 0 on every calibration image")
-        return {"images": len(feed.images), "layers": [asdict(activation) for activation in found]}
+        return {"images": len(feed), "layers": [asdict(activation) for activation in found]}
 
     def _measure_outputs(self) -> None:
         """Add the output SQNR per layer to the report, where there are images to measure it on."""
@@ -247,17 +252,15 @@ class Run:
             return
         try:
             enough = images_to_measure(self.config.renorm.images + self.config.activations.images)
-            images = calibration_feed(
-                self.config, self.net, min(enough, calibration_images(self.config))
-            ).images
+            feed = calibration_feed(self.config, self.net, min(enough, calibration_images(self.config)))
             candidates = _candidates(self.config, self.net)
-            versions = {name: Version(c.net, c.weights, c.blob) for name, c in candidates.items()}
+            versions = {name: Version(c.net, c.weights) for name, c in candidates.items()}
             full = versions.pop("fp32")
-            found = output_sqnr(full, versions, layers, images, self.open_engine, self.progress)
+            found = output_sqnr(full, versions, layers, feed, self.open_engine, self.progress)
         except LabelfreeError as error:
             self.progress.note(f"output SQNR is not measured: {error}")
             return
-        self.report["output_sqnr"] = {"images": len(images), "layers": [asdict(layer) for layer in found]}
+        self.report["output_sqnr"] = {"images": len(feed), "layers": [asdict(layer) for layer in found]}
         write_report(self.folder, self.report)
 
     def _solver_calibration(self) -> Calibration | None:
@@ -342,7 +345,7 @@ class Run:
             "data": dump(self.config.data),
             "calibration": fingerprint(self.config),
             "engine": self.config.engine,
-            "threads": self.config.threads or available_threads(),
+            "threads": available_threads(),
         }
 
     def _is_done(self, stage: str, key: str) -> bool:
@@ -441,8 +444,9 @@ def evaluate_run(
     if not without_renorm:
         candidates.pop("without_renorm", None)
     before = read_report(config.output)
-    open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
-    found = evaluate(candidates, feed.images, open_engine, progress)
+    open_engine = engine_opener(config.engine, config.caffe, config.threads)
+    with using_threads(config.threads):
+        found = evaluate(candidates, feed, open_engine, progress)
     try:
         with closing(OutputFolder(config.output)) as folder:
             report = read_report(config.output)
@@ -483,14 +487,14 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
     if not quantized.exists() or not prototxt.exists():
         raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
     full = InferenceNet.of(net)
-    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.blob, full.scores)}
+    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.scores)}
     weights = Weights.read(quantized)
     if renormed.exists():
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
-        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.blob, unrepaired.scores)
+        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.scores)
         weights = Weights.read(renormed)
     final = InferenceNet.of(read_prototxt(prototxt))
-    found["quantized"] = Candidate(final.net, weights, final.blob, final.scores)
+    found["quantized"] = Candidate(final.net, weights, final.scores)
     return found
 
 

@@ -9,7 +9,7 @@ are steadier than what they are to tell about. How far this carries is measured 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -271,11 +271,11 @@ def check_transform(
     stem.CopyFrom(flat)
     del stem.layer[:]
     stem.layer.extend(needed_layers(list(flat.layer), [norm.bottom for norm in norms]))
-    with closing(open_engine(stem, weights, {feed.blob: feed.images.shape})) as engine:
+    with closing(open_engine(stem, weights, feed.shapes)) as engine:
         probe = _Probe(engine, norms, feed)
         given = probe.given()
         tried = probe.others(others) if choose or given.misfit > DOUBTFUL else []
-        return TransformCheck([norm.name for norm in norms], len(probe.feed.images), given, tried)
+        return TransformCheck([norm.name for norm in norms], len(probe.feed), given, tried)
 
 
 def first_norms(net: NetParameter) -> list[LayerParameter]:
@@ -326,27 +326,30 @@ class _Probe:
     def __init__(self, engine: Engine, norms: Sequence[_Norm], feed: Feed) -> None:
         self._norms = norms
         costs = Costs.of(engine.net, engine.shapes, list(engine.inputs), ())
-        pixels = FLOAT_BYTES * math.prod(feed.images.shape)
+        pixels = FLOAT_BYTES * sum(map(math.prod, feed.shapes.values()))
         enough = min(int(WORK / max(costs.work[-1], 1)), PIXEL_BYTES // pixels)
         self.feed = thinned(feed, min(IMAGES, max(FEWEST_IMAGES, enough)))
-        self._batch = micro_batch_size(costs.widest, len(self.feed.images), None)
+        self._blob, self._images = next(iter(self.feed.inputs.items()))
+        self._batch = micro_batch_size(costs.widest, len(self.feed), None)
         bottoms = list(dict.fromkeys(norm.bottom for norm in norms))
         self._range = engine.compile(0, len(engine.net.layer), [], bottoms, own_layout=True)
 
     def given(self) -> Fit:
         """The fit of the images as they come."""
-        transform = self.feed.images.transform
+        transform = self._images.transform
         values = Values(transform.mean_value, transform.scale)
+        feeds = (batch.feeds for batch in self.feed.batches(self._batch))
         if transform.mean_file is None:
-            return self._fit(str(values), values, self._batches(self.feed.images))
-        text = f"mean file {transform.mean_file.name}, {_scale_text(transform.scale)}"
-        return self._fit(text, None, self._batches(self.feed.images))
+            return self._fit(str(values), values, feeds)
+        return self._fit(f"mean file {transform.mean_file.name}, {_scale_text(transform.scale)}", None, feeds)
 
     def others(self, first: Sequence[Values]) -> list[Fit]:
         """The fits of some transforms and of the usual ones; with swapped channels if none of them fits."""
-        few = self.feed.images
+        few = self._images
         plain = replace(few.transform, mean_value=(), mean_file=None, scale=1.0)
-        pixels = list(self._batches(Images(few.source, plain, few.phase, None, few.seed, few.threads)))
+        raw = Images(few.source, plain, few.phase, None, few.seed, few.threads)
+        feed = replace(self.feed, inputs={**self.feed.inputs, self._blob: raw})
+        pixels = [batch.feeds for batch in feed.batches(self._batch)]
         color = few.shape[0] == COLOR_CHANNELS
         transforms = list(dict.fromkeys([*first, *(COLOR if color else OTHER)]))
         fits = [self._transformed(values, pixels) for values in transforms]
@@ -354,19 +357,19 @@ class _Probe:
             fits += [self._transformed(replace(values, swapped=True), pixels) for values in transforms]
         return fits
 
-    def _transformed(self, values: Values, pixels: Iterable[FloatArray]) -> Fit:
+    def _transformed(self, values: Values, pixels: Iterable[Mapping[str, FloatArray]]) -> Fit:
         mean = np.array(values.mean or (0.0,), np.float32).reshape(-1, 1, 1)
         order = slice(None, None, -1) if values.swapped else slice(None)
         scale = np.float32(values.scale)
-        made = (np.ascontiguousarray((batch[:, order] - mean) * scale) for batch in pixels)
+        made = (
+            {**feeds, self._blob: np.ascontiguousarray((feeds[self._blob][:, order] - mean) * scale)}
+            for feeds in pixels
+        )
         return self._fit(str(values), values, made)
 
-    def _batches(self, images: Images) -> Iterator[FloatArray]:
-        return (pixels for pixels, _ in images.batches(self._batch))
-
-    def _fit(self, text: str, values: Values | None, batches: Iterable[FloatArray]) -> Fit:
+    def _fit(self, text: str, values: Values | None, fed: Iterable[Mapping[str, FloatArray]]) -> Fit:
         """Run batches and compare the statistics of all channels with the stored ones."""
-        found = [self._range.run({self.feed.blob: batch}).moments for batch in batches]
+        found = [self._range.run({name: feeds[name] for name in self._range.inputs}).moments for feeds in fed]
         shifts, ratios = [], []
         for norm in self._norms:
             moments = reduce(Moments.merged, (each[norm.bottom] for each in found))
