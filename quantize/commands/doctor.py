@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from quantize.caffenet import TRAIN, InferenceNet, LayerParameter, NetParameter, Weights
+from quantize.caffenet import TRAIN, InferenceNet, LayerParameter, NetParameter, Weights, doubtful_norms
 from quantize.data.transform import Transform
 from quantize.engines import engine_opener
 from quantize.engines.caffe.engine import Worker
@@ -154,6 +154,9 @@ def _job(config: Config, choose_transform: bool) -> Iterator[Check]:
         return
     found = [_attempt(what, look) for what, look in runs[0].checks()]
     yield from found
+    if found[0].state == "ok":
+        norms = doubtful_norms(InferenceNet.of(runs[0].net).net, runs[0].model_weights)
+        yield from (Check("BatchNorm", "FAIL", line) for line in norms)
     if all(check.state == "ok" for check in found):
         yield _transform(runs[0])
     yield from (Check("note", "ok", text) for text in notes.texts)

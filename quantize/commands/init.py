@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.caffenet import TRAIN, NetParameter, Weights, load_schema, read_prototxt
+from quantize.caffenet import TRAIN, NetParameter, load_schema, load_weights, read_prototxt
 from quantize.commands.config import load
 from quantize.data.sources import Source, open_source
 from quantize.errors import InputError
@@ -101,7 +101,7 @@ def initial_config(
         guesses.append(f"{images} of {count} images are used, about {USUAL_IMAGES:,} are usual")
     kept = f"the other {count - images} are for evaluate" if count > images else "none are left for evaluate"
     guesses.append(f"data.calibration.images {images}: {kept}")
-    config, why = with_chosen_transform(config, net, Weights.read(weights))
+    config, why = with_chosen_transform(config, net, load_weights(weights, net))
     guesses.append(f"data.transform: {why}")
     shown = json.dumps({**keys, **_arithmetic(config.data.transform)}).replace('"', "")
     comment = "  # overrides of the prototxt's transform_param" if has_data_layer(net) else ""

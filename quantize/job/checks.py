@@ -7,10 +7,12 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from quantize.caffenet import (
+    TEST,
     InferenceNet,
     NetParameter,
     Weights,
     check_weights,
+    filter_net,
     infer_shapes,
     known_part,
     single_assignment,
@@ -86,7 +88,7 @@ class Checks:
         if "weights" in self.stages:
             settings = self.config.weights
             chosen = choices(test.net, settings)
-            check_kernels(test.net, weights, chosen)
+            check_kernels(filter_net(self.net, TEST), weights, chosen)
             if settings.budget is not None:
                 counts = {name: weights[name][0].size for name in chosen}
                 free = free_layers(test.net, settings)

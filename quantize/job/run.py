@@ -29,14 +29,20 @@ from pydantic import BaseModel
 
 from quantize import __version__
 from quantize.caffenet import (
+    TEST,
+    BlobId,
     InferenceNet,
     NetParameter,
     Weights,
     check_weights,
+    doubtful_norms,
+    filter_net,
     format_prototxt,
     infer_shapes,
     known_part,
     load_schema,
+    load_weights,
+    owners,
     read_prototxt,
 )
 from quantize.data.feed import Feed
@@ -64,12 +70,12 @@ from quantize.settings import Config
 from quantize.stages.activations import QuantizedActivation, activations_quan, plain_relus, with_act_quantize
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
-from quantize.stages.renorm import renorm
+from quantize.stages.renorm import FullPrecision, renorm
 from quantize.stages.weights import (
-    ALPHA_SUFFIX,
     QUANTIZED_TYPES,
     check_kernels,
     choices,
+    unquantizable,
     weights_quan,
     with_alpha_terms,
 )
@@ -145,8 +151,8 @@ class Run:
                 continue
             if self.transform is None:
                 self.transform = self._transform_record()
-            if stage != "weights":
-                self.__dict__.pop("model_weights", None)
+            if stage == "activations":
+                self.__dict__.pop("model_weights", None)  # no longer needed: room for the stage
             reset_peak_memory()
             start = time.monotonic()
             record = works[stage]()
@@ -172,7 +178,7 @@ class Run:
         Raises:
             InputError: the file cannot be read or is damaged.
         """
-        return Weights.read(self.config.model.weights)
+        return load_weights(self.config.model.weights, self.net)
 
     def choose_transform(self) -> None:
         """Take the transform that fits, where nobody has said one and the run may choose."""
@@ -197,13 +203,16 @@ class Run:
 
     def _weights(self) -> dict[str, Any]:
         weights = self.model_weights
-        del self.model_weights  # lest it stay in memory through the later stages
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
         chosen = choices(test.net, settings)
-        check_kernels(test.net, weights, chosen)
-        record: dict[str, Any] = {}
+        check_kernels(filter_net(self.net, TEST), weights, chosen)
+        kept = unquantizable(test.net)
+        doubtful = doubtful_norms(test.net, weights)
+        for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
+            self.progress.note(f"weights: {line}")
+        record: dict[str, Any] = {"kept": kept, "doubtful": doubtful}
         if settings.budget is not None:
             calibration = self._calibration(self._renorm_feed())
             chosen, found = keep_budget(weights, settings, calibration, test.scores, self.progress)
@@ -212,10 +221,9 @@ class Run:
             self.net, weights, chosen, settings.solver, self.progress, self._solver_calibration()
         )
         self._write_weights(self.files.quantized, quantized)
+        done = {name for layer in layers for name in (layer.name, *layer.shared_by)} | kept.keys()
         skipped = [
-            layer.name
-            for layer in test.net.layer
-            if layer.type in QUANTIZED_TYPES and layer.name not in chosen
+            layer.name for layer in test.net.layer if layer.type in QUANTIZED_TYPES and layer.name not in done
         ]
         return {"layers": [asdict(layer) for layer in layers], "skipped": skipped, **record}
 
@@ -223,13 +231,21 @@ class Run:
         weights = self._read_result(self.files.quantized, "weights")
         net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         feed = self._renorm_feed()
-        weights, shifts = renorm(
-            net, weights, feed, self.open_engine, self.config.renorm.memory, self.progress
-        )
+        settings = self.config.renorm
+        full = self._full_precision() if settings.statistics == "paired" else None
+        weights, shifts = renorm(net, weights, feed, self.open_engine, settings.memory, self.progress, full)
         if not shifts:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
         self._write_weights(self.files.renorm, weights)
-        return {"images": len(feed), "layers": [asdict(shift) for shift in shifts]}
+        return {
+            "statistics": settings.statistics,
+            "images": len(feed),
+            "layers": [asdict(shift) for shift in shifts],
+        }
+
+    def _full_precision(self) -> FullPrecision:
+        test = InferenceNet.of(self.net)
+        return FullPrecision(test.net, self.model_weights)
 
     def _activations(self) -> dict[str, Any]:
         weights = self._read_result(self.files.renorm, "renorm")
@@ -247,7 +263,9 @@ class Run:
 
     def _measure_outputs(self) -> None:
         """Add the output SQNR per layer to the report, where there are images to measure it on."""
-        layers = [layer["name"] for layer in self.report["stages"]["weights"]["layers"]]
+        records = self.report["stages"]["weights"]["layers"]
+        quantized = {name for layer in records for name in (layer["name"], *layer["shared_by"])}
+        layers = [layer.name for layer in InferenceNet.of(self.net).net.layer if layer.name in quantized]
         if self.config.data.calibration is None or not layers:
             return
         try:
@@ -271,7 +289,9 @@ class Run:
         return self._calibration(stage_feed(self.config, self.net, "weights", self.progress))
 
     def _calibration(self, feed: Feed) -> Calibration:
-        return Calibration(InferenceNet.of(self.net).net, feed, self.open_engine, self.config.renorm.memory)
+        settings = self.config.renorm
+        net = InferenceNet.of(self.net).net
+        return Calibration(net, feed, self.open_engine, settings.memory, settings.statistics)
 
     def _renorm_feed(self) -> Feed:
         return stage_feed(self.config, self.net, "renorm", self.progress)
@@ -325,6 +345,8 @@ class Run:
             parts |= {"weights": self._hash_inputs()["weights"], "settings": dump(config.weights)}
             if config.weights.solver == "data_aware" or config.weights.budget is not None:
                 parts |= self._image_key()
+            if config.weights.solver == "data_aware":
+                parts |= {"statistics": config.renorm.statistics}
             if config.weights.budget is not None:
                 parts |= {"renorm_images": config.renorm.images}
         else:
@@ -336,6 +358,8 @@ class Run:
                 "settings": dump(settings),
                 **self._image_key(),
             }
+            if stage == "renorm" and config.renorm.statistics == "paired":
+                parts |= {"weights": self._hash_inputs()["weights"]}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _image_key(self) -> dict[str, Any]:
@@ -406,17 +430,24 @@ class Run:
         return self.files.renorm if "renorm" in stages else self.files.quantized
 
     def _sizes(self, stages: dict[str, Any]) -> dict[str, int]:
-        """Bytes of the model: as given, as written, and packed at the bits chosen."""
+        """Bytes of the model: as given, as written, and packed at the bits chosen.
+
+        Packed is what layers share once, and nothing that follows from the rest: the second blob of an alpha
+        term does from alpha and bias.
+        """
         written = self.config.output / self._latest(stages)
         weights = Weights.read(written)
-        values = sum(blob.size for layer in weights.layers() for blob in weights[layer])
-        packed = 4 * values
+        net = with_alpha_terms(self.net, weights)
+        shared = owners(filter_net(net, TEST))
+        alphas = {layer.name for layer in net.layer} - {layer.name for layer in self.net.layer}
+        packed = 4 * sum(
+            blob.size
+            for layer in weights.layers()
+            for index, blob in enumerate(weights[layer])
+            if BlobId(layer, index) not in shared and not (index and layer in alphas)
+        )
         for layer in stages["weights"]["layers"]:
             packed += -(-layer["weights"] * layer["bits"] // 8) - 4 * layer["weights"]
-            if f"{layer['name']}{ALPHA_SUFFIX}" in weights and len(weights[layer["name"]]) > 1:
-                packed -= (
-                    4 * layer["kernels"]
-                )  # the second blob of the alpha term follows from alpha and bias
         return {
             "model": self.config.model.weights.stat().st_size,
             "written": written.stat().st_size,
@@ -487,7 +518,8 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
     if not quantized.exists() or not prototxt.exists():
         raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
     full = InferenceNet.of(net)
-    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.scores)}
+    given = load_weights(config.model.weights, net)
+    found = {"fp32": Candidate(full.net, given, full.scores)}
     weights = Weights.read(quantized)
     if renormed.exists():
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))

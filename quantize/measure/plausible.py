@@ -9,21 +9,19 @@ from __future__ import annotations
 import math
 
 CHANCE_KAPPA = 0.1
-"""Cohen's kappa of full precision with the labels, below which it is right little more often than by chance."""
+"""Cohen's kappa of full precision with the labels: below, it is right little more often than by chance."""
 LEAST_GAIN = 1.0
 """Points of top-1 that a quantized net may be better without a word, however many images say so."""
 DEVIATIONS = 3.0
 
 CAUSE = (
-    "the transform (data.transform) is probably not the one of training: renorm absorbs a wrong mean or scale, "
-    "full precision cannot; `labelfree doctor` tells what fits"
+    "data.transform is probably not the transform of training, or the labels are not this net's; renorm "
+    "absorbs a wrong mean or scale, full precision cannot: `labelfree doctor` tells what fits"
 )
 
 
-def doubt(
-    full: float | None, final: float | None, agreement: float, images: int, classes: int
-) -> str | None:
-    """Why the accuracies of a full-precision net and its quantized net cannot be trusted; None where they can.
+def doubt(full: float | None, final: float | None, agreement: float, images: int, classes: int) -> str | None:
+    """Why the accuracies of full precision and of its quantized net cannot be trusted; None where they can.
 
     Args:
         full: top-1 of full precision in percent; None without labels.
@@ -35,7 +33,7 @@ def doubt(
     if full is None or final is None:
         return None
     chance = 100 / classes if classes > 1 else 0.0
-    # Only images on which the nets disagree move the difference, by one each; McNemar's deviation of their sum.
+    # Only images on which the nets disagree move the difference, by one each: McNemar's deviation.
     noise = 100 * math.sqrt((100 - agreement) / 100 / images)
     found = []
     if classes > 1 and full - chance < CHANCE_KAPPA * (100 - chance):

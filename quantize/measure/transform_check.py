@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 
 from quantize.arrays import FLOAT_BYTES, FloatArray, Floats
-from quantize.caffenet import LayerParameter, NetParameter, Weights, needed_layers, single_assignment
+from quantize.caffenet import (
+    LayerParameter,
+    NetParameter,
+    Weights,
+    needed_layers,
+    single_assignment,
+    stored_statistics,
+)
+from quantize.caffenet.norms import NORM_BLOBS
 from quantize.data.feed import Feed, thinned
 from quantize.data.loader import Images
 from quantize.engines.base import Engine, OpenEngine
@@ -311,13 +319,13 @@ class _Norm:
 
         That is where its third blob is 0, and where all means are 0 and all variances equal: as it was made.
         """
-        if layer.name not in weights or len(weights[layer.name]) != 3:
+        if layer.name not in weights or len(weights[layer.name]) != NORM_BLOBS:
             return None
-        mean, variance, factor = (np.asarray(blob, np.float64).reshape(-1) for blob in weights[layer.name])
-        if not factor[0] or not variance.any() or (not mean.any() and np.ptp(variance) == 0):
+        mean, variance = stored_statistics(weights[layer.name])
+        if not variance.any() or (not mean.any() and np.ptp(variance) == 0):
             return None
-        variance = np.maximum(variance / factor[0], 0)
-        return cls(layer.name, layer.bottom[0], mean / factor[0], variance, layer.batch_norm_param.eps)
+        eps = layer.batch_norm_param.eps
+        return cls(layer.name, layer.bottom[0], mean, np.maximum(variance, 0), eps)
 
 
 class _Probe:
