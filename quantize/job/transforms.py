@@ -47,7 +47,7 @@ def transform_check(
         return None
     feed = calibration_feed(config, net, min(images_used(config), calibration_images(config)))
     open_engine = engine_opener(config.engine, config.caffe, config.threads)
-    others = _values_of_prototxt(config, net)
+    others = values_of_prototxt(config, net)
     return check_transform(InferenceNet.of(net).net, weights, feed, open_engine, others, choose)
 
 
@@ -61,7 +61,7 @@ def has_data_layer(net: NetParameter) -> bool:
     return (data_layer(net, TRAIN) or data_layer(net, TEST)) is not None
 
 
-def _values_of_prototxt(config: Config, net: NetParameter) -> list[Values]:
+def values_of_prototxt(config: Config, net: NetParameter) -> list[Values]:
     """What the prototxt says, where the configuration says something else; without mean images."""
     given = config.data.transform
     if not has_data_layer(net) or not ARITHMETIC & given.model_fields_set:
