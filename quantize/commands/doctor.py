@@ -147,7 +147,7 @@ def _job(config: Config, choose_transform: bool) -> Iterator[Check]:
         run = Run(config, notes, choose_transform)
         test = InferenceNet.of(run.net)
         runs.append(run)
-        return f"{len(test.net.layer)} layers from {test.blob} to {test.scores}"
+        return f"{len(test.net.layer)} layers from {', '.join(test.inputs)} to {test.scores}"
 
     yield _attempt("model.prototxt", prototxt)
     if not runs:

@@ -5,18 +5,32 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.caffenet import TRAIN, NetParameter, load_schema, load_weights, read_prototxt
-from quantize.commands.config import load
+from quantize.arrays import Shape
+from quantize.caffenet import (
+    TRAIN,
+    InferenceNet,
+    NetParameter,
+    at_state,
+    load_schema,
+    load_weights,
+    read_prototxt,
+)
+from quantize.caffenet.phases import takes_images
 from quantize.data.sources import Source, open_source
+from quantize.data.transform import shape_text
 from quantize.errors import InputError
 from quantize.job.feeds import effective_transform, guessed_short_side
+from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.output import OutputFolder
-from quantize.job.transforms import ARITHMETIC, has_data_layer, with_chosen_transform
-from quantize.settings import Config, TransformKeys
+from quantize.job.transforms import ARITHMETIC, has_data_layer, with_chosen_transform, with_transform
+from quantize.settings import Config, ModelFiles, TransformKeys
 
+FILL_IN = "VALUES"
+"""Stands where only the user knows what goes into an input."""
 USUAL_IMAGES = 1000
 KEPT_SHARE = 5
 """One image in so many is kept back for evaluate."""
@@ -26,11 +40,11 @@ TEMPLATE = """\
 name: {name}                          # prefix of every output file
 model:
   prototxt: {prototxt}
-  weights: {weights}{schema}
+  weights: {weights}{model}
 data:
-  calibration: {{source: {calibration}, images: {images}}}  # unlabeled; {kept}
+  calibration: {{source: {calibration}, images: {images}{inputs}}}  # unlabeled; {kept}
   # validation: {{source: /path/to/labeled_lmdb, batch_size: 50}}    # for evaluate and `caffe test`
-{transform}
+{transform}{shapes}
   seed: 0                             # of random crops and mirrors
 weights:
   bits: 4                             # 2 to 5 on the power_of_two grid; or `budget: 3.5`, on average
@@ -59,41 +73,42 @@ class Initial:
 
 
 def initial_config(
-    net: NetParameter,
-    prototxt: Path,
-    weights: Path,
-    calibration: Path,
-    folder: Path,
-    caffe_proto: Path | None = None,
+    net: NetParameter, model: ModelFiles, calibration: Path, folder: Path, shapes: GivenShapes = None
 ) -> Initial:
     """A configuration for a net.
 
     Args:
-        net: the network in ``prototxt``.
-        prototxt: its file.
-        weights: its caffemodel.
+        net: the network.
+        model: its files, and how they are read.
         calibration: LMDB, image folder or list file.
         folder: where the YAML file will be; paths are written relative to it.
-        caffe_proto: the schema of the fork of Caffe that the net is for, if any.
+        shapes: of its inputs, where the prototxt does not say them.
 
     Raises:
-        InputError: the net or the images cannot be read.
+        InputError: the net or the images cannot be read, or images cannot go into the net.
     """
     guesses: list[str] = []
-    name = re.sub(r"[^\w.+-]+", "_", net.name or prototxt.stem).strip("_.+-") or "net"
-    options = {
-        "name": name,
-        "model.prototxt": str(prototxt),
-        "model.weights": str(weights),
-        "model.caffe_proto": str(caffe_proto) if caffe_proto else None,
-        "data.calibration.source": str(calibration),
-        "output": f"out/{name}",
-    }
-    config = load(None, options)
+    told = shapes_of_inputs(net, shapes, "--shape")
+    blob, *others = InferenceNet.of(net).inputs
+    if not takes_images(told.get(blob)):
+        raise InputError(
+            f"{model.prototxt}: input {blob!r} of shape {shape_text(told[blob])} takes no images; write the "
+            "configuration by hand, with data.calibration.inputs"
+        )
+    if shapes is None and blob in told and is_placeholder(told[blob]):
+        guesses.append(placeholder_text(blob, told[blob], "--shape, data.input_shape"))
+    if others:
+        names = ", ".join(others)
+        guesses.append(
+            f"images go into input {blob}; say in the file what goes into {names}, instead of {FILL_IN}"
+        )
+    name = re.sub(r"[^\w.+-]+", "_", net.name or model.prototxt.stem).strip("_.+-") or "net"
+    data = {"calibration": {"source": calibration}, "input_shape": shapes}
+    config = Config.model_validate({"name": name, "model": model, "data": data, "output": f"out/{name}"})
     source = open_source(calibration)
     try:
         count = len(source)
-        keys = _geometry(net, config, source, guesses)
+        keys = _geometry(net, config, source, told.get(blob), guesses)
     finally:
         source.close()
     images = min(USUAL_IMAGES, count - count // KEPT_SHARE)
@@ -101,15 +116,18 @@ def initial_config(
         guesses.append(f"{images} of {count} images are used, about {USUAL_IMAGES:,} are usual")
     kept = f"the other {count - images} are for evaluate" if count > images else "none are left for evaluate"
     guesses.append(f"data.calibration.images {images}: {kept}")
-    config, why = with_chosen_transform(config, net, load_weights(weights, net))
+    config = with_transform(config, TransformKeys.model_validate(keys))
+    config, why = with_chosen_transform(config, net, load_weights(model.weights, net))
     guesses.append(f"data.transform: {why}")
     shown = json.dumps({**keys, **_arithmetic(config.data.transform)}).replace('"', "")
     comment = "  # overrides of the prototxt's transform_param" if has_data_layer(net) else ""
     text = TEMPLATE.format(
         name=name,
-        prototxt=_path(prototxt, folder),
-        weights=_path(weights, folder),
-        schema=f"\n  caffe_proto: {_path(caffe_proto, folder)}" if caffe_proto else "",
+        prototxt=_path(model.prototxt, folder),
+        weights=_path(model.weights, folder),
+        model=_more_of_the_model(model, folder),
+        inputs=_inputs(others),
+        shapes=f"\n  input_shape: {json.dumps(shapes)}" if shapes else "",
         calibration=_path(calibration, folder),
         images=images,
         kept=kept,
@@ -119,13 +137,18 @@ def initial_config(
     return Initial(name, text, guesses)
 
 
-def _geometry(net: NetParameter, config: Config, source: Source, guesses: list[str]) -> dict[str, object]:
+def _geometry(
+    net: NetParameter, config: Config, source: Source, shape: Shape | None, guesses: list[str]
+) -> dict[str, object]:
     """The keys of data.transform that say how large images become, as far as the prototxt does not."""
     keys: dict[str, object] = {}
     transform = effective_transform(net, TRAIN, config)
     if not has_data_layer(net) and transform.crop_size:
         keys["crop_size"] = transform.crop_size
         guesses.append(f"crop_size {transform.crop_size} from the shape of the input")
+    elif not has_data_layer(net) and shape is not None:
+        keys["resize"] = list(shape[1:])
+        guesses.append(f"images are resized to {shape_text(shape[1:])}, the input's height and width")
     short = guessed_short_side(source, transform)
     if short is not None:
         keys["resize_short"] = short
@@ -143,12 +166,7 @@ def _arithmetic(transform: TransformKeys) -> dict[str, object]:
 
 
 def write_initial(
-    prototxt: Path,
-    weights: Path,
-    calibration: Path,
-    path: Path | None,
-    force: bool,
-    caffe_proto: Path | None = None,
+    model: ModelFiles, calibration: Path, path: Path | None, force: bool, shapes: GivenShapes = None
 ) -> tuple[Path, list[str]]:
     """Write the configuration to ``path`` (default: NAME.yaml here).
 
@@ -158,9 +176,10 @@ def write_initial(
     Raises:
         InputError: bad input, or the file is there and ``force`` is not set.
     """
-    net = read_prototxt(prototxt, load_schema(caffe_proto) if caffe_proto else None)
+    net = read_prototxt(model.prototxt, load_schema(model.caffe_proto) if model.caffe_proto else None)
+    net = at_state(net, model.stages, model.level)
     folder = path.parent if path is not None else Path()
-    initial = initial_config(net, prototxt, weights, calibration, folder, caffe_proto)
+    initial = initial_config(net, model, calibration, folder, shapes)
     target = path if path is not None else Path(f"{initial.name}.yaml")
     if target.exists() and not force:
         raise InputError(f"{target}: there already; choose another --config or give --force")
@@ -178,4 +197,21 @@ def _path(path: Path, folder: Path) -> str:
     absolute = Path(os.path.abspath(path))
     base = Path(os.path.abspath(folder))
     shown = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
-    return json.dumps(str(shown), ensure_ascii=False)
+    return _text(str(shown))
+
+
+def _text(text: str) -> str:
+    """A text as YAML."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _inputs(names: Sequence[str]) -> str:
+    """What is to be filled in for the inputs that take no images."""
+    return f", inputs: {{{', '.join(f'{_text(name)}: {FILL_IN}' for name in names)}}}" if names else ""
+
+
+def _more_of_the_model(model: ModelFiles, folder: Path) -> str:
+    """The lines about the model that most networks do not need."""
+    schema = f"\n  caffe_proto: {_path(model.caffe_proto, folder)}" if model.caffe_proto else ""
+    stages = f"\n  stages: {json.dumps(model.stages, ensure_ascii=False)}" if model.stages else ""
+    return schema + stages + (f"\n  level: {model.level}" if model.level else "")

@@ -21,7 +21,7 @@ from quantize.data.feed import Feed
 from quantize.data.transform import shape_text
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError
-from quantize.job.feeds import Stage, calibration_images, image_shape, stage_feed, validation_feed
+from quantize.job.feeds import Stage, calibration_images, input_shapes, stage_feed, validation_feed
 from quantize.progress import Progress
 from quantize.settings import Config
 from quantize.stages.budget import bits_left
@@ -79,12 +79,11 @@ class Checks:
         """The caffemodel against the net, and the settings against both."""
         test, weights = InferenceNet.of(self.net), self.weights()
         try:
-            shape = image_shape(self.config, self.net)
+            one = {blob: (1, *shape) for blob, shape in input_shapes(self.config, self.net).items()}
         except InputError:  # the images are looked at next
-            shape = None
-        if shape is not None:
-            known = known_part(test.net, [test.blob])
-            check_weights(known, weights, infer_shapes(known, {test.blob: (1, *shape)}))
+            one = {}
+        known = known_part(test.net, one)
+        check_weights(known, weights, infer_shapes(known, one))
         if "weights" in self.stages:
             settings = self.config.weights
             chosen = choices(test.net, settings)
@@ -93,13 +92,14 @@ class Checks:
                 counts = {name: weights[name][0].size for name in chosen}
                 free = free_layers(test.net, settings)
                 bits_left(counts, {n: chosen[n].bits for n in chosen if n not in free}, settings)
-        fit = "they fit the net" if shape is not None else "the shape of images, and so theirs, is not known"
+        fit = "they fit the net" if one else "the shape of images, and so theirs, is not known"
         return f"{len(weights.layers())} layers, {fit}"
 
     def _calibration(self) -> str:
         """Enough images, the first of which can be read and has the net's size."""
         feeds = {stage: stage_feed(self.config, self.net, stage, self.progress) for stage in self._fed}
         counts = ", ".join(f"{len(feed):,} for {stage}" for stage, feed in feeds.items())
+        next(feeds[self._fed[0]].batches(1))
         present = calibration_images(self.config)
         return f"{present:,} images: {counts}; {_shapes(feeds[self._fed[0]])} when transformed"
 
@@ -123,8 +123,11 @@ class Checks:
     def _validation(self) -> str:
         """Images, the first of which can be read and has the net's size."""
         feed = validation_feed(self.config, self.net, None, self.progress)
+        next(feed.batches(1))
         return f"{len(feed):,} images, {_shapes(feed)} when transformed"
 
 
 def _shapes(feed: Feed) -> str:
-    return ", ".join(shape_text(shape) for shape in feed.shapes.values())
+    """The shapes of what goes into the inputs, by name where there are several."""
+    shown = {blob: shape_text(shape) or "one number" for blob, shape in feed.shapes.items()}
+    return ", ".join(f"{blob} {text}" if len(shown) > 1 else text for blob, text in shown.items())

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantize.caffenet import TEST, TRAIN, InferenceNet, NetParameter, Weights, data_layer, declared_shape
+from quantize.caffenet import TEST, TRAIN, InferenceNet, NetParameter, Weights, data_layer
 from quantize.engines import engine_opener
 from quantize.errors import LabelfreeError
 from quantize.job.feeds import calibration_feed, calibration_images, effective_transform, images_used
+from quantize.job.inputs import image_input, told_shapes
 from quantize.job.store import read_report
 from quantize.measure.transform_check import (
     COLOR,
@@ -67,7 +68,7 @@ def values_of_prototxt(config: Config, net: NetParameter) -> list[Values]:
     if not has_data_layer(net) or not ARITHMETIC & given.model_fields_set:
         return []
     geometry = TransformKeys.model_validate(given.model_dump(exclude_unset=True, exclude=set(ARITHMETIC)))
-    own = effective_transform(net, TRAIN, _with_transform(config, geometry))
+    own = effective_transform(net, TRAIN, with_transform(config, geometry))
     return [] if own.mean_file else [Values(own.mean_value, own.scale, about="as the prototxt says")]
 
 
@@ -85,7 +86,7 @@ def with_chosen_transform(config: Config, net: NetParameter, weights: Weights) -
     if has_data_layer(net) and not (check and check.better):
         return config, f"as the prototxt says; {check.finding if check else unchecked}"
     if check is None or check.given is None:
-        shape = declared_shape(net, InferenceNet.of(net).blob)
+        shape = told_shapes(config, net).get(image_input(config, net) or "")
         color = shape is not None and shape[0] == COLOR_CHANNELS
         why = f"that is usual, and cannot be checked: {unchecked}"
         return _with_values(config, COLOR[0] if color else Values(), why)
@@ -112,7 +113,7 @@ def with_reported_transform(config: Config) -> Config:
         return config
     reported = report["settings"]["data"]["transform"]
     keys = {"mean_value": reported["mean_value"], "scale": reported["scale"]}
-    return _with_transform(
+    return with_transform(
         config, TransformKeys.model_validate({**given.model_dump(exclude_unset=True), **keys})
     )
 
@@ -122,9 +123,10 @@ def _with_values(config: Config, values: Values, why: str) -> tuple[Config, str]
     given = config.data.transform.model_dump(exclude_unset=True, exclude=set(ARITHMETIC))
     keys = {**given, "mean_value": list(values.mean), "scale": values.scale}
     transform = TransformKeys.model_validate(keys)
-    return _with_transform(config, transform), f"{replace(values, swapped=False)}: {why}"
+    return with_transform(config, transform), f"{replace(values, swapped=False)}: {why}"
 
 
-def _with_transform(config: Config, transform: TransformKeys) -> Config:
+def with_transform(config: Config, transform: TransformKeys) -> Config:
+    """The configuration with another data.transform."""
     data = config.data.model_copy(update={"transform": transform})
     return config.model_copy(update={"data": data})

@@ -272,6 +272,8 @@ def check_transform(
     flat = single_assignment(net)
     first = first_norms(flat)
     norms = [norm for layer in first if (norm := _Norm.of(layer, weights))]
+    if not any(isinstance(given, Images) for given in feed.inputs.values()):
+        return TransformCheck([], 0, None, [], "no input of the net takes images")
     if not norms:
         why = "its first BatchNorm holds no statistics of training" if first else "the net has no BatchNorm"
         return TransformCheck([], 0, None, [], why)
@@ -337,7 +339,9 @@ class _Probe:
         pixels = FLOAT_BYTES * sum(map(math.prod, feed.shapes.values()))
         enough = min(int(WORK / max(costs.work[-1], 1)), PIXEL_BYTES // pixels)
         self.feed = thinned(feed, min(IMAGES, max(FEWEST_IMAGES, enough)))
-        self._blob, self._images = next(iter(self.feed.inputs.items()))
+        self._blob, self._images = next(
+            (blob, given) for blob, given in self.feed.inputs.items() if isinstance(given, Images)
+        )
         self._batch = micro_batch_size(costs.widest, len(self.feed), None)
         bottoms = list(dict.fromkeys(norm.bottom for norm in norms))
         self._range = engine.compile(0, len(engine.net.layer), [], bottoms, own_layout=True)
