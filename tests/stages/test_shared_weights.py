@@ -15,7 +15,14 @@ from quantize.errors import InputError
 from quantize.job.run import Run
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
-from quantize.stages.weights import choices, free_layers, unquantizable, weights_quan, with_alpha_terms
+from quantize.stages.weights import (
+    check_kernels,
+    choices,
+    free_layers,
+    unquantizable,
+    weights_quan,
+    with_alpha_terms,
+)
 from tests.nets import images_of, parse, random_weights, write_images
 
 OPEN = engine_opener("onnx", CaffeProcess(), 1)
@@ -224,7 +231,8 @@ def test_a_layer_behind_the_labels_that_has_the_weights_too() -> None:
         + layer("behind", "loss", "w", "b")
     )
     net = parse(text)
-    weights = loaded(filter_net(net, TEST), random_weights(InferenceNet.of(net).net, {"data": IMAGE}))
+    drawn = random_weights(InferenceNet.of(net).net, {"data": IMAGE, "label": ()})
+    weights = loaded(filter_net(net, TEST), drawn)
     changed, found, layers = weights_quan(
         net, weights, choices(InferenceNet.of(net).net, settings()), "optimal"
     )
@@ -235,9 +243,9 @@ def test_a_layer_behind_the_labels_that_has_the_weights_too() -> None:
 
 
 def test_a_net_that_has_been_quantized_is_refused() -> None:
-    _, _, changed, _ = quantized(CHAIN)
+    _, _, changed, weights = quantized(CHAIN)
     with pytest.raises(InputError, match="'c1_alpha_term': it has been quantized; give the net from before"):
-        choices(InferenceNet.of(changed).net, settings())
+        check_kernels(changed, weights, choices(InferenceNet.of(changed).net, settings()))
 
 
 def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) -> None:
