@@ -72,14 +72,23 @@ def parse_shapes(value: object) -> object:
     return value if value is None else parse_shape(value)
 
 
+def check_size(value: object) -> object:
+    """A height and a width."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value
+    raise ValueError("expected [height, width], as in resize: [256, 256]")
+
+
 Whole = Annotated[int, Strict()]
 """A number; ``true`` is none, although Python counts it as 1."""
 Bytes = Annotated[int | None, BeforeValidator(parse_size)]
 Command = Annotated[list[str], Field(min_length=1), BeforeValidator(parse_list)]
+Size = Annotated[tuple[Whole, Whole], BeforeValidator(check_size)]
 InputValues = Annotated[float | list[Any] | Path, BeforeValidator(parse_values)]
 """What goes into an input that takes no images (`data.values.open_values`)."""
 InputShapes = Annotated[list[int] | dict[str, list[int]] | None, BeforeValidator(parse_shapes)]
 GridName = Literal["power_of_two", "fixed_point", "uniform"]
+StatisticsName = Literal["paired", "measured"]
 GRID_BITS = {"power_of_two": (2, 5), "fixed_point": (2, 8), "uniform": (2, 8)}
 
 
@@ -143,7 +152,7 @@ class TransformKeys(Section):
     force_color: bool | None = Field(None, description="decode images to three channels whatever they have")
     force_gray: bool | None = Field(None, description="decode images to one channel")
     resize_short: Whole | None = Field(None, ge=1, description="resize the shorter side to this first")
-    resize: tuple[int, int] | None = Field(None, description="resize to [height, width] first")
+    resize: Size | None = Field(None, description="resize to [height, width] first")
 
     @model_validator(mode="before")
     @classmethod
@@ -266,6 +275,11 @@ class WeightSettings(GridChoice):
 class RenormSettings(Section):
     """Stage 2."""
 
+    statistics: StatisticsName = Field(
+        "paired",
+        description="paired: relative to full precision on the same images; measured: the images' own, as "
+        "in the paper, and the default where weights.solver is reference",
+    )
     images: Whole = Field(1000, ge=1, description="calibration images")
     augment: Literal["train", "test"] = Field(
         "train",
@@ -307,3 +321,16 @@ class Config(Section):
         None, ge=1, le=1024, description="default: the processors this process may use"
     )
     output: Path = Field(description="folder for everything that is written")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reference_is_the_paper(cls, values: Any) -> Any:
+        """Who asks for the published solver means the published method."""
+        weights, renorm = (
+            (values.get(key) or {}) if isinstance(values, dict) else None for key in ("weights", "renorm")
+        )
+        if not (isinstance(weights, dict) and isinstance(renorm, dict)):
+            return values
+        if weights.get("solver") != "reference":
+            return values
+        return {**values, "renorm": {"statistics": "measured", **renorm}}

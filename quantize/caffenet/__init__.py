@@ -1,5 +1,14 @@
 """Caffe's file formats: nets as prototxt, weights as caffemodel, and what a net implies."""
 
+from quantize.caffenet.fork import (
+    Schema,
+    empty_like,
+    foreign_field_text,
+    foreign_fields,
+    load_schema,
+    schema_of,
+)
+from quantize.caffenet.norms import doubtful_norms, stored_statistics
 from quantize.caffenet.phases import (
     TRANSFORMING_TYPES,
     InferenceNet,
@@ -15,7 +24,7 @@ from quantize.caffenet.phases import (
     is_measure,
     scores_blob,
 )
-from quantize.caffenet.prototxt import format_prototxt, load_schema, read_prototxt
+from quantize.caffenet.prototxt import format_prototxt, read_prototxt
 from quantize.caffenet.schema import (
     TEST,
     TRAIN,
@@ -31,7 +40,7 @@ from quantize.caffenet.schema import (
 )
 from quantize.caffenet.shape_rules import LayerShapes
 from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
-from quantize.caffenet.sharing import BlobId, check_sharing, groups, load_weights, loaded, owners, users
+from quantize.caffenet.sharing import BlobId, check_sharing, load_weights, loaded, owners, sharers, users
 from quantize.caffenet.surgery import (
     insert_after,
     layer_index,
@@ -58,6 +67,7 @@ __all__ = [
     "NetState",
     "NetStateRule",
     "PoolingParameter",
+    "Schema",
     "Shapes",
     "TransformationParameter",
     "Weights",
@@ -69,9 +79,12 @@ __all__ = [
     "data_layer",
     "declared_shape",
     "dependents",
+    "doubtful_norms",
+    "empty_like",
     "filter_net",
+    "foreign_field_text",
+    "foreign_fields",
     "format_prototxt",
-    "groups",
     "infer_shapes",
     "inference_net",
     "input_blobs",
@@ -89,7 +102,10 @@ __all__ = [
     "read_prototxt",
     "remove_layer",
     "replace_layer",
+    "schema_of",
     "scores_blob",
+    "sharers",
     "single_assignment",
+    "stored_statistics",
     "users",
 ]

@@ -7,10 +7,15 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from quantize.caffenet.schema import TEST, TRAIN, LayerParameter, NetParameter, NetStateRule
+from quantize.caffenet.text_faults import did_you_mean
 from quantize.errors import InputError
 
 NAMESAKE = "#"
 """Between the name that several layers have and the number that tells them apart."""
+NO_INPUT = (
+    '; the net has no input in this phase: put layer { name: "data" type: "Input" top: "data" input_param { '
+    "shape { dim: 1 dim: 3 dim: 224 dim: 224 } } }, with its own size, in front"
+)
 TRANSFORMING_TYPES = ("Data", "ImageData", "MemoryData", "WindowData")
 PLAIN_INPUTS = ("Input", "HDF5Data")
 """Data layers whose tops may be anything; what others make beside the images are labels."""
@@ -55,9 +60,7 @@ class InferenceNet:
         filtered = filter_net(net, TEST)
         inputs = input_blobs(filtered)
         if not inputs:
-            raise InputError(
-                f"net {net.name!r} has no input in the TEST phase: no Input or Data layer that another reads"
-            )
+            raise InputError(f"net {net.name!r} computes nothing from images{NO_INPUT}")
         _check_rows(filtered, inputs)
         return cls(inference_net(filtered, inputs), inputs, scores_blob(filtered))
 
@@ -191,9 +194,11 @@ def check_net(net: NetParameter, left_out: Iterable[LayerParameter] = ()) -> Non
             )
         for bottom in layer.bottom:
             if bottom not in known:
+                hint = _hint(bottom, left_out)
+                if not hint:
+                    hint = did_you_mean(bottom, known) if any(map(is_data_layer, net.layer)) else NO_INPUT
                 raise InputError(
-                    f"{_where(net, layer)} reads {bottom!r}, which no layer before it makes"
-                    f"{_hint(bottom, left_out)}"
+                    f"{_where(net, layer)} reads {bottom!r}, which no layer before it makes{hint}"
                 )
         for index, top in enumerate(layer.top):
             in_place = index < len(layer.bottom) and layer.bottom[index] == top

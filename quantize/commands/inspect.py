@@ -11,6 +11,7 @@ from pathlib import Path
 from quantize.arrays import Shape
 from quantize.caffenet import (
     TEST,
+    BlobId,
     InferenceNet,
     NetParameter,
     Shapes,
@@ -18,9 +19,12 @@ from quantize.caffenet import (
     at_state,
     check_weights,
     data_layer,
+    doubtful_norms,
     infer_shapes,
     known_part,
     load_schema,
+    load_weights,
+    owners,
     read_prototxt,
 )
 from quantize.caffenet.shape_rules import has_rule
@@ -31,7 +35,7 @@ from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, s
 from quantize.settings import WeightSettings, parse_size
 from quantize.stages.activations import plain_relus
 from quantize.stages.renorm import Tour
-from quantize.stages.weights import QUANTIZED_TYPES, choices
+from quantize.stages.weights import QUANTIZED_TYPES, choices, unquantizable, weight_users
 from quantize.sweep.plan import Costs, Route, Step, plan
 
 COLOR_CHANNELS = 3
@@ -39,8 +43,9 @@ COLOR_CHANNELS = 3
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer: its first top's shape without the batch, its parameters and multiply-accumulates per image,
-    and what the tool would do with it. Behind a layer of an unknown type the three are None.
+    """One layer: its first top's shape without the batch, its parameters (those that it shares with layers
+    before it aside) and multiply-accumulates per image, and what the tool would do with it. Behind a layer of
+    an unknown type the three are None.
     """
 
     name: str
@@ -56,11 +61,18 @@ def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: Weight
     test = InferenceNet.of(net)
     shapes = shapes_of(test.net, inputs)
     chosen = choices(test.net, settings)
+    first_user = {user: name for name, users in weight_users(test.net).items() for user in users}
+    left_out = unquantizable(test.net)
+    shared = owners(test.net)
     relus = plain_relus(test.net)
     rows = []
     for layer in test.net.layer:
-        if layer.name in chosen:
-            what = f"weights: {chosen[layer.name].bits} bits {chosen[layer.name].grid}"
+        first = first_user.get(layer.name, layer.name)
+        if first in chosen:
+            same = "" if first == layer.name else f", those of {first}"
+            what = f"weights: {chosen[first].bits} bits {chosen[first].grid}{same}"
+        elif layer.name in left_out:
+            what = f"kept: {left_out[layer.name]}"
         elif layer.type in QUANTIZED_TYPES:
             what = "kept: weights.layers says skip"
         elif layer.type == "BatchNorm":
@@ -81,7 +93,13 @@ def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: Weight
                 layer.name,
                 layer.type,
                 tuple(shapes.blobs[layer.top[0]][1:]) if known else None,
-                sum(math.prod(blob) for blob in shapes.params[layer.name]) if known else None,
+                sum(
+                    math.prod(blob)
+                    for index, blob in enumerate(shapes.params[layer.name])
+                    if BlobId(layer.name, index) not in shared
+                )
+                if known
+                else None,
                 shapes.macs.get(layer.name, 0) if known else None,
                 what,
             )
@@ -146,7 +164,9 @@ class Inspection:
         if weights is not None:
             one = {blob: (1, *shape) for blob, shape in found.items()}
             known = known_part(test.net, one)
-            check_weights(known, Weights.read(weights), infer_shapes(known, one))
+            given = load_weights(weights, net)
+            check_weights(known, given, infer_shapes(known, one))
+            notes += doubtful_norms(test.net, given)
         return cls(net, found, notes)
 
 
@@ -165,15 +185,13 @@ def layers_text(found: Inspection, as_json: bool) -> str:
     parameters, macs = sum(row.parameters or 0 for row in rows), sum(row.macs or 0 for row in rows)
     if as_json:
         layers = [asdict(row) for row in rows]
-        return json.dumps({"layers": layers, "parameters": parameters, "macs": macs})
+        return json.dumps({"layers": layers, "parameters": parameters, "macs": macs, "notes": found.notes})
     cells = [("layer", "type", "shape", "parameters", "MMACs", "plan")]
     cells += [(row.name, row.type, *_sizes(row), row.plan) for row in rows]
     unknown = sum(row.shape is None for row in rows)
     behind = f", without {unknown} layers of unknown size" if unknown else ""
-    return (
-        f"{table(cells)}\n\ntotal: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates"
-        f"{behind}"
-    )
+    total = f"total: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates{behind}"
+    return f"{table(cells)}\n\n{total}"
 
 
 def _sizes(row: LayerRow) -> tuple[str, str, str]:

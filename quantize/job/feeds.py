@@ -9,11 +9,14 @@ from quantize.arrays import Shape
 from quantize.caffenet import (
     TEST,
     TRAIN,
+    TRANSFORMING_TYPES,
     InferenceNet,
     NetParameter,
     TransformationParameter,
     data_layer,
+    foreign_fields,
 )
+from quantize.caffenet.strings import from_path
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import FileSource, Selection, Source, open_source
@@ -33,9 +36,54 @@ from quantize.progress import SILENT, Progress
 from quantize.settings import Config, Fed
 
 ImagesFrom = Literal["validation", "held_out", "calibration"]
+Stage = Literal["weights", "renorm", "activations"]
 RESIZE_PER_CROP = 256 / 224
 """Photographs of any size are resized so that the shorter side is this much longer than the crop, the common
 convention of ImageNet training."""
+SIZES_LOOKED_AT = 32
+"""Image files whose size decides whether images are resized at all."""
+
+
+def stage_feed(config: Config, net: NetParameter, stage: Stage, progress: Progress = SILENT) -> Feed:
+    """The calibration images that a stage looks at: as many as it asks for, or all where there are fewer.
+
+    Raises:
+        InputError: as `calibration_feed`, or there are fewer images than the user has asked for.
+    """
+    return calibration_feed(config, net, stage_images(config, stage, progress), progress)
+
+
+def stage_images(config: Config, stage: Stage, progress: Progress = SILENT) -> int:
+    """How many calibration images a stage looks at.
+
+    Raises:
+        InputError: fewer are there than the user has asked for; defaults ask for nothing.
+    """
+    settings, calibration = getattr(config, stage), config.data.calibration
+    present = calibration_images(config)
+    if calibration is None:
+        return int(settings.images)
+    where = calibration.source or "data.calibration.inputs"
+    cure = f"set data.calibration.images={present}, which holds for all stages, or give more images"
+    if (calibration.images or 0) > present:
+        raise InputError(
+            f"{where}: data.calibration.images asks for {calibration.images} images but it "
+            f"holds {present}: {cure}"
+        )
+    available = calibration.images or present
+    if settings.images > available and calibration.images is None:
+        if "images" in settings.model_fields_set:
+            raise InputError(
+                f"{where}: {stage}.images asks for {settings.images} images but it holds {present}: {cure}"
+            )
+        progress.note(f"{where} holds {present} images: all of them are used (1,000 are usual)")
+    return int(min(settings.images, available))
+
+
+def calibration_images(config: Config) -> int:
+    """How many calibration images there are."""
+    given = config.data.calibration
+    return 0 if given is None else images_present(given, "data.calibration")
 
 
 def calibration_feed(config: Config, net: NetParameter, images: int, progress: Progress = SILENT) -> Feed:
@@ -97,13 +145,6 @@ def evaluation_images(config: Config) -> ImagesFrom:
     return "held_out" if calibration_images(config) > images_used(config) else "calibration"
 
 
-def calibration_images(config: Config) -> int:
-    """How many calibration images there are."""
-    return (
-        0 if config.data.calibration is None else images_present(config.data.calibration, "data.calibration")
-    )
-
-
 def input_shapes(config: Config, net: NetParameter) -> dict[str, Shape]:
     """By input the shape of one image's values, as far as net, configuration and images tell."""
     told = told_shapes(config, net)
@@ -140,9 +181,7 @@ def _feed(
     check_counts(values, fed, key)
     inputs: dict[str, Images | Values] = {}
     if fed.source is not None and blob is not None:
-        source = open_source(fed.source)
-        source = Selection(source, range(first, len(source))) if first else source
-        inputs[blob] = _images(config, net, source, images, phase, progress)
+        inputs[blob] = _images(config, net, open_source(fed.source), first, images, phase, progress)
         images = len(inputs[blob])
     else:
         present = images_present(fed, key) - first
@@ -158,20 +197,27 @@ def _images(
     config: Config,
     net: NetParameter,
     source: Source,
+    first: int,
     images: int | None,
     phase: int,
     progress: Progress,
 ) -> Images:
     blob = image_input(config, net)
     transform = effective_transform(net, phase, config)
-    if (
-        isinstance(source, FileSource)
-        and transform.crop_size
-        and not (transform.resize or transform.resize_short)
-    ):
-        short = round(transform.crop_size * RESIZE_PER_CROP)
-        progress.note(f"{source.path}: resizing the shorter side to {short} (data.transform.resize_short)")
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+        if layer.type in TRANSFORMING_TYPES and foreign is not None:
+            progress.note(
+                f"layer {layer.name!r}: {foreign} is a field of a fork of Caffe and is not applied; say in "
+                "data.transform what the images need"
+            )
+    short = guessed_short_side(source, transform)
+    if short is not None:
+        progress.note(
+            f"{source.path}: images are not all {transform.crop_size}x{transform.crop_size} as the net wants "
+            f"them: resizing the shorter side to {short} (data.transform.resize_short)"
+        )
         transform = replace(transform, resize_short=short)
+    source = Selection(source, range(first, len(source))) if first else source
     feed = Images(source, transform, phase, images, config.data.seed, config.threads)
     expected = told_shapes(config, net).get(blob or "")
     if expected is not None and expected != feed.shape:
@@ -184,6 +230,19 @@ def _images(
     if not told and is_placeholder(feed.shape) and source.read(0).pixels.shape[1:] != feed.shape[1:]:
         progress.note(placeholder_text(blob or "", feed.shape, "data.input_shape"))
     return feed
+
+
+def guessed_short_side(source: Source, transform: Transform) -> int | None:
+    """To how many pixels the shorter side of images is resized although nobody has said so.
+
+    None where something is said, where images come from an LMDB, made for a net, and where image files are
+    as large as the crop: these are taken as they are.
+    """
+    crop = transform.crop_size
+    if not isinstance(source, FileSource) or not crop or transform.resize or transform.resize_short:
+        return None
+    same = all(size == (crop, crop) for size in source.sizes(SIZES_LOOKED_AT))
+    return None if same else round(crop * RESIZE_PER_CROP)
 
 
 def effective_transform(net: NetParameter, phase: int, config: Config) -> Transform:
@@ -219,9 +278,15 @@ def effective_transform(net: NetParameter, phase: int, config: Config) -> Transf
     if not (transform.force_color or {"force_color", "force_gray"} & given.keys()):
         given["force_gray"] = transform.force_gray or (shape is not None and shape[0] == 1)
     try:
-        return replace(transform, **given)
+        transform = replace(transform, **given)
     except InputError as error:
         raise InputError(f"data.transform: {error}") from error
+    if transform.scale == 0:
+        raise InputError(
+            "scale is 0, which makes every pixel 0; leave it out, or give the net's factor "
+            "(data.transform.scale)"
+        )
+    return transform
 
 
 def to_proto(transform: Transform) -> TransformationParameter:
@@ -235,7 +300,7 @@ def to_proto(transform: Transform) -> TransformationParameter:
         param.scale = transform.scale
     param.mean_value.extend(transform.mean_value)
     if transform.mean_file is not None:
-        param.mean_file = str(transform.mean_file.resolve())
+        param.mean_file = from_path(transform.mean_file.resolve())
     if transform.force_color:
         param.force_color = True
     if transform.force_gray:

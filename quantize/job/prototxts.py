@@ -14,6 +14,7 @@ from quantize.caffenet import (
     InferenceNet,
     LayerParameter,
     NetParameter,
+    empty_like,
     filter_net,
     infer_shapes,
     is_data_layer,
@@ -21,6 +22,7 @@ from quantize.caffenet import (
     known_part,
 )
 from quantize.caffenet.schema import DataParameter
+from quantize.caffenet.strings import from_path
 from quantize.data.sources import LmdbSource, open_source
 from quantize.job.feeds import effective_transform, to_proto
 from quantize.settings import Config
@@ -52,7 +54,7 @@ def validation_prototxt(net: NetParameter, config: Config, shapes: Mapping[str, 
     data.top.extend([test.blob, label])
     data.include.add().phase = TEST
     data.transform_param.CopyFrom(to_proto(effective_transform(net, TEST, config)))
-    data.data_param.source = str(source)
+    data.data_param.source = from_path(source)
     data.data_param.batch_size = config.data.validation.batch_size if config.data.validation else 1
     data.data_param.backend = DataParameter.LMDB
     replaced = [images, *(layer for layer in feeding if list(layer.top) == [label])]
@@ -100,7 +102,7 @@ def deploy_prototxt(net: NetParameter, shapes: Mapping[str, Shape]) -> NetParame
         shapes: by input the shape of one image's values.
     """
     test = InferenceNet.of(with_stored_statistics(net))
-    deploy = NetParameter(name=net.name)
+    deploy = empty_like(net)
     for blob in test.inputs:
         data = deploy.layer.add(name=blob, type="Input", top=[blob])
         data.input_param.shape.add().dim.extend([1, *shapes[blob]])

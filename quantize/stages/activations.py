@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -17,10 +17,10 @@ from itertools import cycle
 import numpy as np
 
 from quantize.arrays import FLOAT_BYTES
-from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
+from quantize.caffenet import LayerParameter, NetParameter, Weights, foreign_fields, single_assignment
 from quantize.data.feed import Batch, Feed
 from quantize.engines.base import OpenEngine, RangeResult
-from quantize.host import available_threads
+from quantize.host import available_threads, pool
 from quantize.numerics import histogram
 from quantize.numerics.decibels import decibels
 from quantize.numerics.histogram import Histogram
@@ -63,8 +63,15 @@ class QuantizedActivation:
 
 
 def plain_relus(net: NetParameter) -> list[str]:
-    """Names of the ReLU layers of an inference net that can be quantized: those without a negative slope."""
-    return [layer.name for layer in net.layer if layer.type == "ReLU" and not layer.relu_param.negative_slope]
+    """Names of the ReLU layers of an inference net that can be quantized.
+
+    Those are the ones without a negative slope and without a field of a fork that may change the results.
+    """
+    return [
+        layer.name
+        for layer, foreign in zip(net.layer, foreign_fields(net), strict=True)
+        if layer.type == "ReLU" and not layer.relu_param.negative_slope and foreign is None
+    ]
 
 
 def activations_quan(
@@ -154,11 +161,11 @@ def collect(
             return lambda: (len(images), finish())
 
         counting: list[Future[None]] = []
-        with ThreadPoolExecutor(available_threads()) as pool:
+        with pool(available_threads(), "labelfree-histograms") as threads:
             for images, filled in overlapped(map(begin, feed.batches(batch))):
                 for done in counting:
                     done.result()
-                counting = [pool.submit(histograms[name].update, filled.blobs[name]) for name in blobs]
+                counting = [threads.submit(histograms[name].update, filled.blobs[name]) for name in blobs]
                 progress.advance(images)
             for done in counting:
                 done.result()

@@ -22,6 +22,7 @@ from quantize.caffenet import (
     LayerParameter,
     NetParameter,
     Weights,
+    empty_like,
     layer_index,
     live_blobs,
     needed_layers,
@@ -38,6 +39,7 @@ from quantize.numerics.solvers import fit
 from quantize.progress import SILENT, Progress
 from quantize.settings import GRID_BITS, GridChoice, WeightSettings
 from quantize.stages.data_aware import Calibration, only_normalized
+from quantize.stages.renorm import variance_ratio
 from quantize.stages.weights import choices, free_layers
 from quantize.sweep.plan import Costs, Step, micro_batch_size
 from quantize.sweep.run import Shard
@@ -257,7 +259,7 @@ def sensitivities(
 def _part_for(net: NetParameter, scores: str) -> tuple[NetParameter, str]:
     """The layers that the scores depend on, every blob name assigned once, and the scores' name there."""
     check_scores(net, scores)
-    part = NetParameter()
+    part = empty_like(net)
     part.layer.extend(needed_layers(net.layer, [scores]))
     flat = single_assignment(part)
     return flat, flat.layer[-1].top[list(part.layer[-1].top).index(scores)]
@@ -416,8 +418,7 @@ class _Variants:
 
 def _restored(blob: FloatArray, found: Moments, wanted: Moments) -> FloatArray:
     """A blob whose channels have the moments ``found``, moved and scaled so that they have ``wanted``."""
-    ratio = np.divide(wanted.m2, found.m2, out=np.zeros_like(found.m2), where=found.m2 > 0)
-    scale = np.sqrt(ratio)
+    scale = 1 / np.sqrt(variance_ratio(wanted, found))
     shape = (1, -1) + (1,) * (blob.ndim - 2)
     shift = wanted.mean - scale * found.mean
     return blob * scale.reshape(shape).astype(np.float32) + shift.reshape(shape).astype(np.float32)

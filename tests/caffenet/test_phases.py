@@ -6,6 +6,7 @@ from google.protobuf import text_format
 from quantize.caffenet import (
     TEST,
     TRAIN,
+    InferenceNet,
     NetParameter,
     check_net,
     filter_net,
@@ -211,3 +212,25 @@ def test_scores_without_accuracy(tail, expected):
 def test_scores_of_nothing():
     with pytest.raises(InputError, match="no scores"):
         scores_blob(net_of('layer { name: "s" type: "Silence" bottom: "x" }'))
+
+
+def test_a_net_without_input_is_told_how_to_get_one():
+    layers = 'layer { name: "conv" type: "Convolution" bottom: "data" top: "conv" }'
+    table = 'layer { name: "p" type: "Parameter" top: "p" }'
+    for text in (layers, table):
+        with pytest.raises(
+            InputError, match=r'no input in this phase: put layer { name: "data" type: "Input"'
+        ):
+            InferenceNet.of(net_of(text))
+    trained = 'layer { name: "d" type: "Data" top: "data" include { phase: TRAIN } }'
+    with pytest.raises(
+        InputError, match="layer 'd', which makes it, is left out by its"
+    ):
+        InferenceNet.of(net_of(trained + layers))
+
+
+def test_a_misspelt_bottom():
+    relu = 'layer { name: "r" type: "ReLU" bottom: "dat" top: "r" }'
+    text = f'layer {{ name: "d" type: "Input" top: "data" }} {relu}'
+    with pytest.raises(InputError, match=r"reads 'dat', which no layer before it makes; did you mean data\?"):
+        filter_net(net_of(text), TEST)
