@@ -233,7 +233,9 @@ def test_a_layer_behind_the_labels_that_has_the_weights_too() -> None:
         + 'layer { name: "loss" type: "EuclideanLoss" bottom: "behind" bottom: "c3" top: "loss" }\n'
     )
     net = parse(text)
-    weights = loaded(filter_net(net, TEST), random_weights(InferenceNet.of(net).net, {"data": IMAGE, "label": ()}))
+    weights = loaded(
+        filter_net(net, TEST), random_weights(InferenceNet.of(net).net, {"data": IMAGE, "label": ()})
+    )
     changed, found, layers = weights_quan(
         net, weights, choices(InferenceNet.of(net).net, settings()), "optimal"
     )
