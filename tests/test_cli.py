@@ -342,9 +342,8 @@ def test_a_norm_whose_statistics_are_ignored_is_named(job: Job, labelfree: Label
     line = "BatchNorm bn_left: the third blob is 0"
     inspected = labelfree("inspect", job.folder / "net.prototxt", path)
     assert (inspected.code, inspected.err.count(line)) == (0, 1)
-    assert (
-        line in json.loads(labelfree("inspect", job.folder / "net.prototxt", path, "--json").out)["notes"][0]
-    )
+    as_json = json.loads(labelfree("inspect", job.folder / "net.prototxt", path, "--json").out)
+    assert sum(line in note for note in as_json["notes"]) == 1
     ill = labelfree("doctor", "--config", job.yaml)
     assert (ill.code, ill.out.count(line)) == (1, 1)
     done = labelfree("quantize", "--config", job.yaml)

@@ -81,8 +81,8 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
 
     Raises:
         InputError: an override names a layer that is not there or has no weights to quantize, layers with the
-            same weights have different overrides, a layer to quantize has a field of a fork, which may
-            compute something else of its weights, or the net has been quantized already.
+            same weights have different overrides, or a layer to quantize has a field of a fork, which may
+            compute something else of its weights.
     """
     names, left_out = _names(net), unquantizable(net)
     for name in settings.layers:
@@ -95,11 +95,6 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
     if not names:
         raise InputError(
             f"the net has no layer to quantize (types {', '.join(QUANTIZED_TYPES)}); check model.prototxt"
-        )
-    taken = {layer.name for layer in net.layer}.intersection(name + ALPHA_SUFFIX for name in names)
-    if taken:
-        raise InputError(
-            f"the net has a layer {min(taken)!r}: it has been quantized; give the net from before"
         )
     free = free_layers(net, settings)
     found: dict[str, GridChoice] = {}
@@ -199,9 +194,15 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
         names: the layers; those with the same weights are checked, too.
 
     Raises:
-        InputError: a layer has no weights, or they are not finite or not ``num_output`` kernels and biases.
+        InputError: the net has been quantized already, a layer has no weights, or they are not finite or not
+            ``num_output`` kernels and biases.
     """
     same_weights = _same_weights(net)
+    taken = {layer.name for layer in net.layer}.intersection(name + ALPHA_SUFFIX for name in names)
+    if taken:
+        raise InputError(
+            f"the net has a layer {min(taken)!r}: it has been quantized; give the net from before"
+        )
     for name in (user for owner in names for user in same_weights[owner]):
         layer = _layer(net, name)
         where = f"layer {name!r} ({layer.type})"
