@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 
 import numpy as np
@@ -26,6 +27,7 @@ from quantize.caffenet import (
     known_part,
     needed_layers,
     single_assignment,
+    users,
 )
 from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine
@@ -122,6 +124,7 @@ def renorm(
             new = update(norms, moments)
             blobs = {name: statistics.blobs for name, statistics in new.items()}
             found |= new
+    found |= _shared(net, [norm for norms in tour.norms for norm in norms], moments)
     shifts = [_shift(layer.name, weights, found[layer.name]) for layer in net.layer if layer.name in found]
     weights = weights.copy()
     for name, statistics in found.items():
@@ -258,6 +261,28 @@ def update(norms: Iterable[Norm], moments: Mapping[str, Moments]) -> dict[str, S
                     "layers before it overflow"
                 )
         found[norm.name] = new
+    return found
+
+
+def _shared(
+    net: NetParameter, norms: Iterable[Norm], moments: Mapping[str, Moments]
+) -> dict[str, Statistics]:
+    """The statistics of BatchNorms that share their blobs, over all that they read.
+
+    In the sweep each has its own. What is stored must serve them all.
+    """
+    by_name = {norm.name: norm for norm in norms}
+    found: dict[str, Statistics] = {}
+    for names in users(net).values():
+        uses = [by_name[name] for name in names if name in by_name]
+        if len(uses) < 2:
+            continue
+        first = uses[0]
+        joined = {first.bottom: reduce(Moments.merged, (moments[use.bottom] for use in uses))}
+        if first.reference is not None:
+            bottoms = [use.reference.bottom for use in uses if use.reference is not None]
+            joined[first.reference.bottom] = reduce(Moments.merged, (moments[bottom] for bottom in bottoms))
+        found |= dict.fromkeys((use.name for use in uses), update([first], joined)[first.name])
     return found
 
 
