@@ -28,21 +28,26 @@ from pydantic import BaseModel
 
 from quantize import __version__
 from quantize.caffenet import (
+    TEST,
+    BlobId,
     InferenceNet,
     NetParameter,
     Weights,
     check_weights,
+    doubtful_norms,
+    filter_net,
     format_prototxt,
     infer_shapes,
     known_part,
     load_schema,
     load_weights,
+    owners,
     read_prototxt,
 )
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
-from quantize.host import available_threads, peak_memory, reset_peak_memory
+from quantize.host import available_threads, peak_memory, reset_peak_memory, using_threads
 from quantize.job.feeds import (
     calibration_feed,
     calibration_images,
@@ -62,17 +67,17 @@ from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision, renorm
 from quantize.stages.weights import (
-    ALPHA_SUFFIX,
     QUANTIZED_TYPES,
     check_kernels,
     choices,
+    unquantizable,
     weights_quan,
     with_alpha_terms,
 )
 
 STAGES = ("weights", "renorm", "activations")
 LIBRARIES = (
-    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb"),
+    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb", "threadpoolctl"),
     *("matplotlib", "jinja2"),
 )
 READ_BLOCK = 1 << 20
@@ -90,7 +95,7 @@ class Run:
         self.config = config
         self.progress = progress
         self.files = Files.of(config.name)
-        self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
+        self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
         self.net = read_model_prototxt(config)
         self.inputs: dict[str, str] = {"prototxt": sha256(config.model.prototxt)}
         self.report: dict[str, Any] = {}
@@ -119,7 +124,10 @@ class Run:
             "activations": self._activations,
         }
         self._check_before_work(stages)
-        with closing(OutputFolder(self.config.output)) as self.folder:
+        with (
+            using_threads(self.config.threads),
+            closing(OutputFolder(self.config.output)) as self.folder,
+        ):
             self.report = previous_report(self.config.output, self.config.name, self.progress)
             for stage in (s for s in STAGES if s in stages):
                 key = self._key(stage)
@@ -156,13 +164,17 @@ class Run:
             self._activations_feed()
 
     def _weights(self) -> dict[str, Any]:
-        weights = Weights.read(self.config.model.weights)
+        weights = load_weights(self.config.model.weights, self.net)
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
         chosen = choices(test.net, settings)
-        check_kernels(test.net, weights, chosen)
-        record: dict[str, Any] = {}
+        check_kernels(filter_net(self.net, TEST), weights, chosen)
+        kept = unquantizable(test.net)
+        doubtful = doubtful_norms(test.net, weights)
+        for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
+            self.progress.note(f"weights: {line}")
+        record: dict[str, Any] = {"kept": kept, "doubtful": doubtful}
         if settings.budget is not None:
             calibration = self._calibration(self._renorm_feed())
             chosen, found = keep_budget(weights, settings, calibration, test.scores, self.progress)
@@ -171,10 +183,9 @@ class Run:
             self.net, weights, chosen, settings.solver, self.progress, self._solver_calibration()
         )
         self._write_weights(self.files.quantized, quantized)
+        done = {name for layer in layers for name in (layer.name, *layer.shared_by)} | kept.keys()
         skipped = [
-            layer.name
-            for layer in test.net.layer
-            if layer.type in QUANTIZED_TYPES and layer.name not in chosen
+            layer.name for layer in test.net.layer if layer.type in QUANTIZED_TYPES and layer.name not in done
         ]
         return {"layers": [asdict(layer) for layer in layers], "skipped": skipped, **record}
 
@@ -214,7 +225,9 @@ class Run:
 
     def _measure_outputs(self) -> None:
         """Add the output SQNR per layer to the report, where there are images to measure it on."""
-        layers = [layer["name"] for layer in self.report["stages"]["weights"]["layers"]]
+        records = self.report["stages"]["weights"]["layers"]
+        quantized = {name for layer in records for name in (layer["name"], *layer["shared_by"])}
+        layers = [layer.name for layer in InferenceNet.of(self.net).net.layer if layer.name in quantized]
         if self.config.data.calibration is None or not layers:
             return
         try:
@@ -319,7 +332,7 @@ class Run:
             "data": dump(self.config.data),
             "calibration": fingerprint(self.config),
             "engine": self.config.engine,
-            "threads": self.config.threads or available_threads(),
+            "threads": available_threads(),
         }
 
     def _is_done(self, stage: str, key: str) -> bool:
@@ -379,17 +392,24 @@ class Run:
         return self.files.renorm if "renorm" in stages else self.files.quantized
 
     def _sizes(self, stages: dict[str, Any]) -> dict[str, int]:
-        """Bytes of the model: as given, as written, and packed at the bits chosen."""
+        """Bytes of the model: as given, as written, and packed at the bits chosen.
+
+        Packed is what layers share once, and nothing that follows from the rest: the second blob of an alpha
+        term does from alpha and bias.
+        """
         written = self.config.output / self._latest(stages)
         weights = Weights.read(written)
-        values = sum(blob.size for layer in weights.layers() for blob in weights[layer])
-        packed = 4 * values
+        net = with_alpha_terms(self.net, weights)
+        shared = owners(filter_net(net, TEST))
+        alphas = {layer.name for layer in net.layer} - {layer.name for layer in self.net.layer}
+        packed = 4 * sum(
+            blob.size
+            for layer in weights.layers()
+            for index, blob in enumerate(weights[layer])
+            if BlobId(layer, index) not in shared and not (index and layer in alphas)
+        )
         for layer in stages["weights"]["layers"]:
             packed += -(-layer["weights"] * layer["bits"] // 8) - 4 * layer["weights"]
-            if f"{layer['name']}{ALPHA_SUFFIX}" in weights and len(weights[layer["name"]]) > 1:
-                packed -= (
-                    4 * layer["kernels"]
-                )  # the second blob of the alpha term follows from alpha and bias
         return {
             "model": self.config.model.weights.stat().st_size,
             "written": written.stat().st_size,
@@ -417,8 +437,9 @@ def evaluate_run(
     if not without_renorm:
         candidates.pop("without_renorm", None)
     before = read_report(config.output)
-    open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
-    found = evaluate(candidates, feed, open_engine, progress)
+    open_engine = engine_opener(config.engine, config.caffe, config.threads)
+    with using_threads(config.threads):
+        found = evaluate(candidates, feed, open_engine, progress)
     try:
         with closing(OutputFolder(config.output)) as folder:
             report = read_report(config.output)
@@ -459,7 +480,8 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
     if not quantized.exists() or not prototxt.exists():
         raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
     full = InferenceNet.of(net)
-    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.scores)}
+    given = load_weights(config.model.weights, net)
+    found = {"fp32": Candidate(full.net, given, full.scores)}
     weights = Weights.read(quantized)
     if renormed.exists():
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
