@@ -27,6 +27,7 @@ from quantize.caffenet import (
     known_part,
     needed_layers,
     single_assignment,
+    stored_statistics,
     users,
 )
 from quantize.data.feed import Feed
@@ -353,13 +354,6 @@ def _front(flat: NetParameter, full: FullPrecision | None) -> tuple[list[LayerPa
         name: Norm(name, layer.bottom[0], Reference.of(layer, beside(bottoms[name]), full.weights))
         for name, layer in norms.items()
     }
-
-
-def stored_statistics(blobs: Sequence[FloatArray]) -> tuple[Floats, Floats]:
-    """The mean and the variance that a BatchNorm's three blobs stand for."""
-    mean, variance, factor = (np.asarray(blob, np.float64).reshape(-1) for blob in blobs)
-    scale = 1 / factor[0] if factor[0] else 0.0
-    return mean * scale, variance * scale
 
 
 def _blobs(mean: Floats, variance: Floats) -> list[FloatArray]:
