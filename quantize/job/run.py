@@ -33,6 +33,7 @@ from quantize.caffenet import (
     InferenceNet,
     NetParameter,
     Weights,
+    at_state,
     check_weights,
     doubtful_norms,
     filter_net,
@@ -43,16 +44,19 @@ from quantize.caffenet import (
     load_weights,
     owners,
     read_prototxt,
+    schema_of,
 )
+from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
+from quantize.files import open_file
 from quantize.host import available_threads, peak_memory, reset_peak_memory, using_threads
 from quantize.job.feeds import (
     calibration_feed,
     calibration_images,
     evaluation_images,
-    image_shape,
+    input_shapes,
     validation_feed,
 )
 from quantize.job.output import Files, OutputFolder
@@ -98,6 +102,8 @@ class Run:
         self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
         self.net = read_model_prototxt(config)
         self.inputs: dict[str, str] = {"prototxt": sha256(config.model.prototxt)}
+        if config.model.stages or config.model.level:
+            self.inputs["state"] = json.dumps([sorted(config.model.stages), config.model.level])
         self.report: dict[str, Any] = {}
 
     def quantize(
@@ -169,6 +175,8 @@ class Run:
         self._check(weights)
         settings = self.config.weights
         chosen = choices(test.net, settings)
+        if not chosen:
+            self.progress.note("weights: weights.layers skips every layer; no weights are quantized")
         check_kernels(filter_net(self.net, TEST), weights, chosen)
         kept = unquantizable(test.net)
         doubtful = doubtful_norms(test.net, weights)
@@ -216,7 +224,9 @@ class Run:
         found = activations_quan(net, weights, feed, self.config.activations, self.open_engine, self.progress)
         kept = [layer.name for layer in net.layer if layer.type == "ReLU"]
         for name in sorted(set(kept) - set(plain_relus(net))):
-            self.progress.note(f"activations: {name} is left alone: it has a negative slope")
+            self.progress.note(
+                f"activations: {name} is left alone: it has a negative slope or a field of a fork"
+            )
         if not found:
             self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
         for activation in (a for a in found if a.dead):
@@ -263,12 +273,10 @@ class Run:
         return calibration_feed(self.config, self.net, self.config.activations.images, self.progress)
 
     def _check(self, weights: Weights) -> None:
-        """Check the blobs against the layers, as far as the shapes of images and layers are known."""
-        shape = image_shape(self.config, self.net)
-        if shape is not None:
-            test = InferenceNet.of(self.net)
-            known = known_part(test.net, [test.blob])
-            check_weights(known, weights, infer_shapes(known, {test.blob: (1, *shape)}))
+        """Check the blobs against the layers, as far as the shapes of inputs and layers are known."""
+        one = {blob: (1, *shape) for blob, shape in input_shapes(self.config, self.net).items()}
+        known = known_part(InferenceNet.of(self.net).net, one)
+        check_weights(known, weights, infer_shapes(known, one))
 
     def _write_weights(self, name: str, weights: Weights) -> None:
         with self.folder.writing(name) as file:
@@ -303,7 +311,8 @@ class Run:
     def _key(self, stage: str) -> str:
         """What a stage's result depends on, as one hash."""
         config = self.config
-        parts: dict[str, Any] = {"version": __version__, "prototxt": self.inputs["prototxt"]}
+        net = {name: digest for name, digest in self.inputs.items() if name != "weights"}
+        parts: dict[str, Any] = {"version": __version__, **net}
         if stage == "weights":
             parts |= {"weights": self._hash_inputs()["weights"], "settings": dump(config.weights)}
             if config.weights.solver == "data_aware" or config.weights.budget is not None:
@@ -379,13 +388,15 @@ class Run:
         if "activations" in stages:
             found = [QuantizedActivation(**layer) for layer in stages["activations"]["layers"]]
             net = with_act_quantize(net, found)
-        shape = image_shape(self.config, self.net)
-        written = {self.files.val: validation_prototxt(net, self.config, shape)}
-        if shape is not None:
-            written[self.files.deploy] = deploy_prototxt(net, shape)
+        shapes = input_shapes(self.config, self.net)
+        written = {self.files.val: validation_prototxt(net, self.config, shapes)}
+        if shapes.keys() >= set(InferenceNet.of(net).inputs):
+            written[self.files.deploy] = deploy_prototxt(net, shapes)
+        else:
+            self.progress.note(f"{self.files.deploy} needs the images' shape: give data.input_shape")
         for name, content in written.items():
             with self.folder.writing(name) as file:
-                file.write(format_prototxt(content).encode())
+                file.write(to_bytes(format_prototxt(content)))
         return list(written)
 
     def _latest(self, stages: dict[str, Any]) -> str:
@@ -487,16 +498,16 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
         found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.scores)
         weights = Weights.read(renormed)
-    final = InferenceNet.of(read_prototxt(prototxt))
+    final = InferenceNet.of(read_prototxt(prototxt, schema_of(net)))
     found["quantized"] = Candidate(final.net, weights, final.scores)
     return found
 
 
 def read_model_prototxt(config: Config) -> NetParameter:
     """The network to quantize, with all its phases."""
-    if config.model.caffe_proto is None:
-        return read_prototxt(config.model.prototxt)
-    return read_prototxt(config.model.prototxt, load_schema(config.model.caffe_proto))
+    model = config.model
+    net = read_prototxt(model.prototxt, load_schema(model.caffe_proto) if model.caffe_proto else None)
+    return at_state(net, model.stages, model.level)
 
 
 def dump(section: BaseModel) -> dict[str, Any]:
@@ -511,12 +522,9 @@ def sha256(path: Path) -> str:
         InputError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(READ_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}; check the path") from error
+    with open_file(path, "file") as file:
+        while block := file.read(READ_BLOCK):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -524,7 +532,8 @@ def fingerprint(config: Config) -> str | None:
     """A hash of what identifies the calibration images: names, sizes and times of their files."""
     if config.data.calibration is None:
         return None
-    source = config.data.calibration.source
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    calibration = config.data.calibration
+    paths = [path for path in (calibration.source, *calibration.inputs.values()) if isinstance(path, Path)]
+    files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     entries = [(str(f), s.st_size, s.st_mtime_ns) for f in files if f.name != "lock.mdb" and (s := f.stat())]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
