@@ -28,7 +28,7 @@ from quantize.errors import InputError
 from quantize.job.feeds import RESIZE_PER_CROP
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.output import OutputFolder
-from quantize.settings import ModelFiles
+from quantize.settings import ActivationSettings, ModelFiles, RenormSettings
 
 IMAGENET_MEAN = [104, 117, 123]
 """Blue, green, red: what most published Caffe networks subtract."""
@@ -53,7 +53,7 @@ weights:
   first_last: {{bits: 8, grid: fixed_point}}
   # layers: {{some_layer: {{bits: 8, grid: fixed_point}}, other_layer: {{skip: true}}}}
 renorm:
-  images: {images}
+  images: {renorm_images}                         # relative to full precision on the same images
   augment: train                      # random crops and mirrors as in training; test: centre crops
   memory: 2GiB                        # bound on what the sweep keeps
 activations:
@@ -108,8 +108,8 @@ def initial_config(
     source.close()
     name = re.sub(r"[^\w.+-]+", "_", net.name or model.prototxt.stem).strip("_.+-") or "net"
     images = min(1000, count)
-    if count < 1000:
-        guesses.append(f"renorm uses all {count} images; about 1,000 are usual")
+    if count < RenormSettings().images:
+        guesses.append(f"renorm uses all {count} images; {RenormSettings().images} are usual")
     text = TEMPLATE.format(
         name=name,
         prototxt=_path(model.prototxt, folder),
@@ -119,7 +119,8 @@ def initial_config(
         shapes=f"\n  input_shape: {json.dumps(shapes)}" if shapes else "",
         calibration=_path(calibration, folder),
         images=images,
-        activation_images=min(400, count),
+        renorm_images=min(RenormSettings().images, count),
+        activation_images=min(ActivationSettings().images, count),
         transform=_transform(net, told.get(blob), files, guesses),
         output=json.dumps(f"out/{name}"),
     )

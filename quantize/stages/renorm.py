@@ -9,13 +9,14 @@ all images in training mode. Every other layer behaves as in the TEST phase.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from quantize.arrays import FloatArray, Floats
 from quantize.caffenet import (
@@ -56,6 +57,7 @@ class BatchNormShift:
         values: values per channel that were measured.
         mean_shift: root mean square over channels of (new mean - old mean) / old standard deviation.
         variance_ratio: geometric mean over channels of new variance / old variance.
+        dead: number of channels that have one value for all images.
     """
 
     name: str
@@ -63,6 +65,7 @@ class BatchNormShift:
     values: int
     mean_shift: float
     variance_ratio: float
+    dead: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,12 +199,16 @@ class Norm:
 def variance_ratio(full: Moments, seen: Moments) -> Floats:
     """Per channel the variance seen over that in full precision, of equally many values.
 
-    A channel that is constant in one of the two says nothing about the ratio: it counts as 1. Constant is
-    what varies less than float32 resolves.
+    A channel that is constant in one of the two says nothing about the ratio: it counts as 1.
     """
-    constant = [m.m2 <= m.count * np.square(RESOLUTION * m.mean) for m in (full, seen)]
-    alive = ~(constant[0] | constant[1])
+    alive = ~(constant(full) | constant(seen))
     return np.divide(seen.m2 * full.count, full.m2 * seen.count, out=np.ones_like(full.m2), where=alive)
+
+
+def constant(moments: Moments) -> npt.NDArray[np.bool_]:
+    """Per channel whether its values vary less than float32 resolves."""
+    found: npt.NDArray[np.bool_] = moments.m2 <= moments.count * np.square(RESOLUTION * moments.mean)
+    return found
 
 
 @dataclass(frozen=True)
@@ -213,12 +220,14 @@ class Statistics:
         variance: float64 (channels,): of the values seen.
         unbiased: float64 (channels,): the variance that is stored.
         count: values per channel.
+        dead: number of channels that have one value for all images.
     """
 
     mean: Floats
     variance: Floats
     unbiased: Floats
     count: int
+    dead: int
 
     @property
     def blobs(self) -> list[FloatArray]:
@@ -260,7 +269,7 @@ def update(norms: Iterable[Norm], moments: Mapping[str, Moments]) -> dict[str, S
             else:
                 mean, variance = norm.reference.paired(moments[norm.reference.bottom], seen)
                 unbiased = variance
-            new = Statistics(mean, variance, unbiased, seen.count)
+            new = Statistics(mean, variance, unbiased, seen.count, int(constant(seen).sum()))
             if not all(np.isfinite(blob).all() for blob in (*new.blobs, *new.stored)):
                 raise LabelfreeError(
                     f"layer {norm.name}: its input has statistics that are not finite; "
@@ -376,4 +385,5 @@ def _shift(name: str, weights: Weights, found: Statistics) -> BatchNormShift:
         values=found.count,
         mean_shift=float(np.sqrt(np.mean(deviations**2))) if alive.any() else 0.0,
         variance_ratio=math.exp(float(np.mean(logs))) if alive.any() else 1.0,
+        dead=found.dead,
     )

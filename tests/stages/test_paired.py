@@ -383,6 +383,14 @@ def test_the_published_solver_means_the_published_statistics() -> None:
     assert asked.renorm.statistics == "paired"
 
 
+def test_published_settings_keep_the_published_numbers_of_images() -> None:
+    assert settings().renorm.images == settings().activations.images == 64
+    assert settings(renorm={"statistics": "measured"}).renorm.images == 1000
+    assert settings(weights={"solver": "reference"}).renorm.images == 1000
+    assert settings(weights={"solver": "reference"}, renorm={"images": 7}).renorm.images == 7
+    assert settings(activations={"solver": "reference"}).activations.images == 400
+
+
 @pytest.mark.parametrize("name", ["alexnet_bn", "resnet18", "resnet50", "vgg16_bn"])
 def test_the_papers_networks_are_measured(name: str) -> None:
     config = load(ROOT / f"configs/{name}.yaml")
