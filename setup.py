@@ -31,12 +31,15 @@ setup(
         "PyYAML>=6.0",
         "click>=8.1",
         "rich>=13.7",
+        "threadpoolctl>=3.5",
         "matplotlib>=3.8",
         "Jinja2>=3.1",
     ],
     extras_require={
+        "hdf5": ["h5py>=3.8"],
         "dev": [
             "grpcio-tools",
+            "h5py>=3.8",
             "hypothesis",
             "mypy",
             "pytest",

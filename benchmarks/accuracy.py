@@ -19,7 +19,6 @@ from quantize.caffenet import InferenceNet, NetParameter, Weights
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
-from quantize.host import available_threads
 from quantize.job.feeds import calibration_feed, validation_feed
 from quantize.job.run import read_model_prototxt
 from quantize.measure.evaluate import Candidate, Closeness, evaluate
@@ -47,7 +46,7 @@ class Subject:
         self.inference = InferenceNet.of(self.net)
         self.calibration = calibration_feed(config, self.net, config.renorm.images)
         self.validation = validation_feed(config, self.net, images)
-        self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
+        self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
 
     def feed(self, numbers: list[int]) -> Feed:
         """Calibration images by number."""

@@ -8,15 +8,18 @@ from quantize.caffenet.fork import (
     load_schema,
     schema_of,
 )
+from quantize.caffenet.norms import doubtful_norms, stored_statistics
 from quantize.caffenet.phases import (
     TRANSFORMING_TYPES,
     InferenceNet,
+    at_state,
     check_net,
-    data_blobs,
     data_layer,
     declared_shape,
+    dependents,
     filter_net,
     inference_net,
+    input_blobs,
     is_data_layer,
     is_measure,
     scores_blob,
@@ -37,7 +40,7 @@ from quantize.caffenet.schema import (
 )
 from quantize.caffenet.shape_rules import LayerShapes
 from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
-from quantize.caffenet.sharing import BlobId, check_sharing, groups, load_weights, loaded, owners, users
+from quantize.caffenet.sharing import BlobId, check_sharing, load_weights, loaded, owners, sharers, users
 from quantize.caffenet.surgery import (
     insert_after,
     layer_index,
@@ -69,20 +72,22 @@ __all__ = [
     "TransformationParameter",
     "Weights",
     "all_finite",
+    "at_state",
     "check_net",
     "check_sharing",
     "check_weights",
-    "data_blobs",
     "data_layer",
     "declared_shape",
+    "dependents",
+    "doubtful_norms",
     "empty_like",
     "filter_net",
     "foreign_field_text",
     "foreign_fields",
     "format_prototxt",
-    "groups",
     "infer_shapes",
     "inference_net",
+    "input_blobs",
     "insert_after",
     "is_data_layer",
     "is_measure",
@@ -99,6 +104,8 @@ __all__ = [
     "replace_layer",
     "schema_of",
     "scores_blob",
+    "sharers",
     "single_assignment",
+    "stored_statistics",
     "users",
 ]

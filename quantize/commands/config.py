@@ -111,7 +111,9 @@ PATH_KEYS = (
     "model.weights",
     "model.caffe_proto",
     "data.calibration.source",
+    "data.calibration.inputs.*",
     "data.validation.source",
+    "data.validation.inputs.*",
     "data.transform.mean_file",
     "output",
 )
@@ -123,8 +125,10 @@ def _resolve_paths(tree: dict[str, Any], base: Path, where: str) -> None:
         node: Any = tree
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
-        if isinstance(node, dict) and isinstance(node.get(last), str):
-            node[last] = str(base / expand(node[last], f"{where}: {key}"))
+        if isinstance(node, dict):
+            for name in list(node) if last == "*" else [last]:
+                if isinstance(node.get(name), str):
+                    node[name] = str(base / expand(node[name], f"{where}: {key.replace('*', str(name))}"))
 
 
 def expand(text: str, where: str) -> Path:

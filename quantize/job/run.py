@@ -28,14 +28,21 @@ from pydantic import BaseModel
 
 from quantize import __version__
 from quantize.caffenet import (
+    TEST,
+    BlobId,
     InferenceNet,
     NetParameter,
     Weights,
+    at_state,
     check_weights,
+    doubtful_norms,
+    filter_net,
     format_prototxt,
     infer_shapes,
     known_part,
     load_schema,
+    load_weights,
+    owners,
     read_prototxt,
     schema_of,
 )
@@ -44,12 +51,12 @@ from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
 from quantize.files import open_file
-from quantize.host import available_threads, peak_memory, reset_peak_memory
+from quantize.host import available_threads, peak_memory, reset_peak_memory, using_threads
 from quantize.job.feeds import (
     calibration_feed,
     calibration_images,
     evaluation_images,
-    image_shape,
+    input_shapes,
     validation_feed,
 )
 from quantize.job.output import Files, OutputFolder
@@ -62,19 +69,19 @@ from quantize.settings import Config
 from quantize.stages.activations import QuantizedActivation, activations_quan, plain_relus, with_act_quantize
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
-from quantize.stages.renorm import renorm
+from quantize.stages.renorm import FullPrecision, renorm
 from quantize.stages.weights import (
-    ALPHA_SUFFIX,
     QUANTIZED_TYPES,
     check_kernels,
     choices,
+    unquantizable,
     weights_quan,
     with_alpha_terms,
 )
 
 STAGES = ("weights", "renorm", "activations")
 LIBRARIES = (
-    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb"),
+    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb", "threadpoolctl"),
     *("matplotlib", "jinja2"),
 )
 READ_BLOCK = 1 << 20
@@ -92,9 +99,11 @@ class Run:
         self.config = config
         self.progress = progress
         self.files = Files.of(config.name)
-        self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
+        self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
         self.net = read_model_prototxt(config)
         self.inputs: dict[str, str] = {"prototxt": sha256(config.model.prototxt)}
+        if config.model.stages or config.model.level:
+            self.inputs["state"] = json.dumps([sorted(config.model.stages), config.model.level])
         self.report: dict[str, Any] = {}
 
     def quantize(
@@ -121,7 +130,10 @@ class Run:
             "activations": self._activations,
         }
         self._check_before_work(stages)
-        with closing(OutputFolder(self.config.output)) as self.folder:
+        with (
+            using_threads(self.config.threads),
+            closing(OutputFolder(self.config.output)) as self.folder,
+        ):
             self.report = previous_report(self.config.output, self.config.name, self.progress)
             for stage in (s for s in STAGES if s in stages):
                 key = self._key(stage)
@@ -158,15 +170,19 @@ class Run:
             self._activations_feed()
 
     def _weights(self) -> dict[str, Any]:
-        weights = Weights.read(self.config.model.weights)
+        weights = load_weights(self.config.model.weights, self.net)
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
         chosen = choices(test.net, settings)
         if not chosen:
             self.progress.note("weights: weights.layers skips every layer; no weights are quantized")
-        check_kernels(test.net, weights, chosen)
-        record: dict[str, Any] = {}
+        check_kernels(filter_net(self.net, TEST), weights, chosen)
+        kept = unquantizable(test.net)
+        doubtful = doubtful_norms(test.net, weights)
+        for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
+            self.progress.note(f"weights: {line}")
+        record: dict[str, Any] = {"kept": kept, "doubtful": doubtful}
         if settings.budget is not None:
             calibration = self._calibration(self._renorm_feed())
             chosen, found = keep_budget(weights, settings, calibration, test.scores, self.progress)
@@ -175,10 +191,9 @@ class Run:
             self.net, weights, chosen, settings.solver, self.progress, self._solver_calibration()
         )
         self._write_weights(self.files.quantized, quantized)
+        done = {name for layer in layers for name in (layer.name, *layer.shared_by)} | kept.keys()
         skipped = [
-            layer.name
-            for layer in test.net.layer
-            if layer.type in QUANTIZED_TYPES and layer.name not in chosen
+            layer.name for layer in test.net.layer if layer.type in QUANTIZED_TYPES and layer.name not in done
         ]
         return {"layers": [asdict(layer) for layer in layers], "skipped": skipped, **record}
 
@@ -186,13 +201,21 @@ class Run:
         weights = self._read_result(self.files.quantized, "weights")
         net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         feed = self._renorm_feed()
-        weights, shifts = renorm(
-            net, weights, feed, self.open_engine, self.config.renorm.memory, self.progress
-        )
+        settings = self.config.renorm
+        full = self._full_precision() if settings.statistics == "paired" else None
+        weights, shifts = renorm(net, weights, feed, self.open_engine, settings.memory, self.progress, full)
         if not shifts:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
         self._write_weights(self.files.renorm, weights)
-        return {"images": len(feed), "layers": [asdict(shift) for shift in shifts]}
+        return {
+            "statistics": settings.statistics,
+            "images": len(feed),
+            "layers": [asdict(shift) for shift in shifts],
+        }
+
+    def _full_precision(self) -> FullPrecision:
+        test = InferenceNet.of(self.net)
+        return FullPrecision(test.net, load_weights(self.config.model.weights, self.net))
 
     def _activations(self) -> dict[str, Any]:
         weights = self._read_result(self.files.renorm, "renorm")
@@ -212,7 +235,9 @@ class Run:
 
     def _measure_outputs(self) -> None:
         """Add the output SQNR per layer to the report, where there are images to measure it on."""
-        layers = [layer["name"] for layer in self.report["stages"]["weights"]["layers"]]
+        records = self.report["stages"]["weights"]["layers"]
+        quantized = {name for layer in records for name in (layer["name"], *layer["shared_by"])}
+        layers = [layer.name for layer in InferenceNet.of(self.net).net.layer if layer.name in quantized]
         if self.config.data.calibration is None or not layers:
             return
         try:
@@ -237,7 +262,9 @@ class Run:
         return self._calibration(calibration_feed(self.config, self.net, settings.images, self.progress))
 
     def _calibration(self, feed: Feed) -> Calibration:
-        return Calibration(InferenceNet.of(self.net).net, feed, self.open_engine, self.config.renorm.memory)
+        settings = self.config.renorm
+        net = InferenceNet.of(self.net).net
+        return Calibration(net, feed, self.open_engine, settings.memory, settings.statistics)
 
     def _renorm_feed(self) -> Feed:
         return calibration_feed(self.config, self.net, self.config.renorm.images, self.progress)
@@ -246,12 +273,10 @@ class Run:
         return calibration_feed(self.config, self.net, self.config.activations.images, self.progress)
 
     def _check(self, weights: Weights) -> None:
-        """Check the blobs against the layers, as far as the shapes of images and layers are known."""
-        shape = image_shape(self.config, self.net)
-        if shape is not None:
-            test = InferenceNet.of(self.net)
-            known = known_part(test.net, [test.blob])
-            check_weights(known, weights, infer_shapes(known, {test.blob: (1, *shape)}))
+        """Check the blobs against the layers, as far as the shapes of inputs and layers are known."""
+        one = {blob: (1, *shape) for blob, shape in input_shapes(self.config, self.net).items()}
+        known = known_part(InferenceNet.of(self.net).net, one)
+        check_weights(known, weights, infer_shapes(known, one))
 
     def _write_weights(self, name: str, weights: Weights) -> None:
         with self.folder.writing(name) as file:
@@ -286,11 +311,14 @@ class Run:
     def _key(self, stage: str) -> str:
         """What a stage's result depends on, as one hash."""
         config = self.config
-        parts: dict[str, Any] = {"version": __version__, "prototxt": self.inputs["prototxt"]}
+        net = {name: digest for name, digest in self.inputs.items() if name != "weights"}
+        parts: dict[str, Any] = {"version": __version__, **net}
         if stage == "weights":
             parts |= {"weights": self._hash_inputs()["weights"], "settings": dump(config.weights)}
             if config.weights.solver == "data_aware" or config.weights.budget is not None:
                 parts |= self._image_key()
+            if config.weights.solver == "data_aware":
+                parts |= {"statistics": config.renorm.statistics}
             if config.weights.budget is not None:
                 parts |= {"renorm_images": config.renorm.images}
         else:
@@ -302,6 +330,8 @@ class Run:
                 "settings": dump(settings),
                 **self._image_key(),
             }
+            if stage == "renorm" and config.renorm.statistics == "paired":
+                parts |= {"weights": self._hash_inputs()["weights"]}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _image_key(self) -> dict[str, Any]:
@@ -311,7 +341,7 @@ class Run:
             "data": dump(self.config.data),
             "calibration": fingerprint(self.config),
             "engine": self.config.engine,
-            "threads": self.config.threads or available_threads(),
+            "threads": available_threads(),
         }
 
     def _is_done(self, stage: str, key: str) -> bool:
@@ -358,10 +388,12 @@ class Run:
         if "activations" in stages:
             found = [QuantizedActivation(**layer) for layer in stages["activations"]["layers"]]
             net = with_act_quantize(net, found)
-        shape = image_shape(self.config, self.net)
-        written = {self.files.val: validation_prototxt(net, self.config, shape)}
-        if shape is not None:
-            written[self.files.deploy] = deploy_prototxt(net, shape)
+        shapes = input_shapes(self.config, self.net)
+        written = {self.files.val: validation_prototxt(net, self.config, shapes)}
+        if shapes.keys() >= set(InferenceNet.of(net).inputs):
+            written[self.files.deploy] = deploy_prototxt(net, shapes)
+        else:
+            self.progress.note(f"{self.files.deploy} needs the images' shape: give data.input_shape")
         for name, content in written.items():
             with self.folder.writing(name) as file:
                 file.write(to_bytes(format_prototxt(content)))
@@ -371,17 +403,24 @@ class Run:
         return self.files.renorm if "renorm" in stages else self.files.quantized
 
     def _sizes(self, stages: dict[str, Any]) -> dict[str, int]:
-        """Bytes of the model: as given, as written, and packed at the bits chosen."""
+        """Bytes of the model: as given, as written, and packed at the bits chosen.
+
+        Packed is what layers share once, and nothing that follows from the rest: the second blob of an alpha
+        term does from alpha and bias.
+        """
         written = self.config.output / self._latest(stages)
         weights = Weights.read(written)
-        values = sum(blob.size for layer in weights.layers() for blob in weights[layer])
-        packed = 4 * values
+        net = with_alpha_terms(self.net, weights)
+        shared = owners(filter_net(net, TEST))
+        alphas = {layer.name for layer in net.layer} - {layer.name for layer in self.net.layer}
+        packed = 4 * sum(
+            blob.size
+            for layer in weights.layers()
+            for index, blob in enumerate(weights[layer])
+            if BlobId(layer, index) not in shared and not (index and layer in alphas)
+        )
         for layer in stages["weights"]["layers"]:
             packed += -(-layer["weights"] * layer["bits"] // 8) - 4 * layer["weights"]
-            if f"{layer['name']}{ALPHA_SUFFIX}" in weights and len(weights[layer["name"]]) > 1:
-                packed -= (
-                    4 * layer["kernels"]
-                )  # the second blob of the alpha term follows from alpha and bias
         return {
             "model": self.config.model.weights.stat().st_size,
             "written": written.stat().st_size,
@@ -409,8 +448,9 @@ def evaluate_run(
     if not without_renorm:
         candidates.pop("without_renorm", None)
     before = read_report(config.output)
-    open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
-    found = evaluate(candidates, feed, open_engine, progress)
+    open_engine = engine_opener(config.engine, config.caffe, config.threads)
+    with using_threads(config.threads):
+        found = evaluate(candidates, feed, open_engine, progress)
     try:
         with closing(OutputFolder(config.output)) as folder:
             report = read_report(config.output)
@@ -451,7 +491,8 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
     if not quantized.exists() or not prototxt.exists():
         raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
     full = InferenceNet.of(net)
-    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.scores)}
+    given = load_weights(config.model.weights, net)
+    found = {"fp32": Candidate(full.net, given, full.scores)}
     weights = Weights.read(quantized)
     if renormed.exists():
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
@@ -464,9 +505,9 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
 
 def read_model_prototxt(config: Config) -> NetParameter:
     """The network to quantize, with all its phases."""
-    if config.model.caffe_proto is None:
-        return read_prototxt(config.model.prototxt)
-    return read_prototxt(config.model.prototxt, load_schema(config.model.caffe_proto))
+    model = config.model
+    net = read_prototxt(model.prototxt, load_schema(model.caffe_proto) if model.caffe_proto else None)
+    return at_state(net, model.stages, model.level)
 
 
 def dump(section: BaseModel) -> dict[str, Any]:
@@ -491,7 +532,8 @@ def fingerprint(config: Config) -> str | None:
     """A hash of what identifies the calibration images: names, sizes and times of their files."""
     if config.data.calibration is None:
         return None
-    source = config.data.calibration.source
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    calibration = config.data.calibration
+    paths = [path for path in (calibration.source, *calibration.inputs.values()) if isinstance(path, Path)]
+    files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     entries = [(str(f), s.st_size, s.st_mtime_ns) for f in files if f.name != "lock.mdb" and (s := f.stat())]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights
+from quantize.caffenet import InferenceNet, NetParameter, Weights, load_weights
 from quantize.errors import InputError
 from quantize.files import read_file
 from quantize.job.output import Files, OutputFolder
@@ -80,7 +80,7 @@ def write_page(folder: OutputFolder, config: Config, net: NetParameter, report: 
     files = Files.of(config.name)
     renormed = folder.path / files.renorm
     weights = Caffemodels(
-        full=Weights.read(config.model.weights),
+        full=load_weights(config.model.weights, net),
         quantized=Weights.read(folder.path / files.quantized),
         renorm=Weights.read(renormed) if renormed.exists() else None,
     )

@@ -45,6 +45,7 @@ def advise(report: dict[str, Any], rows: Sequence[Row], norms: Sequence[NormPlot
     found = [
         *_accuracy(report),
         *_unfinished(report),
+        *_given(report),
         *_images(report),
         *_weights(report, rows),
         *_norms(report, norms),
@@ -117,6 +118,11 @@ def _unfinished(report: Record) -> list[Advice]:
     ]
 
 
+def _given(report: Record) -> list[Advice]:
+    """What was wrong with the model before anything was done to it."""
+    return [Advice("warning", f"{line}.") for line in report["stages"]["weights"]["doubtful"]]
+
+
 def _images(report: Record) -> list[Advice]:
     renorm = report["stages"].get("renorm")
     if renorm is None or not renorm["layers"]:
@@ -149,8 +155,12 @@ def _more_bits(report: Record) -> str:
 
 def _weights(report: Record, rows: Sequence[Row]) -> list[Advice]:
     coarse = [row for row in rows if row.is_low_bit and row.weights and row.weights["sqnr_db"] is not None]
-    skipped = report["stages"]["weights"]["skipped"]
-    found = [Advice("note", f"{name} keeps full precision, as the configuration says.") for name in skipped]
+    stage = report["stages"]["weights"]
+    found = [
+        Advice("note", f"{name} keeps full precision, as the configuration says.")
+        for name in stage["skipped"]
+    ]
+    found += [Advice("note", f"{name} keeps full precision: {why}.") for name, why in stage["kept"].items()]
     if len(coarse) < 2 or "budget" in report["stages"]["weights"]:
         return found  # with a budget the bits were chosen by what they do to the whole network
     figure, what = (_output_sqnr, "output") if all(map(_output_sqnr, coarse)) else (_weight_sqnr, "weight")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,11 +130,15 @@ def weight_histogram(plot: WeightPlot) -> str:
 def norm_scatters(plots: Sequence[NormPlot], worst: str | None) -> list[str]:
     """Two scatters of all channels of all BatchNorms, before against after: means and variances.
 
+    Channels without a variance are left out; without any other there is nothing to draw.
+
     Args:
         worst: the layer to stand out.
     """
     thin = max(1, -(-sum(len(plot.mean) for plot in plots) // MAX_POINTS))
     alive = {plot.name: (plot.variance > 0) & (plot.new_variance > 0) for plot in plots}
+    if not any(some.any() for some in alive.values()):
+        return []
 
     def means(axes: Axes) -> None:
         for plot in plots:
@@ -182,6 +189,7 @@ def activation_histogram(record: Record) -> str:
     Args:
         record: stage 3's record of the layer.
     """
+    _import_quietly()
     from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Axes) -> None:
@@ -237,6 +245,7 @@ def _diagonal(axes: Axes) -> None:
 
 
 def _svg(draw: Callable[[Axes], None], panel: Panel, description: str) -> str:
+    _import_quietly()
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -244,6 +253,34 @@ def _svg(draw: Callable[[Axes], None], panel: Panel, description: str) -> str:
         figure = Figure(figsize=panel.size, layout=None if panel.axes else "constrained")
         draw(figure.add_axes(panel.axes) if panel.axes else figure.add_subplot())
         return _inline(figure, description)
+
+
+def _import_quietly() -> None:
+    """Import matplotlib without warnings where it finds no folder to keep things in.
+
+    It and fontconfig, which it calls, then get a temporary one for the moment; the fonts that they look for
+    are not needed.
+    """
+    if "matplotlib" in sys.modules or (_is_there("CACHE", "~/.cache") and _is_there("CONFIG", "~/.config")):
+        return
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="labelfree-") as folder:
+        os.environ.update(MPLCONFIGDIR=folder, XDG_CACHE_HOME=folder)
+        try:
+            import matplotlib.font_manager  # noqa: F401
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _is_there(kind: str, usual: str) -> bool:
+    """Whether the user has a folder ``$XDG_kind_HOME`` that can be written; it is made if need be."""
+    path = os.environ.get(f"XDG_{kind}_HOME") or os.path.expanduser(usual)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(path, os.W_OK)
 
 
 def _inline(figure: Figure, description: str) -> str:

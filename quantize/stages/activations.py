@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -20,7 +20,7 @@ from quantize.arrays import FLOAT_BYTES
 from quantize.caffenet import LayerParameter, NetParameter, Weights, foreign_fields, single_assignment
 from quantize.data.feed import Batch, Feed
 from quantize.engines.base import OpenEngine, RangeResult
-from quantize.host import available_threads
+from quantize.host import available_threads, pool
 from quantize.numerics import histogram
 from quantize.numerics.decibels import decibels
 from quantize.numerics.histogram import Histogram
@@ -161,11 +161,11 @@ def collect(
             return lambda: (len(images), finish())
 
         counting: list[Future[None]] = []
-        with ThreadPoolExecutor(available_threads()) as pool:
+        with pool(available_threads(), "labelfree-histograms") as threads:
             for images, filled in overlapped(map(begin, feed.batches(batch))):
                 for done in counting:
                     done.result()
-                counting = [pool.submit(histograms[name].update, filled.blobs[name]) for name in blobs]
+                counting = [threads.submit(histograms[name].update, filled.blobs[name]) for name in blobs]
                 progress.advance(images)
             for done in counting:
                 done.result()

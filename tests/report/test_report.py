@@ -28,7 +28,7 @@ from quantize.report.advice import advise
 from quantize.report.facts import NormPlot, Row, rows_of
 from quantize.report.page import Caffemodels, render
 from tests.conftest import Job
-from tests.nets import parse
+from tests.nets import RESIDUAL, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = """</text></svg><img src=x onerror=alert(1)>$\\alpha_{$&quot;'</script>{{7*7}}"""
@@ -187,6 +187,28 @@ def test_a_network_that_is_left_as_it_is_has_a_page(job: Job) -> None:
     assert "fc2 keeps full precision" in page_of(job)
 
 
+@pytest.mark.parametrize(
+    ("factors", "words"), [((1, 1, 0), "the third blob is 0"), ((0, 0, 1), "the stored variance is 0")]
+)
+def test_norms_without_statistics_have_a_page_that_says_so(
+    job: Job, factors: tuple[int, int, int], words: str
+) -> None:
+    path = job.folder / "net.caffemodel"
+    weights = Weights.read(path)
+    norms = [layer.name for layer in parse(RESIDUAL).layer if layer.type == "BatchNorm"]
+    for name in norms:
+        weights.replace(name, [blob * factor for blob, factor in zip(weights[name], factors, strict=True)])
+    with open(path, "wb") as file:
+        weights.write(file)
+    notes = Notes()
+    Run(job.config(), notes).quantize()
+    assert [note for note in notes.notes if words in note] == notes.notes
+    assert notes.notes[0].startswith(f"weights: BatchNorm {', '.join(norms[:5])}")
+    assert words in page_of(job)
+    assert "BatchNorm before and after" not in page_of(job)
+    report_run(job.config())
+
+
 def test_without_calibration_images_the_page_has_no_output_sqnr(job: Job) -> None:
     Run(job.config("data.calibration=null")).quantize(("weights",))
     assert "output_sqnr" not in report_of(job)
@@ -270,7 +292,7 @@ def test_a_large_network_has_a_small_page() -> None:
         weights.append(
             {
                 **{"name": layer.name, "bits": 4, "grid": "power_of_two", "kernels": outputs},
-                **{"weights": outputs * few, "loss": 1.0, "sqnr_db": 15 + place / 10},
+                **{"weights": outputs * few, "loss": 1.0, "shared_by": [], "sqnr_db": 15 + place / 10},
             }
         )
     for norm, layer in zip(norms, layers, strict=False):
@@ -286,7 +308,7 @@ def test_a_large_network_has_a_small_page() -> None:
         "settings": {"weights": {"bits": 4}, "activations": {"bits": 8}},
         "sizes": {"model": 10**8, "written": 10**8, "packed": 14 * 10**6},
         "stages": {
-            "weights": {**record, "layers": weights, "skipped": []},
+            "weights": {**record, "layers": weights, "skipped": [], "kept": {}, "doubtful": []},
             "renorm": {**record, "layers": [{"name": norm.name, **shift} for norm in norms]},
             "activations": {
                 **record,
@@ -309,7 +331,7 @@ def test_a_large_network_has_a_small_page() -> None:
 
 
 def the_report(**stages: Any) -> dict[str, Any]:
-    weights = {"layers": [], "skipped": []}
+    weights = {"layers": [], "skipped": [], "kept": {}, "doubtful": []}
     evaluation = {"closeness": {"quantized": {"agreement": 99.0}}}
     settings = {"weights": {"solver": "optimal"}}
     stages = {"weights": weights, **stages}
