@@ -136,7 +136,9 @@ def misspelt_field(job: Job) -> None:
 
 @mistake
 def no_input(job: Job) -> None:
-    replace(job.folder / "net.prototxt", "phase: TEST", "phase: TRAIN")
+    path = job.folder / "net.prototxt"
+    text = path.read_text()
+    path.write_text('name: "residual"\n' + text[text.index('layer { name: "conv1"') :])
 
 
 @mistake

@@ -40,7 +40,10 @@ def test_a_net_of_one_channel_gets_gray_images(tmp_path: Path, channels: int, gi
 
 
 def test_a_scale_of_0_is_questioned() -> None:
-    text = 'layer { name: "in" type: "Data" top: "in" transform_param { scale: %s } }'
+    text = (
+        'layer { name: "in" type: "Data" top: "in" transform_param { scale: %s } } '
+        'layer { name: "relu" type: "ReLU" bottom: "in" top: "relu" }'
+    )
     options = {"model.prototxt": "p", "model.weights": "w", "output": "o"}
     for scale, assignments in (("0", []), ("1", ["data.transform.scale=0"])):
         with pytest.raises(InputError, match="scale is 0, which makes every pixel 0"):
