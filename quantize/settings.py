@@ -42,13 +42,6 @@ def parse_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def check_size(value: object) -> object:
-    """A height and a width."""
-    if isinstance(value, list | tuple) and len(value) == 2:
-        return value
-    raise ValueError("expected [height, width], as in resize: [256, 256]")
-
-
 def parse_values(value: object) -> object:
     """The values of an input that takes no images: a path, a number, or lists of numbers."""
     if isinstance(value, bool) or not isinstance(value, str | Path | int | float | list):
@@ -79,14 +72,21 @@ def parse_shapes(value: object) -> object:
     return value if value is None else parse_shape(value)
 
 
+def check_size(value: object) -> object:
+    """A height and a width."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value
+    raise ValueError("expected [height, width], as in resize: [256, 256]")
+
+
 Whole = Annotated[int, Strict()]
 """A number; ``true`` is none, although Python counts it as 1."""
 Bytes = Annotated[int | None, BeforeValidator(parse_size)]
 Command = Annotated[list[str], Field(min_length=1), BeforeValidator(parse_list)]
+Size = Annotated[tuple[Whole, Whole], BeforeValidator(check_size)]
 InputValues = Annotated[float | list[Any] | Path, BeforeValidator(parse_values)]
 """What goes into an input that takes no images (`data.values.open_values`)."""
 InputShapes = Annotated[list[int] | dict[str, list[int]] | None, BeforeValidator(parse_shapes)]
-Size = Annotated[tuple[Whole, Whole], BeforeValidator(check_size)]
 GridName = Literal["power_of_two", "fixed_point", "uniform"]
 StatisticsName = Literal["paired", "measured"]
 GRID_BITS = {"power_of_two": (2, 5), "fixed_point": (2, 8), "uniform": (2, 8)}

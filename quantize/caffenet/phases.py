@@ -196,9 +196,9 @@ def check_net(net: NetParameter, left_out: Iterable[LayerParameter] = ()) -> Non
             )
         for bottom in layer.bottom:
             if bottom not in known:
-                hint = _hint(bottom, left_out) or (
-                    did_you_mean(bottom, known) if any(map(is_data_layer, net.layer)) else NO_INPUT
-                )
+                hint = _hint(bottom, left_out)
+                if not hint:
+                    hint = did_you_mean(bottom, known) if any(map(is_data_layer, net.layer)) else NO_INPUT
                 raise InputError(
                     f"{_where(net, layer)} reads {bottom!r}, which no layer before it makes{hint}"
                 )
