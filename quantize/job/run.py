@@ -417,8 +417,7 @@ class Run:
         write_report(self.folder, self.report)
 
     def _write_prototxts(self, stages: dict[str, Any]) -> list[str]:
-        weights = Weights.read(self.config.output / self._latest(stages))
-        net = with_alpha_terms(self.net, weights)
+        net = with_alpha_terms(self.net, Weights.names(self.config.output / self._latest(stages)))
         if "activations" in stages:
             found = [QuantizedActivation(**layer) for layer in stages["activations"]["layers"]]
             net = with_act_quantize(net, found)
