@@ -9,7 +9,7 @@ name (``param``) share Q, and their Scale layers alpha.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -320,8 +320,12 @@ def _blobs(
     return [from_kernels(layer, found.Q, blobs[0].shape), *biases], of_alpha
 
 
-def with_alpha_terms(net: NetParameter, weights: Weights) -> NetParameter:
-    """The net with the Scale layers for which ``weights`` has an ``*_alpha_term`` layer, copied otherwise."""
+def with_alpha_terms(net: NetParameter, weights: Container[str]) -> NetParameter:
+    """The net with the Scale layers for which ``weights`` has an ``*_alpha_term`` layer, copied otherwise.
+
+    Args:
+        weights: the blobs, or no more than the names of their layers.
+    """
     changed = NetParameter()
     changed.CopyFrom(net)
     del changed.layer[:]
