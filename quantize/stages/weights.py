@@ -262,13 +262,11 @@ def weights_quan(
         found = informed or fit(w, make_grid(choice.grid, choice.bits), solver)
         users = [user for user in same_weights[name] if user in weights]
         for user in users:
-            same_bias = BlobId(user, 1) in shared.get(BlobId(name, 1), [BlobId(name, 1)])
-            own = aware.get(user) or (informed if same_bias else None)
             blobs, of_alpha = _blobs(
                 _layer(net, user),
                 weights[user],
                 found,
-                own.bias if own is not None else None,
+                aware[user].bias if user in aware else None,
                 bias_is_shared=BlobId(user, 1) in shared,
             )
             weights.replace(user, blobs)
