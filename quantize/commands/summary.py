@@ -61,7 +61,10 @@ def _below(report: dict[str, Any], config: Config) -> list[str]:
     sizes = report["sizes"]
     page = config.output / "report.html"
     outputs = {name for record in report["stages"].values() for name in record["outputs"]}
+    transform = report.get("transform") or {}
+    doubt = [f"warning: {transform['finding']}; {transform['remedy']}"] if transform.get("doubtful") else []
     return [
+        *(["", *doubt] if doubt else []),
         "",
         f"size: {_size(sizes['model'])} as given, {_size(sizes['packed'])} packed "
         f"({sizes['model'] / sizes['packed']:.1f}x smaller)",

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,15 @@ from quantize.caffenet import (
     InferenceNet,
     NetParameter,
     Weights,
-    at_state,
     check_weights,
     doubtful_norms,
     filter_net,
     format_prototxt,
     infer_shapes,
     known_part,
-    load_schema,
     load_weights,
     owners,
+    read_net,
     read_prototxt,
     schema_of,
 )
@@ -52,18 +52,22 @@ from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
 from quantize.files import open_file
 from quantize.host import available_threads, peak_memory, reset_peak_memory, using_threads
+from quantize.job.checks import Checks
 from quantize.job.feeds import (
     calibration_feed,
     calibration_images,
     evaluation_images,
     input_shapes,
+    stage_feed,
     validation_feed,
 )
 from quantize.job.output import Files, OutputFolder
 from quantize.job.prototxts import deploy_prototxt, validation_prototxt
 from quantize.job.store import PAGE, REPORT, previous_report, read_report, show_page, write_page, write_report
+from quantize.job.transforms import says_transform, transform_check, with_chosen_transform
 from quantize.measure.evaluate import Candidate, Evaluation, evaluate
 from quantize.measure.sqnr import Version, images_to_measure, output_sqnr
+from quantize.measure.transform_check import TransformCheck
 from quantize.progress import SILENT, Progress
 from quantize.settings import Config
 from quantize.stages.activations import QuantizedActivation, activations_quan, plain_relus, with_act_quantize
@@ -93,18 +97,23 @@ class Run:
     Args:
         config: the settings.
         progress: what hears how far it is.
+        choose_transform: where neither they nor the prototxt say what happens to the values of pixels, take
+            the transform that fits the net's statistics of training.
     """
 
-    def __init__(self, config: Config, progress: Progress = SILENT) -> None:
+    def __init__(self, config: Config, progress: Progress = SILENT, choose_transform: bool = False) -> None:
         self.config = config
         self.progress = progress
         self.files = Files.of(config.name)
         self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
         self.net = read_model_prototxt(config)
+        self.may_choose = choose_transform
+        self.chosen: str | None = None
         self.inputs: dict[str, str] = {"prototxt": sha256(config.model.prototxt)}
         if config.model.stages or config.model.level:
             self.inputs["state"] = json.dumps([sorted(config.model.stages), config.model.level])
         self.report: dict[str, Any] = {}
+        self.transform: dict[str, Any] | None = None
 
     def quantize(
         self, stages: Sequence[str] = STAGES, resume: bool = False, force: bool = False
@@ -124,51 +133,83 @@ class Run:
             InputError: bad input, or a stage before the first one asked for has not been run.
             LabelfreeError: the work failed.
         """
+        with using_threads(self.config.threads):
+            for _, look in self.checks(stages):
+                look()
+            self.choose_transform()
+            with closing(OutputFolder(self.config.output)) as self.folder:
+                self._run([s for s in STAGES if s in stages], resume and not force)
+        return self.report
+
+    def _run(self, stages: Sequence[str], resume: bool) -> None:
+        """Run stages in their order, but for those whose results are there."""
         works: dict[str, Callable[[], dict[str, Any]]] = {
             "weights": self._weights,
             "renorm": self._renorm,
             "activations": self._activations,
         }
-        self._check_before_work(stages)
-        with (
-            using_threads(self.config.threads),
-            closing(OutputFolder(self.config.output)) as self.folder,
-        ):
-            self.report = previous_report(self.config.output, self.config.name, self.progress)
-            for stage in (s for s in STAGES if s in stages):
-                key = self._key(stage)
-                if resume and not force and self._is_done(stage, key):
-                    self.progress.note(f"{stage}: skipped, its results fit the inputs and settings")
-                    continue
-                reset_peak_memory()
-                start = time.monotonic()
-                record = works[stage]()
-                record |= {
-                    "key": key,
-                    "seconds": time.monotonic() - start,
-                    "peak_memory_bytes": peak_memory(),
-                }
-                self._finish(stage, record)
-            if not (self.config.output / PAGE).exists():
-                self._measure_outputs()
-                show_page(self.folder, self.config, self.net, self.report, self.progress)
-        return self.report
+        self.report = previous_report(self.config.output, self.config.name, self.progress)
+        for stage in stages:
+            key = self._key(stage)
+            if resume and self._is_done(stage, key):
+                self.progress.note(f"{stage}: skipped, its results fit the inputs and settings")
+                continue
+            if self.transform is None:
+                self.transform = self._transform_record()
+            if stage == "activations":
+                self.__dict__.pop("model_weights", None)  # no longer needed: room for the stage
+            reset_peak_memory()
+            start = time.monotonic()
+            record = works[stage]()
+            record |= {
+                "key": key,
+                "seconds": time.monotonic() - start,
+                "peak_memory_bytes": peak_memory(),
+            }
+            self._finish(stage, record)
+        if not (self.config.output / PAGE).exists():
+            self._measure_outputs()
+            show_page(self.folder, self.config, self.net, self.report, self.progress)
 
-    def _check_before_work(self, stages: Sequence[str]) -> None:
-        """Find what is wrong with the inputs of later stages before an earlier stage takes its time."""
-        if "weights" in stages:
-            choices(InferenceNet.of(self.net).net, self.config.weights)
-        if "renorm" in stages or "activations" in stages:
-            calibration_feed(self.config, self.net, 1)
-        if "weights" in stages:
-            self._calibration()
-        if "renorm" in stages:
-            self._renorm_feed()
-        if "activations" in stages:
-            self._activations_feed()
+    def checks(self, stages: Sequence[str] = STAGES) -> Checks:
+        """What must be right before some stages begin."""
+        weights = lambda: self.model_weights  # noqa: E731 - read when it is looked at
+        return Checks(self.config, self.net, weights, self.open_engine, self.progress, stages)
+
+    @cached_property
+    def model_weights(self) -> Weights:
+        """The blobs of the given net.
+
+        Raises:
+            InputError: the file cannot be read or is damaged.
+        """
+        return load_weights(self.config.model.weights, self.net)
+
+    def choose_transform(self) -> None:
+        """Take the transform that fits, where nobody has said one and the run may choose."""
+        calibration = self.config.data.calibration
+        fed = calibration is not None and calibration.source is not None
+        if self.may_choose and fed and not self.chosen and not says_transform(self.config, self.net):
+            self.config, self.chosen = with_chosen_transform(self.config, self.net, self.model_weights)
+            self.progress.note(f"data.transform: {self.chosen}")
+
+    def transform_check(self) -> TransformCheck | None:
+        """How the transform fits the net's statistics of training; None where there are no images."""
+        return transform_check(self.config, self.net, self.model_weights)
+
+    def _transform_record(self) -> dict[str, Any]:
+        """`transform_check` for the report; what it finds is said."""
+        check = self.transform_check()
+        if check is None:
+            return {}
+        if check.doubtful:
+            self.progress.warn(f"{check.finding}; {check.remedy}")
+        elif check.given is None:
+            self.progress.note(check.finding)
+        return {"chosen": self.chosen, **check.record}
 
     def _weights(self) -> dict[str, Any]:
-        weights = load_weights(self.config.model.weights, self.net)
+        weights = self.model_weights
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
@@ -213,7 +254,7 @@ class Run:
 
     def _full_precision(self) -> FullPrecision:
         test = InferenceNet.of(self.net)
-        return FullPrecision(test.net, load_weights(self.config.model.weights, self.net))
+        return FullPrecision(test.net, self.model_weights)
 
     def _activations(self) -> dict[str, Any]:
         weights = self._read_result(self.files.renorm, "renorm")
@@ -240,8 +281,7 @@ class Run:
             return
         try:
             enough = images_to_measure(self.config.renorm.images + self.config.activations.images)
-            present = calibration_images(self.config)
-            feed = calibration_feed(self.config, self.net, min(enough, present))
+            feed = calibration_feed(self.config, self.net, min(enough, calibration_images(self.config)))
             candidates = _candidates(self.config, self.net)
             versions = {name: Version(c.net, c.weights) for name, c in candidates.items()}
             full = versions.pop("fp32")
@@ -257,15 +297,15 @@ class Run:
         weights, settings = self.config.weights, self.config.renorm
         if weights.solver != "data_aware" and weights.budget is None:
             return None
-        feed = calibration_feed(self.config, self.net, weights.images, self.progress)
+        feed = stage_feed(self.config, self.net, "weights", self.progress)
         net = InferenceNet.of(self.net).net
         return Calibration(net, feed, self.open_engine, settings.memory, settings.statistics)
 
     def _renorm_feed(self) -> Feed:
-        return calibration_feed(self.config, self.net, self.config.renorm.images, self.progress)
+        return stage_feed(self.config, self.net, "renorm", self.progress)
 
     def _activations_feed(self) -> Feed:
-        return calibration_feed(self.config, self.net, self.config.activations.images, self.progress)
+        return stage_feed(self.config, self.net, "activations", self.progress)
 
     def _check(self, weights: Weights) -> None:
         """Check the blobs against the layers, as far as the shapes of inputs and layers are known."""
@@ -370,6 +410,7 @@ class Run:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
             "settings": dump(self.config),
             "inputs": self._hash_inputs(),
+            "transform": self.transform,
             "stages": stages,
             "sizes": self._sizes(stages),
         }
@@ -499,8 +540,7 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
 def read_model_prototxt(config: Config) -> NetParameter:
     """The network to quantize, with all its phases."""
     model = config.model
-    net = read_prototxt(model.prototxt, load_schema(model.caffe_proto) if model.caffe_proto else None)
-    return at_state(net, model.stages, model.level)
+    return read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
 
 
 def dump(section: BaseModel) -> dict[str, Any]:
