@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -60,11 +61,13 @@ class Evaluation:
         images: how many.
         accuracy: top-1 and top-5 by candidate, ``{"top1": .., "top5": ..}``; None without labels.
         closeness: to the first candidate, by the name of every other one.
+        classes: scores per image.
     """
 
     images: int
     accuracy: dict[str, dict[str, float | None]]
     closeness: dict[str, Closeness]
+    classes: int
 
     @property
     def agreement(self) -> float:
@@ -140,7 +143,9 @@ def _compare(
         name: {f"top{k}": 100 * hits[name][k] / count if labeled == count else None for k in TOP_K}
         for name, _ in candidates
     }
-    return Evaluation(count, accuracy, {name: found.closeness(count) for name, found in sums.items()})
+    closeness = {name: found.closeness(count) for name, found in sums.items()}
+    classes = math.prod(engines[0].shapes.blobs[candidates[0][1].scores][1:])
+    return Evaluation(count, accuracy, closeness, classes)
 
 
 def check_scores(net: NetParameter, scores: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from quantize.measure.plausible import doubt
 from quantize.report.facts import NormPlot, Record, Row
 from quantize.settings import GRID_BITS
 
@@ -45,6 +46,7 @@ class Advice:
 def advise(report: dict[str, Any], rows: Sequence[Row], norms: Sequence[NormPlot]) -> list[Advice]:
     """Everything worth saying about a run, the most important first."""
     found = [
+        *_transform(report),
         *_accuracy(report),
         *_unfinished(report),
         *_given(report),
@@ -74,6 +76,26 @@ def _result(report: Record) -> list[Advice]:
             f"caffe test -model {name}_val.prototxt -weights {name}_renorm.caffemodel -iterations N",
         )
     ]
+
+
+def _transform(report: Record) -> list[Advice]:
+    """Before everything else: with a wrong transform no other number means what it says."""
+    found = []
+    check = report.get("transform") or {}
+    if check.get("doubtful"):
+        remedy = check["remedy"]
+        is_code = remedy.startswith("--set")
+        finding = f"Images probably do not come as in training. {check['finding']}."
+        found.append(Advice("warning", finding, *(("", remedy) if is_code else (remedy, ""))))
+    accuracy = (report.get("evaluation") or {}).get("accuracy")
+    if accuracy:
+        evaluation = report["evaluation"]
+        agreement = evaluation["closeness"]["quantized"]["agreement"]
+        full, final = (accuracy[name]["top1"] for name in ("fp32", "quantized"))
+        reason = doubt(full, final, agreement, evaluation["images"], evaluation.get("classes", 0))
+        if reason:
+            found.append(Advice("warning", f"{reason[0].upper()}{reason[1:]}."))
+    return found
 
 
 def _accuracy(report: Record) -> list[Advice]:
