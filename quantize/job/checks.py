@@ -25,7 +25,7 @@ from quantize.job.feeds import Stage, calibration_images, input_shapes, stage_fe
 from quantize.progress import Progress
 from quantize.settings import Config
 from quantize.stages.budget import bits_left
-from quantize.stages.weights import check_kernels, choices, free_layers
+from quantize.stages.weights import check_kernels, check_unquantized, choices, free_layers
 from quantize.sweep.plan import Costs, micro_batch_size
 
 MEASURED_TYPES = ("BatchNorm", "ReLU")
@@ -78,7 +78,10 @@ class Checks:
     def _weights(self) -> str:
         """The caffemodel against the net, and the settings against both."""
         test, weights, settings = InferenceNet.of(self.net), self.weights(), self.config.weights
-        chosen = choices(test.net, settings) if "weights" in self.stages else {}
+        chosen = {}
+        if "weights" in self.stages:
+            check_unquantized(test.net)
+            chosen = choices(test.net, settings)
         try:
             one = {blob: (1, *shape) for blob, shape in input_shapes(self.config, self.net).items()}
         except InputError:  # the images are looked at next
