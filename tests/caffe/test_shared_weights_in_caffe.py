@@ -185,6 +185,29 @@ def test_every_output_is_close_to_full_precision(
         assert 10 * np.log10(energy(full) / energy(full - own)) > 10
 
 
+@pytest.mark.parametrize("text", [NORMED, MANY], ids=["normed", "many"])
+def test_either_engine_gives_the_same(
+    text: str, tmp_path: Path, caffe_python: list[str], caffe_plugin: str
+) -> None:
+    """Also where all layers of the second branch have the names of the first."""
+    through_caffe = ("engine=caffe", f"caffe.python={caffe_python}", f"caffe.preload={caffe_plugin}")
+    folders = tmp_path / "onnx", tmp_path / "caffe"
+    for folder, settings in zip(folders, ((), through_caffe), strict=True):
+        write_model(
+            folder,
+            text.replace("param { lr_mult: 2 }", 'param { name: "b2" }'),
+            ("_left", "first", "both", "bare", "fc"),
+        )
+        one = re.sub(r'name: "(\w+)_right"', r'name: "\1_left"', (folder / "net.prototxt").read_text())
+        (folder / "net.prototxt").write_text(one)
+        run_job(folder, *settings)
+    ours, theirs = (
+        computed(folder / "out/net_deploy.prototxt", folder / "out/net_renorm.caffemodel", ["fc"])[0]
+        for folder in folders
+    )
+    assert energy(ours - theirs) < 1e-4 * energy(ours)
+
+
 def test_layers_of_one_name_are_those_of_a_net_that_names_them_apart(
     tmp_path: Path, caffe_forward: CaffeForward
 ) -> None:

@@ -212,3 +212,11 @@ def test_new_blobs_are_new_wherever_they_are_shared(tmp_path: Path, caffe_python
     np.testing.assert_allclose(
         difference, np.broadcast_to(difference[:1, :, :1, :1], difference.shape), atol=1e-6
     )
+
+
+def test_more_param_than_blobs(tmp_path: Path, caffe_forward: CaffeForward) -> None:
+    text = INPUT + 'layer { name: "relu" type: "ReLU" bottom: "data" top: "x" param { lr_mult: 1 } }\n'
+    with pytest.raises(AssertionError, match="Too many params specified for layer relu"):
+        caffe_forward(text, caffemodel([]), {"data": images()}, ["x"])
+    with pytest.raises(InputError, match=r"layer 'relu' \(ReLU\): 1 param for 0 blobs"):
+        ours(*written(text, [("other", blobs(1))], tmp_path), images(), ["x"])
