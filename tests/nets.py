@@ -7,7 +7,11 @@ from google.protobuf import text_format
 
 from quantize.caffenet import InferenceNet, NetParameter, Weights, infer_shapes
 from quantize.data import Images, Transform, open_source
+from quantize.data.feed import Feed
 from quantize.data.make_lmdb import make_datum, write_lmdb
+from quantize.engines import engine_opener
+from quantize.settings import CaffeProcess
+from quantize.stages.renorm import renorm
 
 RESIDUAL = """
 name: "residual"
@@ -134,6 +138,28 @@ def write_several(folder: Path) -> Path:
     np.savez(folder / "test_targets.npz", target=rng.normal(size=(12, *SEVERAL_SHAPES["target"])))
     (folder / "config.yaml").write_text(SEVERAL_YAML)
     return folder / "config.yaml"
+
+
+def write_photos(path: Path, count: int, shape: tuple[int, int] = IMAGE[1:], seed: int = 0) -> Path:
+    """An LMDB of color images whose channels go together and have the means and deviations of photographs."""
+    rng = np.random.default_rng(seed)
+    height, width = shape
+    coarse = (-(-height // 3), -(-width // 3))
+    records = []
+    for index in range(count):
+        light = rng.normal(0, 40) + np.kron(rng.normal(0, 50, coarse), np.ones((3, 3)))
+        tint = np.kron(rng.normal(0, 12, (3, *coarse)), np.ones((1, 3, 3)))
+        pixels = (light + tint)[:, :height, :width] + rng.normal(0, 5, (3, height, width))
+        pixels += np.array([104, 117, 123]).reshape(3, 1, 1)
+        records.append((f"{index:08d}", make_datum(pixels.clip(0, 255).astype(np.uint8), index % 7)))
+    write_lmdb(records, path)
+    return path
+
+
+def trained_statistics(net: NetParameter, weights: Weights, feed: Feed) -> Weights:
+    """The blobs with the BatchNorm statistics that training on these images would have left."""
+    opener = engine_opener("onnx", CaffeProcess(), 1)
+    return renorm(net, weights, feed, opener, None)[0]
 
 
 def images_of(path: Path, transform: Transform, phase: int, count: int | None = None) -> Images:

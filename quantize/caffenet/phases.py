@@ -60,7 +60,9 @@ class InferenceNet:
         filtered = filter_net(net, TEST)
         inputs = input_blobs(filtered)
         if not inputs:
-            raise InputError(f"net {net.name!r} computes nothing from images{NO_INPUT}")
+            raise InputError(
+                f"net {net.name!r} has no input in the TEST phase: no Input or Data layer that another reads"
+            )
         _check_rows(filtered, inputs)
         return cls(inference_net(filtered, inputs), inputs, scores_blob(filtered))
 
@@ -128,7 +130,7 @@ def filter_net(net: NetParameter, phase: int) -> NetParameter:
             raise InputError(
                 f"{_where(net, layer)} has include and exclude rules; Caffe allows one kind only"
             )
-        if _exists(layer, phase):
+        if exists(layer, phase):
             kept.layer.add().CopyFrom(layer)
         else:
             left_out.append(layer)
@@ -146,7 +148,7 @@ def name_apart(net: NetParameter) -> None:
     Args:
         net: the net with all its phases.
     """
-    found = [(layer, [phase for phase in (TEST, TRAIN) if _exists(layer, phase)]) for layer in net.layer]
+    found = [(layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase)]) for layer in net.layer]
     taken = {layer.name for layer in net.layer}
     used: dict[int, set[str]] = {TEST: set(), TRAIN: set()}
     numbers: Counter[str] = Counter()
@@ -310,7 +312,7 @@ def is_measure(layer: LayerParameter) -> bool:
 
 def data_layer(net: NetParameter, phase: int) -> LayerParameter | None:
     """The layer with a transform that feeds the net in a phase, if there is one."""
-    included = (layer for layer in net.layer if _exists(layer, phase))
+    included = (layer for layer in net.layer if exists(layer, phase))
     return next((layer for layer in included if layer.type in TRANSFORMING_TYPES), None)
 
 
@@ -377,7 +379,7 @@ def _hint(blob: str, left_out: Iterable[LayerParameter]) -> str:
     return ""
 
 
-def _exists(layer: LayerParameter, phase: int) -> bool:
+def exists(layer: LayerParameter, phase: int) -> bool:
     """Whether a layer is there in a phase (``Net::FilterNet``)."""
     rules = layer.include or layer.exclude
     return not rules or any(_meets(rule, phase) for rule in rules) == bool(layer.include)

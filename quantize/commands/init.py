@@ -14,10 +14,8 @@ from quantize.caffenet import (
     TRAIN,
     InferenceNet,
     NetParameter,
-    at_state,
-    load_schema,
     load_weights,
-    read_prototxt,
+    read_net,
 )
 from quantize.caffenet.phases import takes_images
 from quantize.data.sources import Source, open_source
@@ -27,11 +25,11 @@ from quantize.job.feeds import effective_transform, guessed_short_side
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.output import OutputFolder
 from quantize.job.transforms import ARITHMETIC, has_data_layer, with_chosen_transform, with_transform
-from quantize.settings import Config, ModelFiles, TransformKeys
+from quantize.settings import ActivationSettings, Config, ModelFiles, RenormSettings, TransformKeys
 
 FILL_IN = "VALUES"
 """Stands where only the user knows what goes into an input."""
-USUAL_IMAGES = 1000
+MOST_IMAGES = 1000
 KEPT_SHARE = 5
 """One image in so many is kept back for evaluate."""
 
@@ -53,7 +51,7 @@ weights:
   first_last: {{bits: 8, grid: fixed_point}}
   # layers: {{some_layer: {{bits: 8, grid: fixed_point}}, other_layer: {{skip: true}}}}
 renorm:
-  # images: 1000                      # of calibration; the default, or as many as there are
+  # images: {renorm_images}                        # the default; relative to full precision on the same ones
   augment: train                      # random crops and mirrors as in training; test: centre crops
   memory: 2GiB                        # bound on what the sweep keeps
 activations:
@@ -111,9 +109,7 @@ def initial_config(
         keys = _geometry(net, config, source, told.get(blob), guesses)
     finally:
         source.close()
-    images = min(USUAL_IMAGES, count - count // KEPT_SHARE)
-    if count < USUAL_IMAGES:
-        guesses.append(f"{images} of {count} images are used, about {USUAL_IMAGES:,} are usual")
+    images = min(MOST_IMAGES, count - count // KEPT_SHARE)
     kept = f"the other {count - images} are for evaluate" if count > images else "none are left for evaluate"
     guesses.append(f"data.calibration.images {images}: {kept}")
     config = with_transform(config, TransformKeys.model_validate(keys))
@@ -131,6 +127,8 @@ def initial_config(
         calibration=_path(calibration, folder),
         images=images,
         kept=kept,
+        renorm_images=RenormSettings().images,
+        activation_images=min(ActivationSettings().images, images),
         transform=f"  transform: {shown}{comment}",
         output=json.dumps(f"out/{name}"),
     )
@@ -176,8 +174,7 @@ def write_initial(
     Raises:
         InputError: bad input, or the file is there and ``force`` is not set.
     """
-    net = read_prototxt(model.prototxt, load_schema(model.caffe_proto) if model.caffe_proto else None)
-    net = at_state(net, model.stages, model.level)
+    net = read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
     folder = path.parent if path is not None else Path()
     initial = initial_config(net, model, calibration, folder, shapes)
     target = path if path is not None else Path(f"{initial.name}.yaml")

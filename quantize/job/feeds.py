@@ -76,7 +76,7 @@ def stage_images(config: Config, stage: Stage, progress: Progress = SILENT) -> i
             raise InputError(
                 f"{where}: {stage}.images asks for {settings.images} images but it holds {present}: {cure}"
             )
-        progress.note(f"{where} holds {present} images: all of them are used (1,000 are usual)")
+        progress.note(f"{where} holds {present} images: all of them are used")
     return int(min(settings.images, available))
 
 
@@ -132,7 +132,7 @@ def validation_feed(
 def images_used(config: Config) -> int:
     """How many calibration images, counted from the first, the stages look at."""
     used = max(config.renorm.images, config.activations.images)
-    if config.weights.solver == "data_aware":
+    if config.weights.solver == "data_aware" or config.weights.budget is not None:
         used = max(used, config.weights.images)
     calibration = config.data.calibration
     return used if calibration is None or calibration.images is None else min(used, calibration.images)

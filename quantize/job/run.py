@@ -34,16 +34,15 @@ from quantize.caffenet import (
     InferenceNet,
     NetParameter,
     Weights,
-    at_state,
     check_weights,
     doubtful_norms,
     filter_net,
     format_prototxt,
     infer_shapes,
     known_part,
-    load_schema,
     load_weights,
     owners,
+    read_net,
     read_prototxt,
     schema_of,
 )
@@ -223,12 +222,12 @@ class Run:
         for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
             self.progress.note(f"weights: {line}")
         record: dict[str, Any] = {"kept": kept, "doubtful": doubtful}
-        if settings.budget is not None:
-            calibration = self._calibration(self._renorm_feed())
+        calibration = self._calibration()
+        if settings.budget is not None and calibration is not None:
             chosen, found = keep_budget(weights, settings, calibration, test.scores, self.progress)
             record["budget"] = asdict(found)
         _, quantized, layers = weights_quan(
-            self.net, weights, chosen, settings.solver, self.progress, self._solver_calibration()
+            self.net, weights, chosen, settings.solver, self.progress, calibration
         )
         self._write_weights(self.files.quantized, quantized)
         done = {name for layer in layers for name in (layer.name, *layer.shared_by)} | kept.keys()
@@ -293,15 +292,12 @@ class Run:
         self.report["output_sqnr"] = {"images": len(feed), "layers": [asdict(layer) for layer in found]}
         write_report(self.folder, self.report)
 
-    def _solver_calibration(self) -> Calibration | None:
-        """What the data-aware solver needs; None with the other solvers, which need no images."""
-        settings = self.config.weights
-        if settings.solver != "data_aware":
+    def _calibration(self) -> Calibration | None:
+        """What the data-aware solver and a budget need; None without them, as nothing else needs images."""
+        weights, settings = self.config.weights, self.config.renorm
+        if weights.solver != "data_aware" and weights.budget is None:
             return None
-        return self._calibration(stage_feed(self.config, self.net, "weights", self.progress))
-
-    def _calibration(self, feed: Feed) -> Calibration:
-        settings = self.config.renorm
+        feed = stage_feed(self.config, self.net, "weights", self.progress)
         net = InferenceNet.of(self.net).net
         return Calibration(net, feed, self.open_engine, settings.memory, settings.statistics)
 
@@ -358,8 +354,6 @@ class Run:
                 parts |= self._image_key()
             if config.weights.solver == "data_aware":
                 parts |= {"statistics": config.renorm.statistics}
-            if config.weights.budget is not None:
-                parts |= {"renorm_images": config.renorm.images}
         else:
             before = self.files.quantized if stage == "renorm" else self.files.renorm
             path = config.output / before
@@ -423,8 +417,7 @@ class Run:
         write_report(self.folder, self.report)
 
     def _write_prototxts(self, stages: dict[str, Any]) -> list[str]:
-        weights = Weights.read(self.config.output / self._latest(stages))
-        net = with_alpha_terms(self.net, weights)
+        net = with_alpha_terms(self.net, Weights.names(self.config.output / self._latest(stages)))
         if "activations" in stages:
             found = [QuantizedActivation(**layer) for layer in stages["activations"]["layers"]]
             net = with_act_quantize(net, found)
@@ -546,8 +539,7 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
 def read_model_prototxt(config: Config) -> NetParameter:
     """The network to quantize, with all its phases."""
     model = config.model
-    net = read_prototxt(model.prototxt, load_schema(model.caffe_proto) if model.caffe_proto else None)
-    return at_state(net, model.stages, model.level)
+    return read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
 
 
 def dump(section: BaseModel) -> dict[str, Any]:

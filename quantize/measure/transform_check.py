@@ -42,6 +42,8 @@ PIXEL_BYTES = 128 << 20
 """What the images that are kept for trying other transforms may take."""
 DOUBTFUL = 0.02
 """Misfit in nats: 0.2 deviations of the mean or 1.3 times the variance in every channel."""
+FITTING = 0.05
+"""Misfit up to which another transform fits and not only fits better: some always does for unlike images."""
 CLEARLY = 2.0
 """So many times the misfit of another transform, with 64 images, is not chance; with fewer it takes more."""
 HOPELESS = 1.0
@@ -178,21 +180,21 @@ class TransformCheck:
         One with swapped channels is among them only where no other fits as well.
         """
         least = min((fit.misfit for fit in self.tried), default=0.0)
-        near = [fit for fit in self.tried if fit.misfit <= max(self._clearly * least, DOUBTFUL / 2)]
+        near = [fit for fit in self.tried if fit.misfit <= max(CLEARLY * self._noise * least, DOUBTFUL / 2)]
         return [fit for fit in near if not (fit.values and fit.values.swapped)] or near
 
     @property
     def better(self) -> list[Fit]:
-        """Those of `best` that fit clearly better than the given transform, if that is doubtful."""
+        """Those of `best` that fit, and clearly better than the given transform, if that does not."""
         if self.given is None or self.given.misfit <= DOUBTFUL:
             return []
-        enough = min(HOPELESS, self.given.misfit / self._clearly)
+        enough = min(FITTING * self._noise, self.given.misfit / (CLEARLY * self._noise))
         return [fit for fit in self.best if fit.misfit < enough]
 
     @property
-    def _clearly(self) -> float:
-        """How many times the misfit of another transform is not chance."""
-        return CLEARLY * math.sqrt(max(1.0, IMAGES / max(self.images, 1)))
+    def _noise(self) -> float:
+        """How much noisier the statistics are than those of 64 images."""
+        return math.sqrt(max(1.0, IMAGES / max(self.images, 1)))
 
     @property
     def doubtful(self) -> bool:

@@ -9,7 +9,7 @@ name (``param``) share Q, and their Scale layers alpha.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from quantize.caffenet import (
     sharers,
 )
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
+from quantize.caffenet.shapes import no_weights
 from quantize.errors import InputError
 from quantize.numerics.decibels import decibels
 from quantize.numerics.grids import make_grid
@@ -97,13 +98,15 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
             f"the net has no layer to quantize (types {', '.join(QUANTIZED_TYPES)}); check model.prototxt"
         )
     free = free_layers(net, settings)
+    users = weight_users(net)
     found: dict[str, GridChoice] = {}
-    for name, users in weight_users(net).items():
-        override = _override(users, settings)
+    for name in users:
+        override = _override(users[name], settings)
         if override is None or not override.skip:
             found[name] = override or (settings if name in free else settings.first_last)
+    quantized = {user for name in found for user in users[name]}
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
-        if layer.name in found and foreign is not None:
+        if layer.name in quantized and foreign is not None:
             raise InputError(
                 f"layer {layer.name!r} ({layer.type}): {foreign_field_text(foreign)}; or leave the layer's "
                 f"weights alone (weights.layers: {{{layer.name}: {{skip: true}}}})"
@@ -207,10 +210,7 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
         layer = _layer(net, name)
         where = f"layer {name!r} ({layer.type})"
         if name not in weights or not weights[name]:
-            raise InputError(
-                f"{where} has no weights in the caffemodel; it belongs to another net, or the layer was "
-                "renamed"
-            )
+            raise InputError(f"{where} {no_weights(name)}")
         blobs = weights[name]
         kernels = outputs(layer)
         size = blobs[0].size
@@ -320,8 +320,12 @@ def _blobs(
     return [from_kernels(layer, found.Q, blobs[0].shape), *biases], of_alpha
 
 
-def with_alpha_terms(net: NetParameter, weights: Weights) -> NetParameter:
-    """The net with the Scale layers for which ``weights`` has an ``*_alpha_term`` layer, copied otherwise."""
+def with_alpha_terms(net: NetParameter, weights: Container[str]) -> NetParameter:
+    """The net with the Scale layers for which ``weights`` has an ``*_alpha_term`` layer, copied otherwise.
+
+    Args:
+        weights: the blobs, or no more than the names of their layers.
+    """
     changed = NetParameter()
     changed.CopyFrom(net)
     del changed.layer[:]

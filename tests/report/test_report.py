@@ -94,13 +94,13 @@ def test_the_page_needs_nothing_from_outside(done: Job) -> None:
 def test_output_sqnr_is_what_numpy_says(done: Job) -> None:
     """The last layer has no BatchNorm behind it: its output is the scores."""
     report = report_of(done)
-    assert report["output_sqnr"]["images"] == images_to_measure(20 + 12) == 4
+    assert report["output_sqnr"]["images"] == images_to_measure(20 + 12) == 16
     layers = report["output_sqnr"]["layers"]
     assert [layer["name"] for layer in layers] == [
         layer["name"] for layer in report["stages"]["weights"]["layers"]
     ]
     report = Run(done.config("renorm.augment=test")).quantize()
-    found = evaluate_run(done.config("data.validation=null", "renorm.augment=test"), 4)
+    found = evaluate_run(done.config("data.validation=null", "renorm.augment=test"), 16)
     last = report["output_sqnr"]["layers"][-1]["sqnr_db"]["quantized"]
     assert last == pytest.approx(found.closeness["quantized"].sqnr_db, abs=1e-3)
 
@@ -300,7 +300,7 @@ def test_a_large_network_has_a_small_page() -> None:
         for model in (quantized, after):
             mean, variance = rng.normal(size=channels), rng.uniform(0.5, 2, channels)
             model.add(norm, [mean.astype(np.float32), variance.astype(np.float32), np.ones(1, np.float32)])
-    shift = {"channels": 64, "values": 10**6, "mean_shift": 0.1, "variance_ratio": 0.9}
+    shift = {"channels": 64, "values": 10**6, "mean_shift": 0.1, "variance_ratio": 0.9, "dead": 0}
     step = {"step": 0.1, "levels": 127, "clipped": 0.0, "maximum": 14.0, "sqnr_db": 40.0, "dead": False}
     record = {"seconds": 1.0, "peak_memory_bytes": 10**9, "outputs": {}, "images": 1000}
     report = {
@@ -309,7 +309,11 @@ def test_a_large_network_has_a_small_page() -> None:
         "sizes": {"model": 10**8, "written": 10**8, "packed": 14 * 10**6},
         "stages": {
             "weights": {**record, "layers": weights, "skipped": [], "kept": {}, "doubtful": []},
-            "renorm": {**record, "layers": [{"name": norm.name, **shift} for norm in norms]},
+            "renorm": {
+                **record,
+                "statistics": "paired",
+                "layers": [{"name": norm.name, **shift} for norm in norms],
+            },
             "activations": {
                 **record,
                 "layers": [{"name": r.name, **step, "histogram": list(range(48, 0, -1))} for r in relus],
@@ -339,8 +343,9 @@ def the_report(**stages: Any) -> dict[str, Any]:
 
 
 RENORM = {
+    "statistics": "measured",
     "images": 1000,
-    "layers": [{"name": "bn", "values": 10**5, "mean_shift": 0.1, "variance_ratio": 1.1}],
+    "layers": [{"name": "bn", "values": 10**5, "mean_shift": 0.1, "variance_ratio": 1.1, "dead": 0}],
 }
 RELU = {"name": "relu", "dead": False, "clipped": 1e-4}
 STEPS = {"layers": [RELU], "images": 400}
@@ -368,15 +373,26 @@ def test_advice_where_all_is_well() -> None:
     [
         (the_report(), [row("a", 15), row("b", 15), row("c", 11)], 'c is furthest.*{"c": {"bits": 8'),
         (the_report(), [], "warning: Not run yet: renorm and activations"),
-        (the_report(renorm={**RENORM, "images": 100}), [], "note: Renorm saw 100 images"),
+        (the_report(renorm={**RENORM, "images": 100}), [], "note: Renorm saw 100 images.*=1000"),
         (
-            the_report(renorm={"images": 600, "layers": [{**RENORM["layers"][0], "values": 600}]}),
+            the_report(renorm={**RENORM, "statistics": "paired", "images": 8}),
+            [],
+            "note: Renorm saw 8 images.*renorm.images=64",
+        ),
+        (
+            the_report(renorm={**RENORM, "images": 600, "layers": [{**RENORM["layers"][0], "values": 600}]}),
             [],
             "warning: Renorm saw 600 images: 600 values per channel at bn",
         ),
-        (the_report(renorm={"images": 9, "layers": []}), [], "warning: The network has no BatchNorm"),
         (
-            the_report(renorm={"images": 999, "layers": [{**RENORM["layers"][0], "variance_ratio": 0.2}]}),
+            the_report(renorm={**RENORM, "images": 9, "layers": []}),
+            [],
+            "warning: The network has no BatchNorm",
+        ),
+        (
+            the_report(
+                renorm={**RENORM, "images": 999, "layers": [{**RENORM["layers"][0], "variance_ratio": 0.2}]}
+            ),
             [],
             "At bn the variance is 0.20 times",
         ),
@@ -405,6 +421,13 @@ def test_advice_where_all_is_well() -> None:
 )
 def test_advice(report: dict[str, Any], rows: list[Row], expected: str) -> None:
     assert re.search(expected, findings(report, rows))
+
+
+def test_advice_names_channels_that_renorm_found_dead() -> None:
+    layer = {**RENORM["layers"][0], "dead": 3}  # type: ignore[index, dict-item]
+    assert "Dead channels, the same value for every image: bn (3)." in findings(
+        the_report(renorm={**RENORM, "layers": [layer]})
+    )
 
 
 def test_advice_counts_dead_channels() -> None:

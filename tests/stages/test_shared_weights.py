@@ -227,15 +227,12 @@ def test_a_layer_of_both_phases_has_its_alpha_in_both() -> None:
 def test_a_layer_behind_the_labels_that_has_the_weights_too() -> None:
     """It is not needed to quantize, but `caffe test` runs it."""
     text = CHAIN.replace(INPUT, 'layer { name: "d" type: "Data" top: "data" top: "label" }\n') + (
-        'layer { name: "mixed" type: "Scale" bottom: "c1" bottom: "label" top: "mixed" '
-        "scale_param { axis: 0 } }\n"
-        + layer("behind", "mixed", "w", "b")
-        + 'layer { name: "loss" type: "EuclideanLoss" bottom: "behind" bottom: "c3" top: "loss" }\n'
+        'layer { name: "loss" type: "EuclideanLoss" bottom: "fc" bottom: "label" top: "loss" }\n'
+        + layer("behind", "loss", "w", "b")
     )
     net = parse(text)
-    weights = loaded(
-        filter_net(net, TEST), random_weights(InferenceNet.of(net).net, {"data": IMAGE, "label": ()})
-    )
+    drawn = random_weights(InferenceNet.of(net).net, {"data": IMAGE, "label": ()})
+    weights = loaded(filter_net(net, TEST), drawn)
     changed, found, layers = weights_quan(
         net, weights, choices(InferenceNet.of(net).net, settings()), "optimal"
     )
