@@ -60,9 +60,7 @@ class InferenceNet:
         filtered = filter_net(net, TEST)
         inputs = input_blobs(filtered)
         if not inputs:
-            raise InputError(
-                f"net {net.name!r} has no input in the TEST phase: no Input or Data layer that another reads"
-            )
+            raise InputError(f"net {net.name!r} computes nothing from images{NO_INPUT}")
         _check_rows(filtered, inputs)
         return cls(inference_net(filtered, inputs), inputs, scores_blob(filtered))
 
