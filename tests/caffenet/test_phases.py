@@ -29,8 +29,12 @@ def names(net):
 
 def kept(rules, phase=TEST, stages=(), level=0):
     """Whether a layer with these rules is in the net, beside one that always is."""
-    net = net_of(f'layer {{ name: "x" type: "Input" }} layer {{ name: "y" type: "Input" {rules} }}')
-    return "y" in names(filter_net(net, phase, stages, level))
+    named = 'include { stage: "a" } include { stage: "b" } include { stage: "c" }'
+    net = net_of(
+        f'layer {{ name: "x" type: "Input" }} layer {{ name: "y" type: "Input" {rules} }}'
+        f'layer {{ name: "z" type: "Input" {named} }}'
+    )
+    return "y" in names(filter_net(at_state(net, stages, level), phase))
 
 
 @pytest.mark.parametrize(
