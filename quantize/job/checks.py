@@ -28,6 +28,7 @@ from quantize.stages.budget import bits_left
 from quantize.stages.weights import check_kernels, check_unquantized, choices, free_layers
 from quantize.sweep.plan import Costs, micro_batch_size
 
+LATER_STAGES: tuple[Stage, ...] = ("renorm", "activations")
 MEASURED_TYPES = ("BatchNorm", "ReLU")
 """Layers that a stage looks at."""
 
@@ -68,12 +69,9 @@ class Checks:
     def _fed(self) -> list[Stage]:
         """The stages whose calibration images are looked at."""
         settings = self.config.weights
-        fed: list[Stage] = []
-        if "weights" in self.stages and settings.solver == "data_aware":
-            fed.append("weights")
-        if "renorm" in self.stages or ("weights" in self.stages and settings.budget is not None):
-            fed.append("renorm")
-        return [*fed, "activations"] if "activations" in self.stages else fed
+        fitted = settings.solver == "data_aware" or settings.budget is not None
+        fed: list[Stage] = ["weights"] if fitted else []
+        return [stage for stage in (*fed, *LATER_STAGES) if stage in self.stages]
 
     def _weights(self) -> str:
         """The caffemodel against the net, and the settings against both."""
