@@ -1,11 +1,12 @@
 """Layers that share their weights are quantized as one; layers of several tops have an alpha behind each."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from quantize.caffenet import TEST, InferenceNet, NetParameter, Weights, filter_net, load_weights, loaded
+from quantize.caffenet import TEST, InferenceNet, NetParameter, Weights, filter_net, loaded
 from quantize.commands.config import load
 from quantize.commands.inspect import inspect_net
 from quantize.data import Transform
@@ -269,22 +270,27 @@ def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) 
     np.testing.assert_array_equal(quantized["c4"][1], wanted["c4"].bias)
 
 
+def run_job(folder: Path, text: str) -> dict[str, Any]:
+    """The report of the three stages."""
+    (folder / "net.prototxt").write_text(text)
+    with open(folder / "net.caffemodel", "wb") as file:
+        random_weights(InferenceNet.of(parse(text)).net, {"data": IMAGE}).write(file)
+    write_images(folder / "images", 12, IMAGE)
+    given = {
+        "name": "job",
+        "model.prototxt": str(folder / "net.prototxt"),
+        "model.weights": str(folder / "net.caffemodel"),
+        "data.calibration.source": str(folder / "images"),
+        "output": str(folder / "out"),
+    }
+    return Run(load(None, given, ["renorm.images=12", "activations.images=12"])).quantize()
+
+
 def test_what_is_shared_counts_once(tmp_path: Path) -> None:
     rows = {row.name: row for row in inspect_net(parse(CHAIN), {"data": IMAGE}, settings())}
     assert [rows[name].parameters for name in ("c2", "c3", "c5")] == [6 * 6 * 9 + 6, 6, 6 * 6 * 9]
     assert rows["c3"].plan == "weights: 4 bits power_of_two, those of c2"
-    (tmp_path / "net.prototxt").write_text(CHAIN)
-    with open(tmp_path / "net.caffemodel", "wb") as file:
-        random_weights(InferenceNet.of(parse(CHAIN)).net, {"data": IMAGE}).write(file)
-    write_images(tmp_path / "images", 12, IMAGE)
-    given = {
-        "name": "chain",
-        "model.prototxt": str(tmp_path / "net.prototxt"),
-        "model.weights": str(tmp_path / "net.caffemodel"),
-        "data.calibration.source": str(tmp_path / "images"),
-        "output": str(tmp_path / "out"),
-    }
-    report = Run(load(None, given, ["renorm.images=12", "activations.images=12"])).quantize()
+    report = run_job(tmp_path, CHAIN)
     packed = {
         "c1": 6 * 3 * 9,
         "c2": 6 * 6 * 9 / 2,
@@ -302,6 +308,10 @@ def test_what_is_shared_counts_once(tmp_path: Path) -> None:
         "c5",
         "fc",
     ]
-    page = (tmp_path / "out/report.html").read_text()
-    assert "<td>as c2</td>" in page
-    assert load_weights(tmp_path / "out/chain_renorm.caffemodel", parse(CHAIN)).layers()
+    assert "<td>as c2</td>" in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_output_of_several_tops_is_measured_behind_alpha(tmp_path: Path) -> None:
+    measured = run_job(tmp_path, TOPS)["output_sqnr"]["layers"]
+    assert [layer["name"] for layer in measured] == ["both", "fc"]
+    assert measured[0]["sqnr_db"]["quantized"] > 40  # 8 bits
