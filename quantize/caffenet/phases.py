@@ -47,7 +47,7 @@ class InferenceNet:
 
     @property
     def blob(self) -> str:
-        """The input that images go into."""
+        """The input that images go into where nothing else is said: the first."""
         return self.inputs[0]
 
     @classmethod
@@ -79,9 +79,10 @@ def at_state(net: NetParameter, stages: Sequence[str], level: int) -> NetParamet
         InputError: no rule names a stage, or what is left in the TEST phase is no sound net.
     """
     rules = [rule for layer in net.layer for rule in (*layer.include, *layer.exclude)]
-    named = ", ".join(sorted({stage for rule in rules for stage in (*rule.stage, *rule.not_stage)}))
+    stages_named = {stage for rule in rules for stage in (*rule.stage, *rule.not_stage)}
+    named = ", ".join(sorted(stages_named))
     for stage in stages:
-        if stage not in named.split(", "):
+        if stage not in stages_named:
             raise InputError(
                 f"net {net.name!r}: no rule names the stage {stage!r}; named are: {named or 'none'}"
             )
