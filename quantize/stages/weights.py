@@ -344,6 +344,31 @@ def with_alpha_terms(net: NetParameter, weights: Container[str]) -> NetParameter
     return changed
 
 
+def correctable(net: NetParameter) -> dict[str, str]:
+    """The layers whose bias can be corrected, and the Scale layers that carry their alphas.
+
+    Left out are layers without a bias, with several tops, or with a blob that others share, and outputs
+    whose channels are not their second axis.
+
+    Args:
+        net: the inference net with its ``*_alpha_term`` layers.
+    """
+    layers = {layer.name: layer for layer in net.layer}
+    shared = {blob.layer for blob in sharers(net)}
+    found = {}
+    for layer in net.layer:
+        scale = layers.get(layer.name + ALPHA_SUFFIX)
+        if (
+            layer.type not in QUANTIZED_TYPES
+            or scale is None
+            or shared.intersection((layer.name, scale.name))
+        ):
+            continue
+        if len(layer.top) == 1 and scale.scale_param.bias_term and scale.scale_param.axis == 1:
+            found[layer.name] = scale.name
+    return found
+
+
 def _same_weights(net: NetParameter) -> dict[str, list[str]]:
     """By layer of a quantized type all such layers that have its weights as theirs, in network order."""
     orders = {layer.name: _kernel_order(layer) for layer in net.layer if layer.type in QUANTIZED_TYPES}
