@@ -31,8 +31,8 @@ from quantize.engines import engine_opener
 from quantize.engines.caffe.engine import Worker
 from quantize.errors import LabelfreeError
 from quantize.host import available_threads
-from quantize.job.feeds import effective_transform, image_shape
-from quantize.job.run import LIBRARIES, read_model_prototxt
+from quantize.job.feeds import effective_transform, image_shape, read_model_prototxt
+from quantize.job.run import LIBRARIES
 from quantize.settings import CaffeProcess, Config
 
 REPORT_LIBRARIES = ("matplotlib", "Jinja2")

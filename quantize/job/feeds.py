@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from quantize.caffenet import (
     TEST,
@@ -13,6 +12,8 @@ from quantize.caffenet import (
     TransformationParameter,
     data_layer,
     declared_shape,
+    load_schema,
+    read_prototxt,
 )
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
@@ -20,12 +21,19 @@ from quantize.data.sources import FileSource, Selection, Source, open_source
 from quantize.data.transform import Transform, shape_text
 from quantize.errors import InputError
 from quantize.progress import SILENT, Progress
+from quantize.record import ImagesFrom
 from quantize.settings import Config
 
-ImagesFrom = Literal["validation", "held_out", "calibration"]
 RESIZE_PER_CROP = 256 / 224
 """Photographs of any size are resized so that the shorter side is this much longer than the crop, the common
 convention of ImageNet training."""
+
+
+def read_model_prototxt(config: Config) -> NetParameter:
+    """The network to quantize, with all its phases."""
+    if config.model.caffe_proto is None:
+        return read_prototxt(config.model.prototxt)
+    return read_prototxt(config.model.prototxt, load_schema(config.model.caffe_proto))
 
 
 def calibration_feed(config: Config, net: NetParameter, images: int, progress: Progress = SILENT) -> Feed:

@@ -14,43 +14,49 @@ A stage that is done again makes the results of the stages behind it obsolete; t
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
+from typing import TypedDict
 
 from quantize import __version__
 from quantize.caffenet import (
     InferenceNet,
-    NetParameter,
     Weights,
     check_weights,
     format_prototxt,
     infer_shapes,
     known_part,
-    load_schema,
-    read_prototxt,
 )
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
-from quantize.errors import InputError, LabelfreeError
+from quantize.errors import InputError
 from quantize.host import available_threads, peak_memory, reset_peak_memory
-from quantize.job.feeds import calibration_feed, evaluation_images, image_shape, validation_feed
+from quantize.job.evaluation import measure_outputs
+from quantize.job.feeds import calibration_feed, image_shape, read_model_prototxt
 from quantize.job.output import Files, OutputFolder
 from quantize.job.prototxts import deploy_prototxt, validation_prototxt
-from quantize.job.store import PAGE, REPORT, previous_report, read_report, show_page, write_page, write_report
-from quantize.measure.evaluate import Candidate, Evaluation, evaluate
-from quantize.measure.sqnr import Version, images_to_measure, output_sqnr
+from quantize.job.resume import changes, dependencies, model_hashes, sha256
+from quantize.job.store import PAGE, previous_record, show_page, write_record
 from quantize.progress import SILENT, Progress
+from quantize.record import (
+    STAGES,
+    ActivationsRecord,
+    AnyStageRecord,
+    Dependencies,
+    RenormRecord,
+    RunRecord,
+    Sizes,
+    StageName,
+    Stages,
+    WeightsRecord,
+)
 from quantize.settings import Config
-from quantize.stages.activations import QuantizedActivation, activations_quan, plain_relus, with_act_quantize
+from quantize.stages.activations import activations_quan, plain_relus, with_act_quantize
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import renorm
@@ -63,12 +69,40 @@ from quantize.stages.weights import (
     with_alpha_terms,
 )
 
-STAGES = ("weights", "renorm", "activations")
 LIBRARIES = (
     *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb"),
     *("matplotlib", "jinja2"),
 )
-READ_BLOCK = 1 << 20
+
+
+class _Ran(TypedDict):
+    """The fields that every `StageRecord` has."""
+
+    depends_on: Dependencies
+    seconds: float
+    peak_memory_bytes: int
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A stage at work."""
+
+    depends_on: Dependencies
+    moment: float
+
+    @classmethod
+    def now(cls, depends_on: Dependencies) -> _Begun:
+        reset_peak_memory()
+        return cls(depends_on, time.monotonic())
+
+    def ended(self, outputs: dict[str, str]) -> _Ran:
+        return {
+            "depends_on": self.depends_on,
+            "seconds": time.monotonic() - self.moment,
+            "peak_memory_bytes": peak_memory(),
+            "outputs": outputs,
+        }
 
 
 class Run:
@@ -85,55 +119,60 @@ class Run:
         self.files = Files.of(config.name)
         self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
         self.net = read_model_prototxt(config)
-        self.inputs: dict[str, str] = {"prototxt": sha256(config.model.prototxt)}
-        self.report: dict[str, Any] = {}
+        self.record: RunRecord | None = None
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """The hashes of the model's files."""
+        return model_hashes(self.config)
+
+    @property
+    def stages(self) -> Stages:
+        """What has been done so far, by this run and those before it."""
+        return self.record.stages if self.record is not None else Stages()
 
     def quantize(
-        self, stages: Sequence[str] = STAGES, resume: bool = False, force: bool = False
-    ) -> dict[str, Any]:
+        self, stages: Sequence[StageName] = STAGES, resume: bool = False, force: bool = False
+    ) -> RunRecord:
         """Run stages in order and write their files.
 
         Args:
-            stages: of `STAGES`.
+            stages: at least one.
             resume: skip a stage whose files were made from the same inputs, with the same settings, by the
                 same version.
             force: do every stage even so.
 
         Returns:
-            The report, as written to report.json.
+            What was written to report.json.
 
         Raises:
             InputError: bad input, or a stage before the first one asked for has not been run.
             LabelfreeError: the work failed.
         """
-        works: dict[str, Callable[[], dict[str, Any]]] = {
+        works: dict[StageName, Callable[[_Begun], AnyStageRecord]] = {
             "weights": self._weights,
             "renorm": self._renorm,
             "activations": self._activations,
         }
         self._check_before_work(stages)
         with closing(OutputFolder(self.config.output)) as self.folder:
-            self.report = previous_report(self.config.output, self.config.name, self.progress)
+            self.record = previous_record(self.config.output, self.config.name, self.progress)
+            record: RunRecord | None = None
             for stage in (s for s in STAGES if s in stages):
-                key = self._key(stage)
-                if resume and not force and self._is_done(stage, key):
+                depends_on = dependencies(self.config, self.net, self.inputs, stage)
+                if resume and not force and self._is_done(stage, depends_on):
                     self.progress.note(f"{stage}: skipped, its results fit the inputs and settings")
                     continue
-                reset_peak_memory()
-                start = time.monotonic()
-                record = works[stage]()
-                record |= {
-                    "key": key,
-                    "seconds": time.monotonic() - start,
-                    "peak_memory_bytes": peak_memory(),
-                }
-                self._finish(stage, record)
+                record = self._finish(stage, works[stage](_Begun.now(depends_on)))
+            record = record or self._renewed(stages)
             if not (self.config.output / PAGE).exists():
-                self._measure_outputs()
-                show_page(self.folder, self.config, self.net, self.report, self.progress)
-        return self.report
+                if record.output_sqnr is None:
+                    found = measure_outputs(self.config, self.net, record, self.open_engine, self.progress)
+                    record = self._write_record(record.model_copy(update={"output_sqnr": found}))
+                show_page(self.folder, self.config, self.net, record, self.progress)
+        return record
 
-    def _check_before_work(self, stages: Sequence[str]) -> None:
+    def _check_before_work(self, stages: Sequence[StageName]) -> None:
         """Find what is wrong with the inputs of later stages before an earlier stage takes its time."""
         if "weights" in stages:
             choices(InferenceNet.of(self.net).net, self.config.weights)
@@ -148,30 +187,29 @@ class Run:
         if "activations" in stages:
             self._activations_feed()
 
-    def _weights(self) -> dict[str, Any]:
+    def _weights(self, begun: _Begun) -> WeightsRecord:
         weights = Weights.read(self.config.model.weights)
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
         chosen = choices(test.net, settings)
         check_kernels(test.net, weights, chosen)
-        record: dict[str, Any] = {}
+        budget = None
         if settings.budget is not None:
             calibration = self._calibration(self._renorm_feed())
-            chosen, found = keep_budget(weights, settings, calibration, test.scores, self.progress)
-            record["budget"] = asdict(found)
+            chosen, budget = keep_budget(weights, settings, calibration, test.scores, self.progress)
         _, quantized, layers = weights_quan(
             self.net, weights, chosen, settings.solver, self.progress, self._solver_calibration()
         )
-        self._write_weights(self.files.quantized, quantized)
+        outputs = self._write_weights(self.files.quantized, quantized)
         skipped = [
             layer.name
             for layer in test.net.layer
             if layer.type in QUANTIZED_TYPES and layer.name not in chosen
         ]
-        return {"layers": [asdict(layer) for layer in layers], "skipped": skipped, **record}
+        return WeightsRecord(**begun.ended(outputs), layers=layers, skipped=skipped, budget=budget)
 
-    def _renorm(self) -> dict[str, Any]:
+    def _renorm(self, begun: _Begun) -> RenormRecord:
         weights = self._read_result(self.files.quantized, "weights")
         net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         feed = self._renorm_feed()
@@ -180,10 +218,10 @@ class Run:
         )
         if not shifts:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
-        self._write_weights(self.files.renorm, weights)
-        return {"images": len(feed.images), "layers": [asdict(shift) for shift in shifts]}
+        outputs = self._write_weights(self.files.renorm, weights)
+        return RenormRecord(**begun.ended(outputs), images=len(feed.images), layers=shifts)
 
-    def _activations(self) -> dict[str, Any]:
+    def _activations(self, begun: _Begun) -> ActivationsRecord:
         weights = self._read_result(self.files.renorm, "renorm")
         net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         feed = self._activations_feed()
@@ -195,26 +233,7 @@ class Run:
             self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
         for activation in (a for a in found if a.dead):
             self.progress.note(f"activations: {activation.name} is dead: 0 on every calibration image")
-        return {"images": len(feed.images), "layers": [asdict(activation) for activation in found]}
-
-    def _measure_outputs(self) -> None:
-        """Add the output SQNR per layer to the report, where there are images to measure it on."""
-        layers = [layer["name"] for layer in self.report["stages"]["weights"]["layers"]]
-        if self.config.data.calibration is None or not layers:
-            return
-        try:
-            enough = images_to_measure(self.config.renorm.images + self.config.activations.images)
-            present = len(calibration_feed(self.config, self.net, 1).images.source)
-            images = calibration_feed(self.config, self.net, min(enough, present)).images
-            candidates = _candidates(self.config, self.net)
-            versions = {name: Version(c.net, c.weights, c.blob) for name, c in candidates.items()}
-            full = versions.pop("fp32")
-            found = output_sqnr(full, versions, layers, images, self.open_engine, self.progress)
-        except LabelfreeError as error:
-            self.progress.note(f"output SQNR is not measured: {error}")
-            return
-        self.report["output_sqnr"] = {"images": len(images), "layers": [asdict(layer) for layer in found]}
-        write_report(self.folder, self.report)
+        return ActivationsRecord(**begun.ended({}), images=len(feed.images), layers=found)
 
     def _solver_calibration(self) -> Calibration | None:
         """What the data-aware solver needs; None with the other solvers, which need no images."""
@@ -240,24 +259,25 @@ class Run:
             known = known_part(test.net, [test.blob])
             check_weights(known, weights, infer_shapes(known, {test.blob: (1, *shape)}))
 
-    def _write_weights(self, name: str, weights: Weights) -> None:
+    def _write_weights(self, name: str, weights: Weights) -> dict[str, str]:
+        """Write a caffemodel; its name and hash."""
         with self.folder.writing(name) as file:
             weights.write(file)
+        return {name: sha256(self.config.output / name)}
 
-    def _read_result(self, name: str, stage: str) -> Weights:
+    def _read_result(self, name: str, stage: StageName) -> Weights:
         """Blobs that an earlier stage wrote.
 
         Raises:
             InputError: it has not been run, or with another model.
         """
         path = self.config.output / name
-        record = self.report["stages"].get(stage)
-        if record is None or not path.exists():
+        if self.record is None or stage not in self.stages.done or not path.exists():
             raise InputError(
                 f"{path}: the result of the stage before this one is not there; run `labelfree quantize`, "
                 f"or with `--stages {stage},...`"
             )
-        if self.report["inputs"] != self._hash_inputs():
+        if self.record.inputs != self.inputs:
             raise InputError(
                 f"{path}: made from another model.prototxt or model.weights; run the weights stage again"
             )
@@ -265,223 +285,120 @@ class Run:
         self._check(weights)
         return weights
 
-    def _hash_inputs(self) -> dict[str, str]:
-        if "weights" not in self.inputs:
-            self.inputs["weights"] = sha256(self.config.model.weights)
-        return self.inputs
+    def _is_done(self, stage: StageName, depends_on: Dependencies) -> bool:
+        """Whether a stage's result is there and still what it would be; if not any more, say why."""
+        record = self.stages.done.get(stage)
+        if record is None:
+            return False
+        reasons = changes(record.depends_on, depends_on)
+        reasons += [
+            f"{name} has changed" for name in record.outputs if not self._has(name, record.outputs[name])
+        ]
+        if reasons:
+            self.progress.note(f"{stage}: done again: {'; '.join(reasons)}")
+        return not reasons
 
-    def _key(self, stage: str) -> str:
-        """What a stage's result depends on, as one hash."""
-        config = self.config
-        parts: dict[str, Any] = {"version": __version__, "prototxt": self.inputs["prototxt"]}
-        if stage == "weights":
-            parts |= {"weights": self._hash_inputs()["weights"], "settings": dump(config.weights)}
-            if config.weights.solver == "data_aware" or config.weights.budget is not None:
-                parts |= self._image_key()
-            if config.weights.budget is not None:
-                parts |= {"renorm_images": config.renorm.images}
-        else:
-            before = self.files.quantized if stage == "renorm" else self.files.renorm
-            path = config.output / before
-            settings = config.renorm if stage == "renorm" else config.activations
-            parts |= {
-                "before": sha256(path) if path.exists() else None,
-                "settings": dump(settings),
-                **self._image_key(),
-            }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def _has(self, name: str, digest: str) -> bool:
+        path = self.config.output / name
+        return path.exists() and sha256(path) == digest
 
-    def _image_key(self) -> dict[str, Any]:
-        """What the result of running the calibration images through a net depends on."""
-        return {
-            "augment": self.config.renorm.augment,
-            "data": dump(self.config.data),
-            "calibration": fingerprint(self.config),
-            "engine": self.config.engine,
-            "threads": self.config.threads or available_threads(),
-        }
-
-    def _is_done(self, stage: str, key: str) -> bool:
-        record = self.report["stages"].get(stage)
-        return (
-            record is not None
-            and record["key"] == key
-            and all(
-                (self.config.output / name).exists() and sha256(self.config.output / name) == digest
-                for name, digest in record["outputs"].items()
-            )
-        )
-
-    def _finish(self, stage: str, record: dict[str, Any]) -> None:
+    def _finish(self, stage: StageName, done: AnyStageRecord) -> RunRecord:
         """Write the prototxts and the report for what there is now; drop what is behind the stage."""
+        self.folder.remove(PAGE)  # lest a run that is killed from here on leaves a page about other results
         results = {"weights": [self.files.quantized], "renorm": [self.files.renorm], "activations": []}
-        stages = {s: r for s, r in self.report["stages"].items() if STAGES.index(s) < STAGES.index(stage)}
         for later in STAGES[STAGES.index(stage) + 1 :]:
             for name in results[later]:
                 self.folder.remove(name)
-        self.folder.remove(PAGE)  # lest a run that is killed from here on leaves a page about other results
-        stages[stage] = record
-        names = [*results[stage], *self._write_prototxts(stages)]
-        record["outputs"] = {name: sha256(self.config.output / name) for name in names}
-        for earlier in stages.values():
-            # The prototxts are the last stage's from now on.
-            earlier["outputs"] = {
-                n: d for n, d in earlier["outputs"].items() if n not in names or earlier is record
-            }
-        self.report = {
-            "tool": f"labelfree {__version__}",
-            "name": self.config.name,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-            "settings": dump(self.config),
-            "inputs": self._hash_inputs(),
-            "stages": stages,
-            "sizes": self._sizes(stages),
-        }
-        write_report(self.folder, self.report)
-
-    def _write_prototxts(self, stages: dict[str, Any]) -> list[str]:
+        stages = self.stages.then(stage, done)
         weights = Weights.read(self.config.output / self._latest(stages))
+        return self._write_record(
+            RunRecord(
+                tool=f"labelfree {__version__}",
+                name=self.config.name,
+                versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+                settings=self._settings(STAGES[: STAGES.index(stage)]),
+                inputs=self.inputs,
+                stages=stages,
+                prototxts=self._write_prototxts(self._prototxts(stages, weights)),
+                sizes=self._sizes(stages, weights),
+            )
+        )
+
+    def _settings(self, kept: Sequence[StageName]) -> Config:
+        """The settings of this run, with those of the stages in ``kept`` as they were run with before."""
+        if self.record is None:
+            return self.config
+        return self.config.model_copy(update={stage: getattr(self.record.settings, stage) for stage in kept})
+
+    def _write_record(self, record: RunRecord) -> RunRecord:
+        write_record(self.folder, record)
+        self.record = record
+        return record
+
+    def _renewed(self, stages: Sequence[StageName]) -> RunRecord:
+        """The record of a run that had no stage to do, with what has changed that no stage reads.
+
+        Args:
+            stages: those that were asked for.
+        """
+        record = self.record
+        if record is None:
+            raise ValueError("no stage was asked for")
+        weights = Weights.read(self.config.output / self._latest(record.stages))
+        prototxts = self._prototxts(record.stages, weights)
+        digests = {name: hashlib.sha256(text).hexdigest() for name, text in prototxts.items()}
+        settings = self._settings([stage for stage in STAGES if stage not in stages])
+        same_images = settings.data.validation == record.settings.data.validation
+        new = record.model_copy(
+            update={
+                "settings": settings,
+                "prototxts": digests,
+                "evaluation": record.evaluation if same_images and digests == record.prototxts else None,
+            }
+        )
+        if new.to_json() != record.to_json() or not all(self._has(*file) for file in digests.items()):
+            self.progress.note("prototxts: written again")
+            self.folder.remove(PAGE)
+            self._write_prototxts(prototxts)
+            self._write_record(new)
+        return new
+
+    def _prototxts(self, stages: Stages, weights: Weights) -> dict[str, bytes]:
+        """The texts of the prototxts by name, for what the stages have found.
+
+        Args:
+            stages: those that have run.
+            weights: the blobs that the last of them wrote.
+        """
         net = with_alpha_terms(self.net, weights)
-        if "activations" in stages:
-            found = [QuantizedActivation(**layer) for layer in stages["activations"]["layers"]]
-            net = with_act_quantize(net, found)
+        if stages.activations is not None:
+            net = with_act_quantize(net, stages.activations.layers)
         shape = image_shape(self.config, self.net)
-        written = {self.files.val: validation_prototxt(net, self.config, shape)}
+        nets = {self.files.val: validation_prototxt(net, self.config, shape)}
         if shape is not None:
-            written[self.files.deploy] = deploy_prototxt(net, shape)
-        for name, content in written.items():
+            nets[self.files.deploy] = deploy_prototxt(net, shape)
+        return {name: format_prototxt(content).encode() for name, content in nets.items()}
+
+    def _write_prototxts(self, prototxts: Mapping[str, bytes]) -> dict[str, str]:
+        """Write them; their names and hashes."""
+        for name, text in prototxts.items():
             with self.folder.writing(name) as file:
-                file.write(format_prototxt(content).encode())
-        return list(written)
+                file.write(text)
+        return {name: hashlib.sha256(text).hexdigest() for name, text in prototxts.items()}
 
-    def _latest(self, stages: dict[str, Any]) -> str:
-        return self.files.renorm if "renorm" in stages else self.files.quantized
+    def _latest(self, stages: Stages) -> str:
+        return self.files.renorm if stages.renorm is not None else self.files.quantized
 
-    def _sizes(self, stages: dict[str, Any]) -> dict[str, int]:
+    def _sizes(self, stages: Stages, weights: Weights) -> Sizes:
         """Bytes of the model: as given, as written, and packed at the bits chosen."""
-        written = self.config.output / self._latest(stages)
-        weights = Weights.read(written)
         values = sum(blob.size for layer in weights.layers() for blob in weights[layer])
         packed = 4 * values
-        for layer in stages["weights"]["layers"]:
-            packed += -(-layer["weights"] * layer["bits"] // 8) - 4 * layer["weights"]
-            if f"{layer['name']}{ALPHA_SUFFIX}" in weights and len(weights[layer["name"]]) > 1:
-                packed -= (
-                    4 * layer["kernels"]
-                )  # the second blob of the alpha term follows from alpha and bias
-        return {
-            "model": self.config.model.weights.stat().st_size,
-            "written": written.stat().st_size,
-            "packed": packed,
-        }
-
-
-def evaluate_run(
-    config: Config, images: int | None = None, progress: Progress = SILENT, without_renorm: bool = False
-) -> Evaluation:
-    """Compare the full-precision net with the quantized one in the output folder.
-
-    What is found is added to report.json and report.html.
-
-    Args:
-        images: the first so many; None: all.
-        without_renorm: evaluate the quantized weights before renorm too.
-
-    Raises:
-        InputError: nothing has been quantized yet, or no images.
-    """
-    net = read_model_prototxt(config)
-    feed = validation_feed(config, net, images, progress)
-    candidates = _candidates(config, net)
-    if not without_renorm:
-        candidates.pop("without_renorm", None)
-    before = read_report(config.output)
-    open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
-    found = evaluate(candidates, feed.images, open_engine, progress)
-    try:
-        with closing(OutputFolder(config.output)) as folder:
-            report = read_report(config.output)
-            if report["stages"] == before["stages"]:
-                report["evaluation"] = {**asdict(found), "images_from": evaluation_images(config)}
-                write_report(folder, report)
-                show_page(folder, config, net, report, progress)
-    except LabelfreeError as error:
-        progress.note(f"not added to {REPORT}: {error}")
-    return found
-
-
-def report_run(config: Config) -> Path:
-    """Make report.html again from what is in the output folder.
-
-    Returns:
-        Where it is.
-
-    Raises:
-        InputError: nothing has been quantized yet.
-    """
-    net = read_model_prototxt(config)
-    report = read_report(config.output)
-    with closing(OutputFolder(config.output)) as folder:
-        write_page(folder, config, net, report)
-    return config.output / PAGE
-
-
-def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
-    """Full precision, quantized weights before renorm where renorm has run, and the final net, in that order.
-
-    Raises:
-        InputError: nothing has been quantized yet.
-    """
-    files = Files.of(config.name)
-    quantized, renormed = config.output / files.quantized, config.output / files.renorm
-    prototxt = config.output / files.val
-    if not quantized.exists() or not prototxt.exists():
-        raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
-    full = InferenceNet.of(net)
-    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.blob, full.scores)}
-    weights = Weights.read(quantized)
-    if renormed.exists():
-        unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
-        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.blob, unrepaired.scores)
-        weights = Weights.read(renormed)
-    final = InferenceNet.of(read_prototxt(prototxt))
-    found["quantized"] = Candidate(final.net, weights, final.blob, final.scores)
-    return found
-
-
-def read_model_prototxt(config: Config) -> NetParameter:
-    """The network to quantize, with all its phases."""
-    if config.model.caffe_proto is None:
-        return read_prototxt(config.model.prototxt)
-    return read_prototxt(config.model.prototxt, load_schema(config.model.caffe_proto))
-
-
-def dump(section: BaseModel) -> dict[str, Any]:
-    """A part of the configuration as JSON values."""
-    return section.model_dump(mode="json")
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(READ_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}; check the path") from error
-    return digest.hexdigest()
-
-
-def fingerprint(config: Config) -> str | None:
-    """A hash of what identifies the calibration images: names, sizes and times of their files."""
-    if config.data.calibration is None:
-        return None
-    source = config.data.calibration.source
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    entries = [(str(f), s.st_size, s.st_mtime_ns) for f in files if f.name != "lock.mdb" and (s := f.stat())]
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        for layer in stages.weights.layers if stages.weights is not None else ():
+            packed += -(-layer.weights * layer.bits // 8) - 4 * layer.weights
+            if f"{layer.name}{ALPHA_SUFFIX}" in weights and len(weights[layer.name]) > 1:
+                packed -= 4 * layer.kernels  # the second blob of the alpha term follows from alpha and bias
+        return Sizes(
+            model=self.config.model.weights.stat().st_size,
+            written=(self.config.output / self._latest(stages)).stat().st_size,
+            packed=packed,
+        )

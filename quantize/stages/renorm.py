@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -28,28 +27,10 @@ from quantize.engines.base import OpenEngine
 from quantize.errors import LabelfreeError
 from quantize.numerics.moments import Moments
 from quantize.progress import SILENT, Progress
+from quantize.record import BatchNormShift
 from quantize.sweep.early_pooling import with_early_pooling
 from quantize.sweep.plan import Step, depth_order
 from quantize.sweep.run import Sweep
-
-
-@dataclass(frozen=True)
-class BatchNormShift:
-    """How far the statistics of one BatchNorm layer had moved.
-
-    Attributes:
-        name: the layer.
-        channels: number of channels.
-        values: values per channel that were measured.
-        mean_shift: root mean square over channels of (new mean - old mean) / old standard deviation.
-        variance_ratio: geometric mean over channels of new variance / old variance.
-    """
-
-    name: str
-    channels: int
-    values: int
-    mean_shift: float
-    variance_ratio: float
 
 
 def renorm(

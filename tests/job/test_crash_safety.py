@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import quantize.pipeline
 
 from quantize import cli
 from quantize.caffenet import Weights, read_prototxt
