@@ -31,6 +31,7 @@ setup(
         "PyYAML>=6.0",
         "click>=8.1",
         "rich>=13.7",
+        "threadpoolctl>=3.5",
         "matplotlib>=3.8",
         "Jinja2>=3.1",
     ],

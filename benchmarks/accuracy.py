@@ -18,10 +18,7 @@ import numpy as np
 from quantize.caffenet import InferenceNet, NetParameter, Weights
 from quantize.commands.config import load
 from quantize.data.feed import Feed
-from quantize.data.loader import Images
-from quantize.data.sources import Selection
 from quantize.engines import engine_opener
-from quantize.host import available_threads
 from quantize.job.feeds import calibration_feed, read_model_prototxt, validation_feed
 from quantize.measure.evaluate import Candidate, evaluate
 from quantize.record import Closeness
@@ -48,14 +45,12 @@ class Subject:
         self.weights = Weights.read(config.model.weights)
         self.inference = InferenceNet.of(self.net)
         self.calibration = calibration_feed(config, self.net, config.renorm.images)
-        self.validation = validation_feed(config, self.net, images).images
-        self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
+        self.validation = validation_feed(config, self.net, images)
+        self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
 
     def feed(self, numbers: list[int]) -> Feed:
         """Calibration images by number."""
-        images = self.calibration.images
-        subset = Selection(images.source, numbers)
-        return Feed(self.calibration.blob, Images(subset, images.transform, images.phase, None, images.seed))
+        return self.calibration.selected(numbers)
 
     def quantized(
         self, solver: str, settings: tuple[WeightSettings, ActivationSettings], numbers: list[int]
@@ -83,7 +78,7 @@ class Subject:
     def candidate(self, net: NetParameter, weights: Weights) -> Candidate:
         """A net for `evaluate`."""
         inference = InferenceNet.of(net)
-        return Candidate(inference.net, weights, inference.blob, inference.scores)
+        return Candidate(inference.net, weights, inference.scores)
 
 
 def row(subject: Subject, setting: str, grid: str, subsets: int, share: float) -> str:
@@ -94,7 +89,7 @@ def row(subject: Subject, setting: str, grid: str, subsets: int, share: float) -
         WeightSettings.model_validate(general),
         subject.config.activations.model_copy(update={"bits": activation_bits, "levels": None}),
     )
-    total = len(subject.calibration.images)
+    total = len(subject.calibration)
     top1: dict[str, list[float]] = {name: [] for name in ("fp32", *SOLVERS)}
     close: dict[str, list[Closeness]] = {name: [] for name in SOLVERS}
     seconds = 0.0

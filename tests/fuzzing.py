@@ -31,9 +31,9 @@ import cv2
 import matplotlib.backends.backend_agg
 import matplotlib.font_manager  # noqa: F401 - here, as it makes a cache below the home folder
 import numpy as np
-import quantize.pipeline
 import yaml
 
+import quantize
 from quantize import cli
 from quantize.caffenet import (
     BlobProto,
@@ -49,6 +49,7 @@ from quantize.caffenet.shape_rules import _rules as shape_rules
 from quantize.data.make_lmdb import make_datum, write_lmdb
 from quantize.data.sources import open_source
 from quantize.errors import InputError
+from quantize.job.output import PART_SUFFIX
 from tests.nets import RESIDUAL, parse, random_weights, write_images
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -679,7 +680,7 @@ def judge(status: int, usage: Any, folder: Path) -> Outcome:
         return bug("unexpected error")
     if "out of memory" in text or usage.ru_maxrss << 10 > MEMORY:
         return bug("memory")
-    if list(folder.glob("out/**/.*.part")):
+    if list(folder.glob(f"out/**/.*{PART_SUFFIX}")):
         return bug("half a file left")
     if code == 0:
         return bug("warnings") if lines else Outcome("done", text)

@@ -26,6 +26,7 @@ class Outcome:
     err: str
 
 
+ROOT = Path(__file__).resolve().parents[1]
 Labelfree = Callable[..., Outcome]
 
 
@@ -260,6 +261,37 @@ def test_ctrl_c_is_exit_code_130_and_leaves_nothing(job: Job) -> None:
         assert "interrupted" in err
         assert "Traceback" not in err
     assert not list(job.out.glob(".*"))
+
+
+@pytest.mark.parametrize("home", [None, "/dev/null/none"])
+def test_without_a_home_nothing_but_results_is_printed(job: Job, home: str | None) -> None:
+    """matplotlib and onnxruntime keep things below it, and fontconfig, which matplotlib calls."""
+    (job.folder / "fonts.conf").write_text(
+        '<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "urn:fontconfig:fonts.dtd">'
+        '<fontconfig><dir>/usr/share/fonts</dir><cachedir prefix="xdg">fontconfig</cachedir></fontconfig>'
+    )
+    environment = {**os.environ, "FONTCONFIG_FILE": str(job.folder / "fonts.conf")}
+    for variable in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "ORT_DISABLE_TELEMETRY"):
+        environment.pop(variable, None)
+    if home is not None:
+        environment["HOME"] = home
+    command = [sys.executable, "-m", "quantize.cli", "--quiet", "quantize", "--config", str(job.yaml)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (job.out / "report.html").exists()
+
+
+def test_nothing_is_kept_or_told_about_the_user(job: Job) -> None:
+    """Of what lies in the home folder afterwards, all is matplotlib's."""
+    home = job.folder / "home"
+    home.mkdir()
+    environment = {**os.environ, "HOME": str(home)}
+    for variable in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "ORT_DISABLE_TELEMETRY"):
+        environment.pop(variable, None)
+    command = [sys.executable, "-m", "quantize.cli", "--quiet", "quantize", "--config", str(job.yaml)]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True)
+    kept = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]
+    assert [path for path in kept if path.parts[1] not in ("matplotlib", "fontconfig")] == []
 
 
 def test_inspect_shows_what_would_happen(job: Job, labelfree: Labelfree) -> None:

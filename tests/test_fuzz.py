@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from quantize import cli
+from quantize.job.output import PART_SUFFIX
 from tests import fuzzing
 from tests.fuzzing import KINDS
 
@@ -37,7 +38,7 @@ MISBEHAVIOURS: dict[str, Callable[[], object]] = {
     "wrote outside": lambda: Path("../outside").write_text(""),
     "memory": lambda: np.ones((2 << 30) + 1, np.uint8) is None,
     "signal 11": lambda: os.kill(os.getpid(), signal.SIGSEGV),
-    "half a file left": lambda: Path("out").mkdir() or Path("out/.x.part").touch(),
+    "half a file left": lambda: Path("out").mkdir() or Path(f"out/.x{PART_SUFFIX}").touch(),
     "exit code 3": lambda: cli.fail("no", 3),
 }
 

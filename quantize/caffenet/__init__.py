@@ -29,6 +29,7 @@ from quantize.caffenet.schema import (
 )
 from quantize.caffenet.shape_rules import LayerShapes
 from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
+from quantize.caffenet.sharing import BlobId, check_sharing, groups, load_weights, loaded, owners, users
 from quantize.caffenet.surgery import (
     insert_after,
     layer_index,
@@ -44,6 +45,7 @@ __all__ = [
     "TEST",
     "TRAIN",
     "TRANSFORMING_TYPES",
+    "BlobId",
     "BlobProto",
     "BlobShape",
     "Datum",
@@ -59,12 +61,14 @@ __all__ = [
     "Weights",
     "all_finite",
     "check_net",
+    "check_sharing",
     "check_weights",
     "data_blobs",
     "data_layer",
     "declared_shape",
     "filter_net",
     "format_prototxt",
+    "groups",
     "infer_shapes",
     "inference_net",
     "insert_after",
@@ -74,10 +78,14 @@ __all__ = [
     "layer_index",
     "live_blobs",
     "load_schema",
+    "load_weights",
+    "loaded",
     "needed_layers",
+    "owners",
     "read_prototxt",
     "remove_layer",
     "replace_layer",
     "scores_blob",
     "single_assignment",
+    "users",
 ]

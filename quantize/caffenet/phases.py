@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from quantize.caffenet.schema import TEST, LayerParameter, NetParameter, NetStateRule
+from quantize.caffenet.schema import TEST, TRAIN, LayerParameter, NetParameter, NetStateRule
 from quantize.errors import InputError
 
+NAMESAKE = "#"
+"""Between the name that several layers have and the number that tells them apart."""
 TRANSFORMING_TYPES = ("Data", "ImageData", "MemoryData", "WindowData")
 
 
@@ -50,18 +52,48 @@ def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level:
     Raises:
         InputError: a layer has include as well as exclude rules, or what is left is no sound net.
     """
-    state = (phase, set(stages), level)
     kept = _without_layers(net)
     for layer in net.layer:
         if layer.include and layer.exclude:
             raise InputError(
                 f"{_where(net, layer)} has include and exclude rules; Caffe allows one kind only"
             )
-        rules = layer.include or layer.exclude
-        if not rules or any(_meets(rule, *state) for rule in rules) == bool(layer.include):
+        if _exists(layer, phase, set(stages), level):
             kept.layer.add().CopyFrom(layer)
     check_net(kept)
     return kept
+
+
+def name_apart(net: NetParameter, stages: Iterable[str] = (), level: int = 0) -> None:
+    """Give every layer of a phase a name of its own, in place: "crop", "crop#2", "crop#3".
+
+    Caffe allows one name for several layers. It looks for a layer of the net by each name in the caffemodel,
+    and takes the first. So the first of the TEST phase keeps its name, and with it what the caffemodel holds;
+    those behind it have no blobs, or share them. TRAIN-only layers give way.
+
+    Args:
+        net: the net with all its phases.
+        stages: the stages that are set.
+        level: the level.
+    """
+    given = set(stages)
+    found = [
+        (layer, [phase for phase in (TEST, TRAIN) if _exists(layer, phase, given, level)])
+        for layer in net.layer
+    ]
+    taken = {layer.name for layer in net.layer}
+    used: dict[int, set[str]] = {TEST: set(), TRAIN: set()}
+    numbers: Counter[str] = Counter()
+    for layer, phases in sorted(found, key=lambda each: TEST not in each[1]):
+        name = layer.name
+        while any(layer.name in used[phase] for phase in phases) or (
+            layer.name != name and layer.name in taken
+        ):
+            numbers[name] += 1
+            layer.name = f"{name}{NAMESAKE}{numbers[name] + 1}"
+        taken.add(layer.name)
+        for phase in phases:
+            used[phase].add(layer.name)
 
 
 def check_net(net: NetParameter) -> None:
@@ -185,6 +217,12 @@ def _meets(rule: NetStateRule, phase: int, stages: set[str], level: int) -> bool
         and stages.issuperset(rule.stage)
         and stages.isdisjoint(rule.not_stage)
     )
+
+
+def _exists(layer: LayerParameter, phase: int, stages: set[str], level: int) -> bool:
+    """Whether a layer is there in a state (``Net::FilterNet``)."""
+    rules = layer.include or layer.exclude
+    return not rules or any(_meets(rule, phase, stages, level) for rule in rules) == bool(layer.include)
 
 
 def _without_layers(net: NetParameter) -> NetParameter:

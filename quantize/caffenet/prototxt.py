@@ -12,6 +12,7 @@ from typing import cast
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
+from quantize.caffenet.phases import name_apart
 from quantize.caffenet.schema import NetParameter
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_net
 from quantize.errors import InputError
@@ -24,7 +25,7 @@ _fork: type[NetParameter] | None = None
 
 
 def read_prototxt(path: str | Path, schema: type[NetParameter] | None = None) -> NetParameter:
-    """Read a net's prototxt and upgrade it to the form of Caffe 1.0.
+    """Read a net's prototxt, upgrade it to the form of Caffe 1.0 and name its layers apart.
 
     Args:
         path: the file.
@@ -44,6 +45,7 @@ def read_prototxt(path: str | Path, schema: type[NetParameter] | None = None) ->
         raise InputError(f"{path}: {error}") from None
     if not net.layer:
         raise InputError(f"{path}: the net has no layers; is this a net's prototxt?")
+    name_apart(net)
     return net
 
 

@@ -78,6 +78,9 @@ class _Layer:
 class Weights:
     """The layers of a caffemodel, in the order of the file.
 
+    Several layers of a file may have one name; what goes by it are the blobs of the last one that has any, as
+    Caffe copies them all into the net's first layer of that name (``Net::CopyTrainedLayersFrom``).
+
     Attributes:
         name: the net's name.
     """
@@ -123,7 +126,11 @@ class Weights:
 
     def layers(self) -> list[str]:
         """The names of the layers, in the order of the file."""
-        return [layer.name for layer in self._layers]
+        return list(dict.fromkeys(layer.name for layer in self._layers))
+
+    def entries(self) -> list[tuple[str, list[FloatArray]]]:
+        """Every layer of the file with its blobs, in the order of the file: a name may come again."""
+        return [(layer.name, [blob.array for blob in layer.blobs]) for layer in self._layers]
 
     def __contains__(self, layer: object) -> bool:
         return any(each.name == layer for each in self._layers)
@@ -145,6 +152,7 @@ class Weights:
         index = self._index(layer)
         old = self._layers[index]
         self._layers[index] = _Layer(old.name, old.rest, _blobs(blobs))
+        self._layers[:index] = [each for each in self._layers[:index] if each.name != layer]
 
     def reshape(self, layer: str, shapes: Sequence[tuple[int, ...]]) -> None:
         """See the layer's blobs in other shapes of the same sizes; the layer still counts as untouched.
@@ -187,26 +195,26 @@ class Weights:
             file.write(piece)
 
     def _index(self, layer: str) -> int:
-        for index, each in enumerate(self._layers):
-            if each.name == layer:
+        for index in reversed(range(len(self._layers))):
+            if self._layers[index].name == layer:
                 return index
         raise KeyError(layer)
 
     def _scan(self, buffer: memoryview) -> None:
-        new: dict[str, _Layer] = {}
-        v1: dict[str, _Layer] = {}
+        new: list[_Layer] = []
+        v1: list[_Layer] = []
         for field in _fields(buffer, 0, len(buffer)):
             if field.number == _NET_NAME:
                 self.name = _text(buffer, field)
             elif field.number == _NET_LAYER:
-                _keep(new, _read_layer(buffer, field))
+                new.append(_read_layer(buffer, field))
             elif field.number == _NET_LAYERS:
-                _keep(v1, _read_v1_layer(buffer, field))
+                v1.append(_read_v1_layer(buffer, field))
             else:
                 self._rest.append(buffer[field.tag : field.end])
         if v1 and new:
             raise _DamagedError("it holds both old ('layers') and new ('layer') layers")
-        self._layers = list((new or v1).values())
+        self._layers = _without_empty_namesakes(new or v1)
 
     def _pieces(self) -> Iterator[bytes | memoryview]:
         if self.name:
@@ -373,13 +381,13 @@ def _split(
     return text, [piece for piece in rest if len(piece)], found
 
 
-def _keep(layers: dict[str, _Layer], layer: _Layer) -> None:
-    """Of the layers of one name at most one can have blobs; that one goes by the name."""
-    old = layers.setdefault(layer.name, layer)
-    if old is not layer and layer.blobs:
-        if old.blobs:
-            raise _DamagedError(f"two layers are called {layer.name!r} and both have weights")
-        layers[layer.name] = layer
+def _without_empty_namesakes(layers: list[_Layer]) -> list[_Layer]:
+    """Of the layers of one name those with blobs; the first, where none has any."""
+    kept = {layer.name: layer for layer in reversed(layers)}
+    filled = {layer.name for layer in layers if layer.blobs}
+    return [
+        layer for layer in layers if layer.blobs or (layer.name not in filled and kept[layer.name] is layer)
+    ]
 
 
 def _read_blobs(buffer: memoryview, layer: str, records: list[_Field]) -> tuple[_Blob, ...]:

@@ -25,7 +25,7 @@ from quantize.data.transform import shape_text
 from quantize.errors import InputError
 from quantize.settings import WeightSettings, parse_size
 from quantize.stages.activations import plain_relus
-from quantize.stages.renorm import sweep_net
+from quantize.stages.renorm import Tour
 from quantize.stages.weights import QUANTIZED_TYPES, choices
 from quantize.sweep.plan import Costs, Route, Step, plan
 
@@ -156,8 +156,10 @@ def plan_text(found: Inspection, images: int, memory: str, as_json: bool) -> str
     test = InferenceNet.of(found.net)
     if not any(layer.type == "BatchNorm" for layer in test.net.layer):
         raise InputError("the net has no BatchNorm layer: renorm has nothing to do")
-    net, _, steps, _ = sweep_net(test.net, Weights())
-    costs = Costs.of(net, infer_shapes(net, {test.blob: (1, *found.shape)}), [test.blob], ())
+    tour = Tour.of(test.net, Weights())
+    net, steps = tour.net, tour.steps
+    shapes = infer_shapes(net, {test.blob: (1, *found.shape)})
+    costs = Costs.of(net, shapes, [test.blob], (), steps)
     chosen = plan(costs, steps, images, bound)
     if as_json:
         return json.dumps({**asdict(chosen), "kept_bytes": chosen.kept_bytes, "work": chosen.work})

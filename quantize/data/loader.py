@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from quantize.arrays import FloatArray, Labels
-from quantize.data.sources import Source
+from quantize.data.sources import Selection, Source
 from quantize.data.transform import ImageShape, Transform, shape_text
 from quantize.errors import InputError
-from quantize.host import available_threads
+from quantize.host import available_threads, pool
 
 AHEAD = 32
 """Images prepared ahead of the one being used, at least; always whole batches, and at least one."""
@@ -43,7 +43,7 @@ class Images:
         phase: TRAIN or TEST.
         count: how many of them; None: all.
         seed: of the random crops and mirrors.
-        threads: that read, decode and transform; None: one per processor.
+        threads: that read, decode and transform; None: as `available_threads` says.
 
     Attributes:
         shape: (channels, height, width) of every image after the transform.
@@ -101,7 +101,7 @@ class Images:
                 other batches have come by then.
         """
         stop = self._count if stop is None else min(stop, self._count)
-        executor = ThreadPoolExecutor(self.threads, thread_name_prefix="labelfree-images")
+        executor = pool(self.threads, "labelfree-images")
         try:
             coming = (self._begin(executor, i, min(i + size, stop)) for i in range(start, stop, size))
             begun = deque(islice(coming, 1 + -(-AHEAD // size)))
@@ -116,7 +116,12 @@ class Images:
         finally:
             executor.shutdown(cancel_futures=True)
 
-    def _begin(self, executor: ThreadPoolExecutor, start: int, stop: int) -> _Batch:
+    def selected(self, numbers: Sequence[int]) -> Images:
+        """Some of the images, by number; the random crop and mirror of each is that of its new number."""
+        chosen = Selection(self.source, numbers)
+        return Images(chosen, self.transform, self.phase, None, self.seed, self.threads)
+
+    def _begin(self, executor: Executor, start: int, stop: int) -> _Batch:
         batch = _Batch(np.empty((stop - start, *self.shape), np.float32), [None] * (stop - start), [])
         for first in range(start, stop, CHUNK):
             last = min(first + CHUNK, stop)

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from quantize.caffenet import Datum
 from quantize.data.sources import Pixels, Source, open_source
 from quantize.data.transform import resized, short_side_size
 from quantize.errors import InputError, LabelfreeError
-from quantize.host import available_threads
+from quantize.host import available_threads, pool
 
 LMDB_FILES = frozenset({"data.mdb", "lock.mdb"})
 MAX_KEY = 511
@@ -134,7 +133,7 @@ def _readable(
 ) -> Iterator[tuple[str, Datum]]:
     """Names and Datums of the images that can be read, prepared ahead by threads."""
     threads = threads or available_threads()
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="labelfree-make-lmdb")
+    executor = pool(threads, "labelfree-make-lmdb")
     try:
         coming = ((int(index), executor.submit(prepare, source, int(index))) for index in order)
         begun = deque(islice(coming, threads * AHEAD_PER_THREAD))

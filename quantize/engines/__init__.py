@@ -10,13 +10,13 @@ from quantize.engines.base import Engine, OpenEngine
 from quantize.settings import CaffeProcess
 
 
-def engine_opener(name: str, process: CaffeProcess, threads: int) -> OpenEngine:
+def engine_opener(name: str, process: CaffeProcess, threads: int | None) -> OpenEngine:
     """What opens nets for running.
 
     Args:
         name: ``auto``, ``onnx`` or ``caffe``; auto is onnx.
         process: how to start pycaffe, for ``caffe``.
-        threads: threads of the engine.
+        threads: threads of the engine; None: as `available_threads` says when a net is opened.
     """
 
     def open_onnx(net: NetParameter, weights: Weights, inputs: Mapping[str, Shape]) -> Engine:

@@ -10,8 +10,14 @@ from quantize.caffenet import InferenceNet, NetParameter, Weights, read_prototxt
 from quantize.engines import engine_opener
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError, LabelfreeError
-from quantize.host import available_threads
-from quantize.job.feeds import calibration_feed, evaluation_images, read_model_prototxt, validation_feed
+from quantize.host import using_threads
+from quantize.job.feeds import (
+    calibration_feed,
+    calibration_images,
+    evaluation_images,
+    read_model_prototxt,
+    validation_feed,
+)
 from quantize.job.output import Files, OutputFolder
 from quantize.job.store import PAGE, REPORT, read_record, show_page, write_page, write_record
 from quantize.measure.evaluate import Candidate, evaluate
@@ -44,8 +50,9 @@ def evaluate_run(
     if not without_renorm:
         candidates.pop("without_renorm", None)
     before = read_record(config.output)
-    open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
-    found = evaluate(candidates, feed.images, open_engine, progress)
+    open_engine = engine_opener(config.engine, config.caffe, config.threads)
+    with using_threads(config.threads):
+        found = evaluate(candidates, feed, open_engine, progress)
     found = replace(found, images_from=evaluation_images(config))
     try:
         with closing(OutputFolder(config.output)) as folder:
@@ -84,16 +91,15 @@ def measure_outputs(
         return None
     try:
         enough = images_to_measure(config.renorm.images + config.activations.images)
-        present = len(calibration_feed(config, net, 1).images.source)
-        images = calibration_feed(config, net, min(enough, present)).images
+        feed = calibration_feed(config, net, min(enough, calibration_images(config)))
         candidates = _candidates(config, net)
-        versions = {name: Version(c.net, c.weights, c.blob) for name, c in candidates.items()}
+        versions = {name: Version(c.net, c.weights) for name, c in candidates.items()}
         full = versions.pop("fp32")
-        found = output_sqnr(full, versions, layers, images, open_engine, progress)
+        found = output_sqnr(full, versions, layers, feed, open_engine, progress)
     except LabelfreeError as error:
         progress.note(f"output SQNR is not measured: {error}")
         return None
-    return OutputSqnr(len(images), found)
+    return OutputSqnr(len(feed), found)
 
 
 def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
@@ -108,12 +114,12 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
     if not quantized.exists() or not prototxt.exists():
         raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
     full = InferenceNet.of(net)
-    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.blob, full.scores)}
+    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.scores)}
     weights = Weights.read(quantized)
     if renormed.exists():
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
-        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.blob, unrepaired.scores)
+        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.scores)
         weights = Weights.read(renormed)
     final = InferenceNet.of(read_prototxt(prototxt))
-    found["quantized"] = Candidate(final.net, weights, final.blob, final.scores)
+    found["quantized"] = Candidate(final.net, weights, final.scores)
     return found

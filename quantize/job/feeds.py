@@ -94,9 +94,16 @@ def evaluation_images(config: Config) -> ImagesFrom:
     """Which images `validation_feed` gives."""
     if config.data.validation is not None or config.data.calibration is None:
         return "validation"
+    return "held_out" if calibration_images(config) > images_used(config) else "calibration"
+
+
+def calibration_images(config: Config) -> int:
+    """How many calibration images there are."""
+    if config.data.calibration is None:
+        return 0
     source = open_source(config.data.calibration.source)
     try:
-        return "held_out" if len(source) > images_used(config) else "calibration"
+        return len(source)
     finally:
         source.close()
 
@@ -128,18 +135,19 @@ def _feed(
             f"{source.path}: images are {shape_text(feed.shape)} when transformed but input {blob} "
             f"is {shape_text(expected)}; set data.transform.crop_size, resize or resize_short"
         )
-    return Feed(blob, feed)
+    return Feed({blob: feed}, config.data.seed)
 
 
 def image_shape(config: Config, net: NetParameter) -> tuple[int, ...] | None:
     """(channels, height, width) of an input image, as far as net and configuration tell."""
-    declared = declared_shape(net, InferenceNet.of(net).blob)
+    blob = InferenceNet.of(net).blob
+    declared = declared_shape(net, blob)
     if declared is not None:
         return declared
     if config.data.calibration is not None:
-        return calibration_feed(config, net, 1).images.shape
+        return calibration_feed(config, net, 1).shapes[blob]
     if config.data.validation is not None:
-        return validation_feed(config, net, 1).images.shape
+        return validation_feed(config, net, 1).shapes[blob]
     return None
 
 

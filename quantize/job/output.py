@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from typing import BinaryIO
 
 from quantize.errors import InputError, LabelfreeError
 
-PART_SUFFIX = ".part"
+PART_SUFFIX = ".labelfree-part"
+"""Of a file being written. No program but this one uses it: what bears it in an output folder is ours to
+remove, and nothing else is."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class OutputFolder:
     """A folder held by this process; made where it is not there.
 
     The folder itself is locked, so nothing is left behind when the process is killed. What killed runs left
-    half written (``.NAME.part``) is removed.
+    half written (``.NAME.labelfree-part``) is removed.
 
     Raises:
         InputError: the folder cannot be made or written, or another run holds it.
@@ -56,9 +59,8 @@ class OutputFolder:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for leftover in path.glob(f".*{PART_SUFFIX}"):
                 leftover.unlink()
-            probe = path / f".probe{PART_SUFFIX}"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=path):  # fails where nothing can be written
+                pass
         except BlockingIOError as error:
             self.close()
             raise InputError(

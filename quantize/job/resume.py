@@ -146,7 +146,7 @@ def _value(
     if what == "data.transform":
         return {"setting": _json(setting), "mean_file": _mean_files(config, net)}
     if what == "threads":
-        return config.threads or available_threads()
+        return available_threads()
     if what == "engine":
         return "onnx" if config.engine == "auto" else config.engine
     if what == "caffe" and config.engine != "caffe":

@@ -35,7 +35,7 @@ from quantize.caffenet import (
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError
-from quantize.host import available_threads, peak_memory, reset_peak_memory
+from quantize.host import peak_memory, reset_peak_memory, using_threads
 from quantize.job.evaluation import measure_outputs
 from quantize.job.feeds import calibration_feed, image_shape, read_model_prototxt
 from quantize.job.output import Files, OutputFolder
@@ -70,7 +70,7 @@ from quantize.stages.weights import (
 )
 
 LIBRARIES = (
-    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb"),
+    *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb", "threadpoolctl"),
     *("matplotlib", "jinja2"),
 )
 
@@ -117,7 +117,7 @@ class Run:
         self.config = config
         self.progress = progress
         self.files = Files.of(config.name)
-        self.open_engine = engine_opener(config.engine, config.caffe, config.threads or available_threads())
+        self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
         self.net = read_model_prototxt(config)
         self.record: RunRecord | None = None
 
@@ -155,7 +155,10 @@ class Run:
             "activations": self._activations,
         }
         self._check_before_work(stages)
-        with closing(OutputFolder(self.config.output)) as self.folder:
+        with (
+            using_threads(self.config.threads),
+            closing(OutputFolder(self.config.output)) as self.folder,
+        ):
             self.record = previous_record(self.config.output, self.config.name, self.progress)
             record: RunRecord | None = None
             for stage in (s for s in STAGES if s in stages):
@@ -219,7 +222,7 @@ class Run:
         if not shifts:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
         outputs = self._write_weights(self.files.renorm, weights)
-        return RenormRecord(**begun.ended(outputs), images=len(feed.images), layers=shifts)
+        return RenormRecord(**begun.ended(outputs), images=len(feed), layers=shifts)
 
     def _activations(self, begun: _Begun) -> ActivationsRecord:
         weights = self._read_result(self.files.renorm, "renorm")
@@ -233,7 +236,7 @@ class Run:
             self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
         for activation in (a for a in found if a.dead):
             self.progress.note(f"activations: {activation.name} is dead: 0 on every calibration image")
-        return ActivationsRecord(**begun.ended({}), images=len(feed.images), layers=found)
+        return ActivationsRecord(**begun.ended({}), images=len(feed), layers=found)
 
     def _solver_calibration(self) -> Calibration | None:
         """What the data-aware solver needs; None with the other solvers, which need no images."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from quantize.arrays import FloatArray
 from quantize.caffenet import NetParameter, Weights
-from quantize.data.loader import Images
+from quantize.data.feed import Feed
 from quantize.engines.base import Engine, OpenEngine
 from quantize.errors import InputError, LabelfreeError
 from quantize.numerics.decibels import decibels
@@ -29,19 +29,17 @@ class Candidate:
     Attributes:
         net: the inference net.
         weights: its blobs.
-        blob: its input blob.
         scores: the blob with one score per class.
     """
 
     net: NetParameter
     weights: Weights
-    blob: str
     scores: str
 
 
 def evaluate(
     candidates: Mapping[str, Candidate],
-    images: Images,
+    feed: Feed,
     open_engine: OpenEngine,
     progress: Progress = SILENT,
 ) -> Evaluation:
@@ -49,7 +47,7 @@ def evaluate(
 
     Args:
         candidates: full precision first, then those to compare with it; the final one last.
-        images: transformed for the TEST phase.
+        feed: images transformed for the TEST phase.
         open_engine: opens a net for running.
 
     Raises:
@@ -58,14 +56,14 @@ def evaluate(
     """
     with ExitStack() as stack:
         engines = [
-            stack.enter_context(closing(open_engine(c.net, c.weights, {c.blob: images.shape})))
+            stack.enter_context(closing(open_engine(c.net, c.weights, feed.shapes)))
             for c in candidates.values()
         ]
-        return _compare(list(candidates.items()), engines, images, progress)
+        return _compare(list(candidates.items()), engines, feed, progress)
 
 
 def _compare(
-    candidates: Sequence[tuple[str, Candidate]], engines: Sequence[Engine], images: Images, progress: Progress
+    candidates: Sequence[tuple[str, Candidate]], engines: Sequence[Engine], feed: Feed, progress: Progress
 ) -> Evaluation:
     for _, candidate in candidates:
         check_scores(candidate.net, candidate.scores)
@@ -74,16 +72,17 @@ def _compare(
         for engine, (_, candidate) in zip(engines, candidates, strict=True)
     ]
     widest = max(Costs.of(e.net, e.shapes, list(e.inputs), ()).widest for e in engines)
-    batch = micro_batch_size(widest, len(images), None)
+    batch = micro_batch_size(widest, len(feed), None)
     hits: dict[str, dict[int, int]] = {name: dict.fromkeys(TOP_K, 0) for name, _ in candidates}
     sums = {name: _Sums() for name, _ in candidates[1:]}
     labeled = 0
-    progress.start("evaluate", len(images))
-    for pixels, labels in images.batches(batch):
+    progress.start("evaluate", len(feed))
+    for images in feed.batches(batch):
+        labels = images.labels
         full: FloatArray | None = None
         for (name, candidate), runner in zip(candidates, runners, strict=True):
-            scores = runner.run({candidate.blob: pixels}).blobs[candidate.scores]
-            scores = scores.reshape(len(pixels), -1)
+            scores = runner.run(images.feeds).blobs[candidate.scores]
+            scores = scores.reshape(len(images), -1)
             if not np.isfinite(scores).all():
                 raise LabelfreeError(
                     f"{name}: blob {candidate.scores} is not finite; layers before it overflow"
@@ -99,9 +98,9 @@ def _compare(
                 raise InputError(
                     f"the nets give {full.shape[1]} and {scores.shape[1]} scores per image; quantize again"
                 )
-        labeled += len(pixels) if labels is not None else 0
-        progress.advance(len(pixels))
-    count = len(images)
+        labeled += len(images) if labels is not None else 0
+        progress.advance(len(images))
+    count = len(feed)
     accuracy = {
         name: Accuracy(*(100 * hits[name][k] / count if labeled == count else None for k in TOP_K))
         for name, _ in candidates

@@ -7,9 +7,7 @@ interval of the sorted weights, so <w,Q> and <Q,Q> cost one binary search per le
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, TypeVar
@@ -18,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantize.arrays import Floats
+from quantize.host import available_threads, pool
 from quantize.numerics.grids import Grid
 
 Solver = Literal["optimal", "reference"]
@@ -349,7 +348,7 @@ def _sorted_rows(w: Floats, grid: Grid) -> SortedRows:
 def _for_blocks(work: Callable[[slice], T], w: npt.NDArray[Any]) -> list[T]:
     """Do ``work`` on blocks of kernels, in threads: numpy sorts and adds without the interpreter's lock."""
     n, k = w.shape
-    threads = min(MAX_THREADS, os.cpu_count() or 1)
+    threads = min(MAX_THREADS, available_threads())
     size = max(1, min(BLOCK // k, -(-n // threads)))
 
     def quietly(start: int) -> T:
@@ -357,5 +356,5 @@ def _for_blocks(work: Callable[[slice], T], w: npt.NDArray[Any]) -> list[T]:
         with np.errstate(all="ignore"):
             return work(slice(start, min(start + size, n)))
 
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(quietly, range(0, n, size)))
+    with pool(threads, "labelfree-solver") as executor:
+        return list(executor.map(quietly, range(0, n, size)))

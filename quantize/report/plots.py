@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -179,6 +182,7 @@ def norm_scatters(plots: Sequence[NormPlot], worst: str | None) -> list[str]:
 
 def activation_histogram(record: QuantizedActivation) -> str:
     """The positive outputs of a ReLU and the largest value that its codes reach."""
+    _import_quietly()
     from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Axes) -> None:
@@ -230,6 +234,7 @@ def _diagonal(axes: Axes) -> None:
 
 
 def _svg(draw: Callable[[Axes], None], panel: Panel, description: str) -> str:
+    _import_quietly()
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -237,6 +242,34 @@ def _svg(draw: Callable[[Axes], None], panel: Panel, description: str) -> str:
         figure = Figure(figsize=panel.size, layout=None if panel.axes else "constrained")
         draw(figure.add_axes(panel.axes) if panel.axes else figure.add_subplot())
         return _inline(figure, description)
+
+
+def _import_quietly() -> None:
+    """Import matplotlib without warnings where it finds no folder to keep things in.
+
+    It and fontconfig, which it calls, then get a temporary one for the moment; the fonts that they look for
+    are not needed.
+    """
+    if "matplotlib" in sys.modules or (_is_there("CACHE", "~/.cache") and _is_there("CONFIG", "~/.config")):
+        return
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="labelfree-") as folder:
+        os.environ.update(MPLCONFIGDIR=folder, XDG_CACHE_HOME=folder)
+        try:
+            import matplotlib.font_manager  # noqa: F401
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _is_there(kind: str, usual: str) -> bool:
+    """Whether the user has a folder ``$XDG_kind_HOME`` that can be written; it is made if need be."""
+    path = os.environ.get(f"XDG_{kind}_HOME") or os.path.expanduser(usual)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(path, os.W_OK)
 
 
 def _inline(figure: Figure, description: str) -> str:

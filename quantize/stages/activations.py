@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from itertools import cycle
 
 import numpy as np
 
-from quantize.arrays import FLOAT_BYTES, FloatArray
+from quantize.arrays import FLOAT_BYTES
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
-from quantize.data.feed import Feed
+from quantize.data.feed import Batch, Feed
 from quantize.engines.base import OpenEngine, RangeResult
-from quantize.host import available_threads
+from quantize.host import available_threads, pool
 from quantize.numerics import histogram
 from quantize.numerics.decibels import decibels
 from quantize.numerics.histogram import Histogram
@@ -110,30 +110,30 @@ def collect(
         net: an inference net with every blob name assigned once.
     """
     histograms = {name: Histogram() for name in blobs}
-    with closing(open_engine(net, weights, {feed.blob: feed.images.shape})) as engine:
+    with closing(open_engine(net, weights, feed.shapes)) as engine:
         per_image = sum(math.prod(engine.shapes.blobs[name]) for name in blobs) * FLOAT_BYTES
-        batch = even_batch(MICRO_BATCH_BYTES // per_image, len(feed.images))
+        batch = even_batch(MICRO_BATCH_BYTES // per_image, len(feed))
         runner = engine.compile(0, len(net.layer), list(blobs), own_layout=True)
-        progress.start("activations", len(feed.images))
+        progress.start("activations", len(feed))
         # One set is being counted while the net fills the others.
         sets = cycle(
             {name: np.empty(engine.blob_shape(name, batch), np.float32) for name in blobs}
             for _ in range(IN_FLIGHT + 1)
         )
 
-        def begin(pixels: FloatArray) -> Callable[[], tuple[int, RangeResult]]:
+        def begin(images: Batch) -> Callable[[], tuple[int, RangeResult]]:
             into = {
-                name: buffer[: engine.blob_shape(name, len(pixels))[0]] for name, buffer in next(sets).items()
+                name: buffer[: engine.blob_shape(name, len(images))[0]] for name, buffer in next(sets).items()
             }
-            finish = runner.begin({feed.blob: pixels}, into)
-            return lambda: (len(pixels), finish())
+            finish = runner.begin(images.feeds, into)
+            return lambda: (len(images), finish())
 
         counting: list[Future[None]] = []
-        with ThreadPoolExecutor(available_threads()) as pool:
-            for images, filled in overlapped(begin(pixels) for pixels, _ in feed.images.batches(batch)):
+        with pool(available_threads(), "labelfree-histograms") as threads:
+            for images, filled in overlapped(map(begin, feed.batches(batch))):
                 for done in counting:
                     done.result()
-                counting = [pool.submit(histograms[name].update, filled.blobs[name]) for name in blobs]
+                counting = [threads.submit(histograms[name].update, filled.blobs[name]) for name in blobs]
                 progress.advance(images)
             for done in counting:
                 done.result()

@@ -8,28 +8,31 @@ and the kernels rounded with them (see `rounding`).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
-from quantize.arrays import FLOAT_BYTES, FloatArray, Floats
-from quantize.caffenet import LayerParameter, NetParameter, Weights, live_blobs, single_assignment
-from quantize.caffenet.kernels import from_kernels, to_kernels
+from quantize.arrays import FloatArray, Floats
+from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
+from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.caffenet.patches import Patches
 from quantize.data.feed import Feed
-from quantize.engines.base import Engine, OpenEngine, RangeResult
+from quantize.engines.base import Engine, OpenEngine
 from quantize.errors import LabelfreeError
 from quantize.numerics.decibels import decibels
 from quantize.numerics.grids import make_grid
-from quantize.numerics.moments import Moments
 from quantize.numerics.rounding import Problem, Statistics, round_kernels
 from quantize.numerics.solvers import fit
 from quantize.progress import SILENT, Progress
 from quantize.settings import GridChoice
-from quantize.sweep.plan import Costs, depth_order, micro_batch_size
+from quantize.stages import renorm
+from quantize.sweep.pair import beside, both_weights, full_layers, of_layers
+from quantize.sweep.plan import Step, depth_order
+from quantize.sweep.run import Shard
 
 PATCHES = 1 << 16
 """Patches per layer, about: of each image the same number, at random places."""
@@ -91,163 +94,138 @@ def data_aware(
     Raises:
         LabelfreeError: a blob is not finite.
     """
-    feed, memory, open_engine = calibration.feed, calibration.memory, calibration.open_engine
-    ordered, cuts = depth_order(
-        single_assignment(calibration.net), lambda layer: layer.type == "BatchNorm" or layer.name in chosen
-    )
-    shapes = {feed.blob: feed.images.shape}
+    feed = calibration.feed
+    tour = _Tour.of(calibration.net, chosen, list(feed.shapes))
     found: dict[str, DataAwareFit] = {}
-    with (
-        closing(open_engine(ordered, weights, shapes)) as full,
-        closing(open_engine(ordered, weights, shapes)) as quantized,
-    ):
-        half = None if memory is None else memory // 2
-        widest = Costs.of(ordered, full.shapes, list(shapes), ()).widest
-        batch = micro_batch_size(widest, len(feed.images), half)
-        pair = Pair(Frontier(full, feed, batch, half), Frontier(quantized, feed, batch, half))
-        for cut, following in zip(cuts, [*cuts[1:], len(ordered.layer)], strict=True):
-            if len(found) == len(chosen):
-                break
-            layers = ordered.layer[cut:following]
-            norms = [layer for layer in layers if layer.type == "BatchNorm"]
-            rounded = [layer for layer in layers if layer.name in chosen]
-            centered = {layer.name: _mean_is_free(layer, ordered, weights) for layer in rounded}
-            statistics = pair.measure(cut, following, rounded, centered, norms)
-            for layer in rounded:
+    blobs: dict[str, list[FloatArray]] = {}
+    both = both_weights(weights, weights, tour.ordered.layer)
+    with closing(calibration.open_engine(tour.net, both, feed.shapes)) as engine:
+        patches = {stop.place: stop.patches(engine) for stop in tour.stops}
+        steps = [stop.step(patches[stop.place]) for stop in tour.stops]
+        shard = Shard(engine, feed, steps, calibration.memory)
+        if advice := shard.advice():
+            progress.note(f"weights: {advice}")
+        for stop in tour.stops:
+            sums = {
+                layer.name: LayerMoments(
+                    layer,
+                    patches[stop.place][layer.name],
+                    len(feed),
+                    _mean_is_free(layer, tour.ordered, weights),
+                )
+                for layer in stop.rounded
+                if layer.name in patches[stop.place]
+            }
+            moments = shard.advance(blobs, partial(_add, sums, feed.seed))
+            blobs = {
+                name: statistics.blobs for name, statistics in renorm.update(stop.norms, moments).items()
+            }
+            for layer in stop.rounded:
                 found[layer.name] = one = _rounded(
-                    layer, weights[layer.name], chosen[layer.name], statistics.get(layer.name)
+                    layer, weights[layer.name], chosen[layer.name], sums.pop(layer.name, None)
                 )
                 kernels = (one.alpha[:, None] * one.Q).astype(np.float32)
-                blobs = [from_kernels(layer, kernels, weights[layer.name][0].shape)]
-                quantized.set_blobs(layer.name, blobs if one.bias is None else [*blobs, one.bias])
+                blobs[layer.name] = [from_kernels(layer, kernels, weights[layer.name][0].shape)]
+                if one.bias is not None:
+                    blobs[layer.name].append(one.bias)
                 progress.advance(kernels.size)
     return found
 
 
-class Frontier:
-    """A net and what it has computed so far for all images: the blobs that are live at ``place``.
+@dataclass(frozen=True)
+class _Stop:
+    """A place of the sweep: the quantized net is before some layers, the full-precision net behind them.
 
-    Where these would take more than ``memory`` bytes, what was kept before stays and later passes recompute
-    from there.
+    Attributes:
+        place: in the net of both.
+        rounded: the layers to be quantized here.
+        norms: the BatchNorms whose statistics are decided here.
     """
 
-    def __init__(self, engine: Engine, feed: Feed, batch: int, memory: int | None) -> None:
-        self.engine = engine
-        self.feed = feed
-        self.batch = batch
-        self.memory = memory
-        self.place: int | None = None
-        self.kept: list[dict[str, FloatArray]] = []
+    place: int
+    rounded: list[LayerParameter]
+    norms: list[renorm.Norm]
 
-    def run_to(
-        self, stop: int, outputs: Sequence[str], moments: Sequence[str] = ()
-    ) -> Iterator[tuple[range, RangeResult]]:
-        """Run all images up to layer ``stop``: image numbers and result of each micro-batch."""
-        live = live_blobs(self.engine.net, stop)
-        size = sum(math.prod(self.engine.shapes.blobs[name]) for name in live) * FLOAT_BYTES
-        keep = self.memory is None or size * len(self.feed.images) <= self.memory
-        wanted = list(dict.fromkeys([*outputs, *(live if keep else ())]))
-        runner = self.engine.compile(self.place or 0, stop, wanted, moments)
-        start = 0
-        for chunk, feeds in enumerate(self._feeds()):
-            result = runner.run({name: feeds[name] for name in runner.inputs})
-            if keep:
-                kept = {name: result.blobs[name] for name in live}
-                if self.place is None:
-                    self.kept.append(kept)
-                else:
-                    self.kept[chunk] = kept
-            count = min(self.batch, len(self.feed.images) - start)
-            yield range(start, start + count), result
-            start += count
-        if keep:
-            self.place = stop
+    def patches(self, engine: Engine) -> dict[str, Patches]:
+        """How the layers see their bottoms, without those that `Patches` does not provide for."""
+        found = {}
+        for layer in self.rounded:
+            bottom, top = (engine.shapes.blobs[name] for name in (layer.bottom[0], beside(layer.top[0])))
+            patches = Patches.of(layer, bottom, top, engine.weights[layer.name][0].shape)
+            if patches is not None and patches.columns <= MAX_COLUMNS:
+                found[layer.name] = patches
+        return found
 
-    def _feeds(self) -> Iterator[Mapping[str, FloatArray]]:
-        if self.place is None:
-            for pixels, _ in self.feed.images.batches(self.batch):
-                yield {self.feed.blob: pixels}
-        else:
-            yield from self.kept
+    def step(self, provided: Collection[str]) -> Step:
+        """What the sweep does to get here, to measure for the layers that are provided for."""
+        layers = [layer for layer in self.rounded if layer.name in provided]
+        shown = [name for layer in layers for name in (layer.bottom[0], beside(layer.top[0]))]
+        return Step(self.place, renorm.measured(self.norms), tuple(dict.fromkeys(shown)))
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The full-precision net and the one being quantized, each at its place."""
+class _Tour:
+    """The way of both nets together: always the full-precision net first, one group of layers ahead.
 
-    full: Frontier
-    quantized: Frontier
+    Attributes:
+        ordered: the layers of one net.
+        net: those of both.
+        stops: as far as the last layer to be quantized.
+    """
 
-    def measure(
-        self,
-        cut: int,
-        following: int,
-        layers: Sequence[LayerParameter],
-        centered: Mapping[str, bool],
-        norms: Sequence[LayerParameter],
-    ) -> dict[str, LayerMoments]:
-        """Bring both nets to ``layers`` and ``norms``, which begin at ``cut``, and measure for them.
+    ordered: NetParameter
+    net: NetParameter
+    stops: list[_Stop]
 
-        The BatchNorms get their new statistics; the moments of the layers are returned, without those that
-        `Patches` does not provide for.
-        """
-        engine = self.quantized.engine
-        sums: dict[str, LayerMoments] = {}
-        for layer in layers:
-            bottom, top = (engine.shapes.blobs[name] for name in (layer.bottom[0], layer.top[0]))
-            blob = engine.weights[layer.name][0]
-            patches = Patches.of(layer, bottom, top, blob.shape)
-            if patches is not None and patches.columns <= MAX_COLUMNS:
-                outputs, images = blob.size // patches.columns, len(self.full.feed.images)
-                sums[layer.name] = LayerMoments(patches, outputs, images, centered[layer.name])
-        measured = [layer for layer in layers if layer.name in sums]
-        bottoms = list(dict.fromkeys(layer.bottom[0] for layer in measured))
-        normed = list(dict.fromkeys(layer.bottom[0] for layer in norms))
-        moments: dict[str, Moments] = {}
-        seed = self.full.feed.images.seed
-        # The full-precision net runs through the layers, the other one only up to them.
-        ahead = self.full.run_to(following, [layer.top[0] for layer in measured]) if layers else None
-        for seen, result in self.quantized.run_to(cut, bottoms, normed):
-            for name in normed:
-                new = result.moments[name]
-                moments[name] = moments[name].merged(new) if name in moments else new
-            if ahead is None:
-                continue
-            wanted = next(ahead)[1]
-            for layer in measured:
-                x, y = result.blobs[layer.bottom[0]], wanted.blobs[layer.top[0]]
-                if not (np.isfinite(x).all() and np.isfinite(y).all()):
-                    raise LabelfreeError(f"layer {layer.name}: its input or output is not finite")
-                sums[layer.name].update(x, y, seen, seed)
-        if ahead is not None:
-            next(ahead, None)  # lets the generator end
-        for layer in norms:
-            found = moments[layer.bottom[0]]
-            with np.errstate(over="ignore"):
-                stored = [found.mean.astype(np.float32), (found.m2 / found.count).astype(np.float32)]
-            if not all(np.isfinite(blob).all() for blob in stored):
-                raise LabelfreeError(f"layer {layer.name}: its input has statistics that are not finite")
-            engine.set_blobs(layer.name, [*stored, np.ones(1, np.float32)])
-        return sums
+    @classmethod
+    def of(cls, net: NetParameter, chosen: Collection[str], inputs: Collection[str]) -> _Tour:
+        """For an inference net, the layers to quantize and the blobs that feed the net."""
+        ordered, cuts = depth_order(
+            single_assignment(net), lambda layer: layer.type == "BatchNorm" or layer.name in chosen
+        )
+        groups = [list(ordered.layer[start:stop]) for start, stop in pairwise([0, *cuts])]
+        while groups and not any(layer.name in chosen for layer in groups[-1]):
+            groups.pop()
+        layers = full_layers(groups[0], inputs)
+        stops = []
+        for before, behind in pairwise(groups):
+            layers += [*before, *full_layers(behind, inputs)]
+            rounded = [layer for layer in behind if layer.name in chosen]
+            stops.append(_Stop(len(layers), rounded, renorm.norms_of(behind)))
+        return cls(ordered, of_layers(ordered, layers), stops)
+
+
+def _add(sums: Mapping[str, LayerMoments], seed: int, images: range, blobs: Mapping[str, FloatArray]) -> None:
+    """Add the blobs of a micro-batch to the sums of all layers.
+
+    Raises:
+        LabelfreeError: a blob is not finite.
+    """
+    for name, moments in sums.items():
+        x, y = blobs[moments.layer.bottom[0]], blobs[beside(moments.layer.top[0])]
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise LabelfreeError(f"layer {name}: its input or output is not finite")
+        moments.update(x, y, images, seed)
 
 
 class LayerMoments:
     """Sums over patches x (quantized net) and outputs y (full-precision net) of one layer.
 
     Args:
-        patches: how the layer sees its bottom.
-        outputs: channels of the top.
+        layer: the layer.
+        patches: how it sees its bottom.
         images: how many will be seen.
         centered: whether means are to be removed, because they are free.
     """
 
-    def __init__(self, patches: Patches, outputs: int, images: int, centered: bool) -> None:
+    def __init__(self, layer: LayerParameter, patches: Patches, images: int, centered: bool) -> None:
+        self.layer = layer
         self.patches = patches
         self.per_image = -(-max(PATCHES, 8 * patches.columns) // images)
         self.centered = centered
         self.count = 0
         self._waiting: list[tuple[FloatArray, FloatArray]] = []
-        groups, n, k = patches.groups, outputs // patches.groups, patches.columns
+        groups, n, k = patches.groups, outputs(layer) // patches.groups, patches.columns
         self._xx: Floats = np.zeros((groups, k, k))
         self._yx: Floats = np.zeros((groups, n, k))
         self._yy: Floats = np.zeros((groups, n))
@@ -270,10 +248,10 @@ class LayerMoments:
         x, y = (np.concatenate(arrays, axis=1) for arrays in zip(*self._waiting, strict=True))
         self._waiting.clear()
         self.count += x.shape[1]
-        for group, (inputs, outputs) in enumerate(zip(x, y, strict=True)):
+        for group, (inputs, wanted) in enumerate(zip(x, y, strict=True)):
             # numpy computes half of a product of a matrix with its own transpose.
             self._xx[group] += inputs.T @ inputs
-            self._yx[group] += outputs.T @ inputs
+            self._yx[group] += wanted.T @ inputs
         self._yy += np.square(y, dtype=np.float64).sum(axis=1)
         self._x += x.sum(axis=1, dtype=np.float64)
         self._y += y.sum(axis=1, dtype=np.float64)

@@ -9,12 +9,16 @@ all images in training mode. Every other layer behaves as in the TEST phase.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
+from quantize.arrays import FloatArray, Floats
 from quantize.caffenet import (
+    LayerParameter,
     NetParameter,
     Weights,
     check_weights,
@@ -29,8 +33,9 @@ from quantize.numerics.moments import Moments
 from quantize.progress import SILENT, Progress
 from quantize.record import BatchNormShift
 from quantize.sweep.early_pooling import with_early_pooling
+from quantize.sweep.pair import of_layers
 from quantize.sweep.plan import Step, depth_order
-from quantize.sweep.run import Sweep
+from quantize.sweep.run import Shard
 
 
 def renorm(
@@ -59,70 +64,147 @@ def renorm(
         InputError: a blob is missing or has the wrong shape.
         LabelfreeError: a statistic is not finite.
     """
-    norms = [layer.name for layer in net.layer if layer.type == "BatchNorm"]
-    if not norms:
+    if not any(layer.type == "BatchNorm" for layer in net.layer):
         return weights, []
-    known = known_part(net, [feed.blob])
-    check_weights(known, weights, infer_shapes(known, {feed.blob: (1, *feed.images.shape)}))
-    ordered, sweep_weights, steps, bottoms = sweep_net(net, weights)
-    engine = open_engine(ordered, sweep_weights, {feed.blob: feed.images.shape})
+    known = known_part(net, feed.shapes)
+    check_weights(
+        known, weights, infer_shapes(known, {name: (1, *shape) for name, shape in feed.shapes.items()})
+    )
+    tour = Tour.of(net, weights)
+    found: dict[str, Statistics] = {}
+    with closing(open_engine(tour.net, tour.weights, feed.shapes)) as engine:
+        shard = Shard(engine, feed, tour.steps, memory)
+        if advice := shard.advice():
+            progress.note(f"renorm: {advice}")
+        progress.start("renorm", shard.plan.work)
+        blobs: dict[str, list[FloatArray]] = {}
+        for norms in tour.norms:
+            new = update(norms, shard.advance(blobs, progress=progress))
+            blobs = {name: statistics.blobs for name, statistics in new.items()}
+            found |= new
+    shifts = [_shift(layer.name, weights, found[layer.name]) for layer in net.layer if layer.name in found]
     weights = weights.copy()
-    shifts: dict[str, BatchNormShift] = {}
-
-    def measured(step: Step, moments: dict[str, Moments]) -> None:
-        for name in (n for n in norms if bottoms[n] in step.measured):
-            found = moments[bottoms[name]]
-            if not (np.isfinite(found.mean).all() and np.isfinite(found.m2).all()):
-                raise LabelfreeError(
-                    f"layer {name}: its input has statistics that are not finite; layers before it overflow"
-                )
-            shifts[name] = _shift(name, weights, found)
-            engine.set_blobs(name, _stored(found.mean, found.m2 / found.count))
-            weights.replace(name, _stored(found.mean, found.m2 / max(found.count - 1, 1)))
-
-    with closing(engine):
-        sweep = Sweep(engine, feed, steps, memory)
-        progress.start("renorm", sweep.plan.work)
-        sweep.run(measured, progress)
-    return weights, [shifts[name] for name in norms]
+    for name, statistics in found.items():
+        weights.replace(name, statistics.stored)
+    return weights, shifts
 
 
-def sweep_net(
-    net: NetParameter, weights: Weights
-) -> tuple[NetParameter, Weights, list[Step], dict[str, str]]:
+@dataclass(frozen=True)
+class Norm:
+    """A BatchNorm layer of a sweep.
+
+    Attributes:
+        name: the layer.
+        bottom: the blob that it takes its statistics from.
+    """
+
+    name: str
+    bottom: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is found for one BatchNorm.
+
+    Attributes:
+        mean: float64 (channels,).
+        variance: float64 (channels,): of the values seen.
+        unbiased: float64 (channels,): the variance that is stored.
+        count: values per channel.
+    """
+
+    mean: Floats
+    variance: Floats
+    unbiased: Floats
+    count: int
+
+    @property
+    def blobs(self) -> list[FloatArray]:
+        """What the layers behind are run with: the statistics of the batch."""
+        return _blobs(self.mean, self.variance)
+
+    @property
+    def stored(self) -> list[FloatArray]:
+        """What is written."""
+        return _blobs(self.mean, self.unbiased)
+
+
+def norms_of(layers: Iterable[LayerParameter]) -> list[Norm]:
+    """The BatchNorms among layers."""
+    return [Norm(layer.name, layer.bottom[0]) for layer in layers if layer.type == "BatchNorm"]
+
+
+def measured(norms: Iterable[Norm]) -> tuple[str, ...]:
+    """The blobs whose moments `update` needs."""
+    return tuple(dict.fromkeys(norm.bottom for norm in norms))
+
+
+def update(norms: Iterable[Norm], moments: Mapping[str, Moments]) -> dict[str, Statistics]:
+    """The new statistics of some BatchNorms.
+
+    Args:
+        moments: over all images, of the blobs that `measured` names.
+
+    Raises:
+        LabelfreeError: a statistic is not finite.
+    """
+    found = {}
+    for norm in norms:
+        seen = moments[norm.bottom]
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(seen.mean) & np.isfinite((seen.m2 / seen.count).astype(np.float32))
+        if not finite.all():
+            raise LabelfreeError(
+                f"layer {norm.name}: its input has statistics that are not finite; layers before it overflow"
+            )
+        unbiased = seen.m2 / max(seen.count - 1, 1)
+        found[norm.name] = Statistics(seen.mean, seen.m2 / seen.count, unbiased, seen.count)
+    return found
+
+
+@dataclass(frozen=True)
+class Tour:
     """What the sweep of `renorm` runs: the net up to its last BatchNorm, in depth order.
 
-    Returns:
-        The net, its blobs, the steps, and the blob that each BatchNorm layer, by its name, takes its
-        statistics from.
+    Attributes:
+        net: the layers.
+        weights: their blobs.
+        steps: of the sweep.
+        norms: by step those whose statistics it measures.
     """
-    flat = single_assignment(net)
-    bottoms = {layer.name: layer.bottom[0] for layer in flat.layer if layer.type == "BatchNorm"}
-    pooled, weights = with_early_pooling(flat, weights)
-    ordered, cuts = depth_order(pooled, lambda layer: layer.type == "BatchNorm")
-    steps = []
-    for cut, following in zip(cuts, [*cuts[1:], cuts[-1]], strict=True):
-        measured = [bottoms[b.name] for b in ordered.layer[cut:following] if b.type == "BatchNorm"]
-        if measured:
-            steps.append(Step(cut, tuple(dict.fromkeys(measured))))
-    del ordered.layer[steps[-1].stop :]
-    return ordered, weights, steps, bottoms
+
+    net: NetParameter
+    weights: Weights
+    steps: list[Step]
+    norms: list[list[Norm]]
+
+    @classmethod
+    def of(cls, net: NetParameter, weights: Weights) -> Tour:
+        """For an inference net with at least one BatchNorm."""
+        flat = single_assignment(net)
+        by_name = {norm.name: norm for norm in norms_of(flat.layer)}
+        pooled, weights = with_early_pooling(flat, weights)
+        ordered, cuts = depth_order(pooled, lambda layer: layer.type == "BatchNorm")
+        steps, norms = [], []
+        for cut, following in pairwise(cuts):
+            # Where pooling has moved, the layer reads something else than what it takes its statistics from.
+            here = [by_name[layer.name] for layer in ordered.layer[cut:following] if layer.name in by_name]
+            steps.append(Step(cut, measured(here)))
+            norms.append(here)
+        return cls(of_layers(ordered, ordered.layer[: steps[-1].stop]), weights, steps, norms)
 
 
-def _stored(
-    mean: npt.NDArray[np.float64], variance: npt.NDArray[np.float64]
-) -> list[npt.NDArray[np.float32]]:
+def _blobs(mean: Floats, variance: Floats) -> list[FloatArray]:
     return [mean.astype(np.float32), variance.astype(np.float32), np.ones(1, np.float32)]
 
 
-def _shift(name: str, weights: Weights, found: Moments) -> BatchNormShift:
+def _shift(name: str, weights: Weights, found: Statistics) -> BatchNormShift:
     mean, variance, factor = (np.asarray(blob, np.float64).reshape(-1) for blob in weights[name])
     scale = 1 / factor[0] if factor[0] else 0.0
     mean, variance = mean * scale, variance * scale
-    new_variance = found.m2 / max(found.count - 1, 1)
-    alive = (variance > 0) & (new_variance > 0)
+    alive = (variance > 0) & (found.unbiased > 0)
     deviations = (found.mean - mean)[alive] / np.sqrt(variance[alive])
-    logs = np.log(new_variance[alive] / variance[alive])
+    logs = np.log(found.unbiased[alive] / variance[alive])
     return BatchNormShift(
         name=name,
         channels=len(mean),

@@ -60,7 +60,7 @@ def test_renorm_finds_what_one_training_pass_of_all_images_does(worker: Worker) 
     def open_engine(net: NetParameter, weights: Weights, inputs: Mapping[str, Shape]) -> CaffeEngine:
         return CaffeEngine(net, weights, inputs, worker=worker)
 
-    found, _ = renorm(net, weights, Feed("data", Batches(blob)), open_engine, memory=200_000)
+    found, _ = renorm(net, weights, Feed({"data": Batches(blob)}), open_engine, memory=200_000)
     training = single_assignment(net)
     norms = {layer.name: layer.bottom[0] for layer in training.layer if layer.type == "BatchNorm"}
     for layer in training.layer:

@@ -217,9 +217,19 @@ def test_one_name_for_a_layer_with_and_one_without_weights(tmp_path):
     weights = read(tmp_path, net.SerializeToString())
     assert weights.layers() == ["data", "fc"]
     np.testing.assert_array_equal(weights["fc"][0], [1, 1, 1])
-    blob(net.layer[2], np.ones(3, np.float32))
-    with pytest.raises(InputError, match="two layers are called 'fc'"):
-        read(tmp_path, net.SerializeToString())
+
+
+def test_of_several_layers_of_one_name_the_last_counts_and_all_are_written(tmp_path):
+    net = small_net()
+    blob(net.layer.add(name="fc"), np.full(3, 2, np.float32))
+    data = net.SerializeToString()
+    weights = read(tmp_path, data)
+    assert weights.layers() == ["conv", "relu", "fc"]
+    assert [name for name, _ in weights.entries()] == ["conv", "relu", "fc", "fc"]
+    np.testing.assert_array_equal(weights["fc"][0], [2, 2, 2])
+    assert NetParameter.FromString(written(weights)) == net
+    weights.replace("fc", [np.zeros(3)])
+    assert [name for name, _ in weights.entries()] == ["conv", "relu", "fc"]
 
 
 HUGE = varint(10**12)

@@ -15,13 +15,32 @@ from pictures import photograph, result_or_input_error
 from quantize.data.decode import MAX_PIXELS, decode, image_size
 from quantize.errors import InputError
 
-SUFFIXES = [".jpg", ".png", ".bmp", ".ppm"]
+SUFFIXES = [".jpg", ".png", ".bmp", ".ppm", ".webp", ".tiff"]
 
 
-def encode(pixels: np.ndarray, suffix: str) -> bytes:
-    encoded, data = cv2.imencode(suffix, pixels)
+def encode(pixels: np.ndarray, suffix: str, *parameters: int) -> bytes:
+    encoded, data = cv2.imencode(suffix, pixels, parameters)
     assert encoded
     return data.tobytes()
+
+
+def tiff(fields: dict[int, tuple[int, int]], order: str = "<", big: bool = False) -> bytes:
+    """A TIFF of one image with the fields ``{tag: (type, value)}``, without its pixels."""
+    word, half, size = ("Q", "Q", 8) if big else ("I", "H", 4)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if big else 42)
+    head += struct.pack(order + "HHQ", 8, 0, 16) if big else struct.pack(order + "I", 8)
+    kinds = {1: "B", 3: "H", 4: "I", 16: "Q"}
+    entries = b"".join(
+        struct.pack(f"{order}HH{word}", tag, kind, 1)
+        + struct.pack(order + kinds[kind], value).ljust(size, b"\0")
+        for tag, (kind, value) in fields.items()
+    )
+    return head + struct.pack(order + half, len(fields)) + entries + bytes(size)
+
+
+def webp(kind: bytes, body: bytes) -> bytes:
+    chunk = kind + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
 
 
 def png_claiming(width: int, height: int) -> bytes:
@@ -80,6 +99,39 @@ def test_exif_orientation_counts_where_color_is_chosen(suffix):
     assert decode(data, True).shape == (3, 30, 20)
 
 
+def test_every_kind_of_webp_is_read():
+    pixels = photograph(0, 21, 34)
+    lossy, lossless = (encode(pixels, ".webp", cv2.IMWRITE_WEBP_QUALITY, quality) for quality in (80, 101))
+    clear = encode(np.dstack([pixels, pixels[..., :1]]), ".webp", cv2.IMWRITE_WEBP_QUALITY, 80)
+    assert [data[12:16] for data in (lossy, lossless, clear)] == [b"VP8 ", b"VP8L", b"VP8X"]
+    for data in (lossy, lossless, clear):
+        assert image_size(data) == (21, 34)
+        assert decode(data, True).shape == (3, 21, 34)
+    assert np.array_equal(decode(lossless, True), pixels.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("big", [False, True])
+def test_every_kind_of_tiff_is_read(order, big):
+    pixels = photograph(0, 21, 34, channels=1)
+    fields = {256: (3, 34), 257: (16 if big else 4, 21), 258: (3, 8), 259: (3, 1), 262: (3, 1)}
+    fields |= {273: (4, 0), 277: (3, 1), 278: (3, 21), 279: (4, pixels.size)}
+    fields[273] = (4, len(tiff(fields, order, big)))
+    data = tiff(fields, order, big) + pixels.tobytes()
+    assert image_size(data) == (21, 34)
+    assert np.array_equal(decode(data, None)[0], pixels[..., 0])
+
+
+def test_a_tiff_of_a_large_tile_and_one_beyond_its_end():
+    assert image_size(tiff({256: (3, 34), 257: (3, 21), 322: (4, 1 << 20), 323: (4, 1 << 18)})) == (
+        1 << 18,
+        1 << 20,
+    )
+    assert image_size(b"II*\0\xff\xff\xff\xff") is None
+    assert image_size(b"II+\0\x08\0\0\0" + b"\xff" * 8) is None
+    assert image_size(tiff({256: (3, 34)})) == (0, 34)
+
+
 def test_sixteen_bits_are_reduced_or_refused():
     data = encode(photograph(0, 4, 5).astype(np.uint16) * 257, ".png")
     assert decode(data, True).dtype == np.uint8
@@ -87,10 +139,44 @@ def test_sixteen_bits_are_reduced_or_refused():
         decode(data, None)
 
 
-@pytest.mark.parametrize("size", [(20_000, 20_000), (2**31 - 1, 2**31 - 1), (1, MAX_PIXELS + 1)])
-def test_decompression_bombs_are_refused_unread(size):
+BOMBS = {
+    "png": png_claiming(20_000, 20_000),
+    "png, the largest": png_claiming(2**31 - 1, 2**31 - 1),
+    "png, long": png_claiming(1, MAX_PIXELS + 1),
+    "tiff": tiff({256: (4, 2**32 - 1), 257: (4, 2**32 - 1), 258: (3, 8)}),
+    "tiff, 64 bits": tiff({256: (16, 2**63), 257: (16, 2**63)}, big=True),
+    "tiff, tile": tiff({256: (3, 8), 257: (3, 8), 322: (4, 1 << 24), 323: (4, 1 << 24)}),
+    "webp": webp(b"VP8X", bytes(4) + b"\xff" * 6),
+    "webp, lossless": webp(b"VP8L", b"\x2f" + b"\xff\xff\xff\x0f" + bytes(20)),
+    "webp, lossy": webp(b"VP8 ", b"\x10\0\0\x9d\x01\x2a\xff\x3f\xff\x3f" + bytes(20)),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_decompression_bombs_are_refused_unread(name):
     with pytest.raises(InputError, match="pixels, more than"):
-        decode(png_claiming(*size), True)
+        decode(BOMBS[name], True)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_a_tiff_that_cannot_be_reduced_to_8_bits_says_so(kind):
+    data = encode(photograph(0, 4, 5).astype(kind), ".tiff")
+    with pytest.raises(InputError, match="a TIFF of 32 bits per value: convert it"):
+        decode(data, True)
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC image"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0", "a HEIC image"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "an AVIF image"),
+        (b"GIF89a", "a GIF image"),
+    ],
+)
+def test_what_is_not_read_is_named_with_the_remedy(start, kind):
+    with pytest.raises(InputError, match=f"^{kind}, which is not read: convert it to JPEG"):
+        decode(start + bytes(40), True)
 
 
 def test_a_png_chunk_that_claims_gigabytes_is_refused_unread():
@@ -101,7 +187,8 @@ def test_a_png_chunk_that_claims_gigabytes_is_refused_unread():
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\xff\xd8\xff", b"BM", b"GIF89a", b"P6 1", b"\x89PNG\r\n\x1a\n", bytes(99)]
+    "data",
+    [b"", b"\xff\xd8\xff", b"BM", b"RIFF\0\0\0\0WEBP", b"II*\0", b"P6 1", b"\x89PNG\r\n\x1a\n", bytes(99)],
 )
 def test_what_is_no_image(data):
     with pytest.raises(InputError, match="not a whole"):

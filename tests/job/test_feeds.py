@@ -33,7 +33,7 @@ def test_a_net_of_one_channel_gets_gray_images(tmp_path: Path, channels: int, gi
     config = load(None, options, [f"data.transform={given}"])
     assert effective_transform(net, TEST, config).force_gray is gray
     if channels == 1:
-        assert calibration_feed(config, net, 1).images.shape == (1, 8, 8)
+        assert calibration_feed(config, net, 1).shapes == {"in": (1, 8, 8)}
 
 
 @pytest.mark.parametrize(("solver", "used"), [("optimal", 30), ("data_aware", 70)])
@@ -45,8 +45,13 @@ def test_images_that_weights_are_fitted_to_are_used_images(solver: str, used: in
 
 def test_thinned_images_are_spread_evenly(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "lmdb", 10))
-    feed = Feed("data", Images(source, Transform(), TEST, 9))
-    few = thinned(feed, 4).images
-    assert [few.source.name(number) for number in range(len(few))] == [source.name(i) for i in (0, 2, 4, 6)]
-    np.testing.assert_array_equal(next(few.batches(4))[0], next(feed.images.batches(9))[0][[0, 2, 4, 6]])
-    assert len(thinned(feed, 100).images) == 9
+    feed = Feed({"data": Images(source, Transform(), TEST, 9)})
+    few = thinned(feed, 4)
+    names = few.inputs["data"].source
+    assert [names.name(number) for number in range(len(few))] == [source.name(i) for i in (0, 2, 4, 6)]
+    whole = next(feed.batches(9))
+    assert whole.labels is not None
+    found = next(few.batches(4))
+    np.testing.assert_array_equal(found.feeds["data"], whole.feeds["data"][[0, 2, 4, 6]])
+    np.testing.assert_array_equal(found.labels, whole.labels[[0, 2, 4, 6]])
+    assert len(thinned(feed, 100)) == 9

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights, remove_layer, single_assignment
+from quantize.caffenet import (
+    InferenceNet,
+    NetParameter,
+    Weights,
+    infer_shapes,
+    layer_index,
+    remove_layer,
+    single_assignment,
+)
 from quantize.caffenet.kernels import from_kernels, to_kernels
 from quantize.commands.config import load
 from quantize.commands.summary import print_summary
@@ -29,6 +37,7 @@ from quantize.record import QuantizedLayer, RunRecord
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.budget import Sensitivities, allocate, bits_left, keep_budget, sensitivities
 from quantize.stages.data_aware import Calibration
+from quantize.sweep.plan import Costs
 from tests.conftest import Job
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
@@ -170,7 +179,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     path = write_images(tmp_path_factory.mktemp("images") / "lmdb", IMAGES)
     images = images_of(path, Transform(crop_size=9, scale=0.02, mean_value=(100.0,)), phase=1)
     test = InferenceNet.of(parse(RESIDUAL))
-    return Calibration(test.net, Feed(test.blob, images), ONNX, None)
+    return Calibration(test.net, Feed({test.blob: images}), ONNX, None)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +189,7 @@ def weights(calibration: Calibration) -> Weights:
 
 def run(net: NetParameter, weights: Weights, calibration: Calibration, blob: str) -> np.ndarray:
     """A blob for all images in one batch."""
-    pixels, _ = next(calibration.feed.images.batches(IMAGES))
+    pixels = next(calibration.feed.batches(IMAGES)).feeds["data"]
     engine = ONNX(net, weights, {"data": CROPPED})
     return engine.compile(0, len(net.layer), [blob]).run({"data": pixels}).blobs[blob]
 
@@ -250,10 +259,12 @@ def test_a_net_that_costs_much_is_measured_on_fewer_images(
     calibration: Calibration, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantize.stages.budget.LEAST_IMAGES", 3)
-    heard = Heard()
-    _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2", heard)
+    _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2")
     assert images == IMAGES
-    monkeypatch.setattr("quantize.stages.budget.WORK", heard.total / IMAGES * 7.5)
+    net = single_assignment(calibration.net)
+    costs = Costs.of(net, infer_shapes(net, {"data": (1, *CROPPED)}), ["data"], ["fc2"])
+    behind = costs.between(layer_index(net, "left"), len(net.layer))
+    monkeypatch.setattr("quantize.stages.budget.WORK", 7 * behind * 7.5)  # 2 to 8 bits
     _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2")
     assert images == 7
     monkeypatch.setattr("quantize.stages.budget.WORK", 1.0)

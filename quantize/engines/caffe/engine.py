@@ -62,7 +62,7 @@ class Worker:
             standard input, output and error need to be shared with it.
         pycaffe_path: prepended to that interpreter's ``sys.path``.
         preload: a shared library with extra layers, as the interpreter sees its path.
-        threads: threads for Caffe's matrix products; default: the cores that this process may use.
+        threads: threads for Caffe's matrix products; default: as `available_threads` says.
         timeout: seconds that one answer may take.
 
     Raises:

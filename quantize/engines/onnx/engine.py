@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +27,7 @@ from quantize.engines.onnx.blocked import BlockedGraph, block_size
 from quantize.engines.onnx.graph import Graph, open_session
 from quantize.engines.onnx.layers import TRANSLATORS, Layer, UnsupportedError
 from quantize.errors import InputError, LabelfreeError
-from quantize.host import available_threads
+from quantize.host import available_threads, pool
 from quantize.numerics.moments import Moments
 
 CACHE_BYTES = 16 << 20
@@ -44,8 +43,8 @@ class OnnxEngine(Engine):
 
     Args:
         net, weights, inputs: see ``Engine``.
-        threads: that run parts of a micro-batch at the same time; default: the processors that this process
-            may use. An image's results do not depend on them.
+        threads: that run parts of a micro-batch at the same time; default: as `available_threads` says. An
+            image's results do not depend on them.
 
     Raises:
         InputError: a layer's parameters are impossible, a blob is missing or has the wrong shape, or a layer
@@ -63,7 +62,7 @@ class OnnxEngine(Engine):
         check_weights(net, self.weights, self.shapes)
         self.threads = threads or available_threads()
         self.per_image = _values_per_image(net, inputs, self.shapes)
-        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="labelfree-onnx")
+        self.pool = pool(self.threads, "labelfree-onnx")
 
     def set_blobs(self, layer: str, blobs: Sequence[FloatArray]) -> None:
         """Replace a layer's blobs for the ranges compiled from now on; the net may lack the layer.
