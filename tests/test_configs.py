@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quantize import caffenet
-from quantize import settings as config
+from quantize.commands import config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
