@@ -21,7 +21,7 @@ from pydantic import (
     model_serializer,
 )
 
-from quantize.settings import Config
+from quantize.settings import Config, StatisticsName
 
 StageName = Literal["weights", "renorm", "activations"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -51,6 +51,7 @@ class QuantizedLayer:
         sqnr_db: 10 log10(||w||^2 / loss), None where the loss is 0.
         output_sqnr_db: of the layer's output against full precision, measured by the data-aware solver.
         nearest_sqnr_db: the same with every weight at its nearest level; None with other solvers.
+        shared_by: the other layers that have the same weights.
     """
 
     name: str
@@ -62,6 +63,7 @@ class QuantizedLayer:
     sqnr_db: float | None
     output_sqnr_db: float | None = None
     nearest_sqnr_db: float | None = None
+    shared_by: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -225,16 +227,27 @@ class StageRecord(Part):
 
 
 class WeightsRecord(StageRecord):
-    """Stage 1: the layers quantized, those left as they are, and how a budget was spent."""
+    """Stage 1.
+
+    Attributes:
+        layers: those quantized.
+        skipped: those that the settings leave as they are.
+        kept: those that cannot be quantized, and why.
+        doubtful: lines about BatchNorms that cannot have come out of training so.
+        budget: how a budget was spent.
+    """
 
     layers: list[QuantizedLayer]
     skipped: list[str]
+    kept: dict[str, str]
+    doubtful: list[str]
     budget: Budget | None = None
 
 
 class RenormRecord(StageRecord):
-    """Stage 2: how many images were measured, and what every BatchNorm found."""
+    """Stage 2: which statistics were measured, on how many images, and what every BatchNorm found."""
 
+    statistics: StatisticsName
     images: int
     layers: list[BatchNormShift]
 

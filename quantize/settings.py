@@ -51,6 +51,7 @@ Whole = Annotated[int, Strict()]
 Bytes = Annotated[int | None, BeforeValidator(parse_size)]
 Command = Annotated[list[str], Field(min_length=1), BeforeValidator(parse_command)]
 GridName = Literal["power_of_two", "fixed_point", "uniform"]
+StatisticsName = Literal["paired", "measured"]
 GRID_BITS = {"power_of_two": (2, 5), "fixed_point": (2, 8), "uniform": (2, 8)}
 
 
@@ -210,6 +211,11 @@ class WeightSettings(GridChoice):
 class RenormSettings(Section):
     """Stage 2."""
 
+    statistics: StatisticsName = Field(
+        "paired",
+        description="paired: relative to full precision on the same images; measured: the images' own, as "
+        "in the paper, and the default where weights.solver is reference",
+    )
     images: Whole = Field(1000, ge=1, description="calibration images")
     augment: Literal["train", "test"] = Field(
         "train",
@@ -251,3 +257,16 @@ class Config(Section):
         None, ge=1, le=1024, description="default: the processors this process may use"
     )
     output: Path = Field(description="folder for everything that is written")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reference_is_the_paper(cls, values: Any) -> Any:
+        """Who asks for the published solver means the published method."""
+        weights, renorm = (
+            (values.get(key) or {}) if isinstance(values, dict) else None for key in ("weights", "renorm")
+        )
+        if not (isinstance(weights, dict) and isinstance(renorm, dict)):
+            return values
+        if weights.get("solver") != "reference":
+            return values
+        return {**values, "renorm": {"statistics": "measured", **renorm}}

@@ -330,3 +330,22 @@ def test_doctor_finds_what_is_wrong(job: Job, labelfree: Labelfree) -> None:
     ill = labelfree("doctor", "--config", job.yaml)
     assert ill.code == 1
     assert "FAIL  model.weights" in ill.out
+
+
+def test_a_norm_whose_statistics_are_ignored_is_named(job: Job, labelfree: Labelfree) -> None:
+    path = job.folder / "net.caffemodel"
+    weights = Weights.read(path)
+    mean, variance, factor = weights["bn_left"]
+    weights.replace("bn_left", [mean, variance, 0 * factor])
+    with open(path, "wb") as file:
+        weights.write(file)
+    line = "BatchNorm bn_left: the third blob is 0"
+    inspected = labelfree("inspect", job.folder / "net.prototxt", path)
+    assert (inspected.code, inspected.out.count(line)) == (0, 1)
+    assert (
+        line in json.loads(labelfree("inspect", job.folder / "net.prototxt", path, "--json").out)["notes"][0]
+    )
+    ill = labelfree("doctor", "--config", job.yaml)
+    assert (ill.code, ill.out.count(line)) == (1, 1)
+    done = labelfree("quantize", "--config", job.yaml)
+    assert (done.code, done.err.count(line)) == (0, 1)

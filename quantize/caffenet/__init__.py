@@ -1,5 +1,6 @@
 """Caffe's file formats: nets as prototxt, weights as caffemodel, and what a net implies."""
 
+from quantize.caffenet.norms import doubtful_norms, stored_statistics
 from quantize.caffenet.phases import (
     TRANSFORMING_TYPES,
     InferenceNet,
@@ -29,7 +30,7 @@ from quantize.caffenet.schema import (
 )
 from quantize.caffenet.shape_rules import LayerShapes
 from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
-from quantize.caffenet.sharing import BlobId, check_sharing, groups, load_weights, loaded, owners, users
+from quantize.caffenet.sharing import BlobId, check_sharing, load_weights, loaded, owners, sharers, users
 from quantize.caffenet.surgery import (
     insert_after,
     layer_index,
@@ -66,9 +67,9 @@ __all__ = [
     "data_blobs",
     "data_layer",
     "declared_shape",
+    "doubtful_norms",
     "filter_net",
     "format_prototxt",
-    "groups",
     "infer_shapes",
     "inference_net",
     "insert_after",
@@ -86,6 +87,8 @@ __all__ = [
     "remove_layer",
     "replace_layer",
     "scores_blob",
+    "sharers",
     "single_assignment",
+    "stored_statistics",
     "users",
 ]

@@ -62,16 +62,16 @@ def users(net: NetParameter, index: int = 0) -> dict[str, list[str]]:
     return found
 
 
-def groups(net: NetParameter) -> dict[BlobId, list[BlobId]]:
-    """By owner all blobs that are one, the owner first, in network order; only what is shared.
+def sharers(net: NetParameter) -> dict[BlobId, list[BlobId]]:
+    """Of every blob that is shared all blobs that it is, itself among them and the owner first.
 
     Args:
         net: of one phase.
     """
-    found: dict[BlobId, list[BlobId]] = {}
+    by_owner: dict[BlobId, list[BlobId]] = {}
     for blob, owner in owners(net).items():
-        found.setdefault(owner, [owner]).append(blob)
-    return found
+        by_owner.setdefault(owner, [owner]).append(blob)
+    return {blob: same for same in by_owner.values() for blob in same}
 
 
 def permissive_blobs(net: NetParameter) -> set[BlobId]:

@@ -22,14 +22,16 @@ from quantize.caffenet import (
     NetParameter,
     Weights,
     check_weights,
+    doubtful_norms,
     infer_shapes,
     known_part,
+    load_weights,
 )
 from quantize.data.sources import open_source
 from quantize.data.transform import Transform
 from quantize.engines import engine_opener
 from quantize.engines.caffe.engine import Worker
-from quantize.errors import LabelfreeError
+from quantize.errors import InputError, LabelfreeError
 from quantize.host import available_threads
 from quantize.job.feeds import effective_transform, image_shape, read_model_prototxt
 from quantize.job.run import LIBRARIES
@@ -135,11 +137,14 @@ def _job(config: Config) -> Iterator[Check]:
         return f"{len(test.net.layer)} layers from {test.blob} to {test.scores}"
 
     def weights() -> str:
-        found = Weights.read(config.model.weights)
+        found = load_weights(config.model.weights, nets[0])
+        test = InferenceNet.of(nets[0])
+        doubtful = doubtful_norms(test.net, found)
+        if doubtful:
+            raise InputError("; ".join(doubtful))
         shape = image_shape(config, nets[0])
         if shape is None:
             return f"{len(found.layers())} layers (not checked against the net: the image shape is unknown)"
-        test = InferenceNet.of(nets[0])
         known = known_part(test.net, [test.blob])
         check_weights(known, found, infer_shapes(known, {test.blob: (1, *shape)}))
         return f"{len(found.layers())} layers, they fit the net"

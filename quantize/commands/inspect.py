@@ -10,14 +10,18 @@ from pathlib import Path
 
 from quantize.caffenet import (
     TEST,
+    BlobId,
     InferenceNet,
     NetParameter,
     Weights,
     check_weights,
     data_layer,
     declared_shape,
+    doubtful_norms,
     infer_shapes,
     load_schema,
+    load_weights,
+    owners,
     read_prototxt,
 )
 from quantize.commands.summary import table
@@ -26,7 +30,7 @@ from quantize.errors import InputError
 from quantize.settings import WeightSettings, parse_size
 from quantize.stages.activations import plain_relus
 from quantize.stages.renorm import Tour
-from quantize.stages.weights import QUANTIZED_TYPES, choices
+from quantize.stages.weights import QUANTIZED_TYPES, choices, unquantizable, weight_users
 from quantize.sweep.plan import Costs, Route, Step, plan
 
 COLOR_CHANNELS = 3
@@ -34,8 +38,8 @@ COLOR_CHANNELS = 3
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer: its first top's shape without the batch, its parameters and multiply-accumulates per image,
-    and what the tool would do with it.
+    """One layer: its first top's shape without the batch, its parameters (those that it shares with layers
+    before it aside) and multiply-accumulates per image, and what the tool would do with it.
     """
 
     name: str
@@ -51,11 +55,18 @@ def inspect_net(net: NetParameter, shape: Sequence[int], settings: WeightSetting
     test = InferenceNet.of(net)
     shapes = infer_shapes(test.net, {test.blob: (1, *shape)})
     chosen = choices(test.net, settings)
+    first_user = {user: name for name, users in weight_users(test.net).items() for user in users}
+    left_out = unquantizable(test.net)
+    shared = owners(test.net)
     relus = plain_relus(test.net)
     rows = []
     for layer in test.net.layer:
-        if layer.name in chosen:
-            what = f"weights: {chosen[layer.name].bits} bits {chosen[layer.name].grid}"
+        first = first_user.get(layer.name, layer.name)
+        if first in chosen:
+            same = "" if first == layer.name else f", those of {first}"
+            what = f"weights: {chosen[first].bits} bits {chosen[first].grid}{same}"
+        elif layer.name in left_out:
+            what = f"kept: {left_out[layer.name]}"
         elif layer.type in QUANTIZED_TYPES:
             what = "kept: weights.layers says skip"
         elif layer.type == "BatchNorm":
@@ -73,7 +84,11 @@ def inspect_net(net: NetParameter, shape: Sequence[int], settings: WeightSetting
                 layer.name,
                 layer.type,
                 tuple(shapes.blobs[layer.top[0]][1:]),
-                sum(math.prod(blob) for blob in shapes.params[layer.name]),
+                sum(
+                    math.prod(blob)
+                    for index, blob in enumerate(shapes.params[layer.name])
+                    if BlobId(layer.name, index) not in shared
+                ),
                 shapes.macs.get(layer.name, 0),
                 what,
             )
@@ -83,10 +98,17 @@ def inspect_net(net: NetParameter, shape: Sequence[int], settings: WeightSetting
 
 @dataclass(frozen=True)
 class Inspection:
-    """A network to look at: its prototxt and the shape (channels, height, width) of its images."""
+    """A network to look at.
+
+    Attributes:
+        net: its prototxt.
+        shape: (channels, height, width) of its images.
+        notes: lines about its weights.
+    """
 
     net: NetParameter
     shape: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -104,9 +126,11 @@ class Inspection:
             raise InputError(
                 f"{prototxt}: the shape of the images is not in it; give --shape, as in --shape 3,224,224"
             )
-        if weights is not None:
-            check_weights(test.net, Weights.read(weights), infer_shapes(test.net, {test.blob: (1, *found)}))
-        return cls(net, found)
+        if weights is None:
+            return cls(net, found)
+        given = load_weights(weights, net)
+        check_weights(test.net, given, infer_shapes(test.net, {test.blob: (1, *found)}))
+        return cls(net, found, tuple(doubtful_norms(test.net, given)))
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -136,15 +160,14 @@ def layers_text(found: Inspection, as_json: bool) -> str:
     parameters, macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
     if as_json:
         layers = [asdict(row) for row in rows]
-        return json.dumps({"layers": layers, "parameters": parameters, "macs": macs})
+        return json.dumps({"layers": layers, "parameters": parameters, "macs": macs, "notes": found.notes})
     cells = [("layer", "type", "shape", "parameters", "MMACs", "plan")]
     cells += [
         (r.name, r.type, shape_text(r.shape), f"{r.parameters:,}", f"{r.macs / 1e6:,.1f}", r.plan)
         for r in rows
     ]
-    return (
-        f"{table(cells)}\n\ntotal: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates"
-    )
+    total = f"total: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates"
+    return "\n".join([table(cells), "", total, *(f"note: {note}" for note in found.notes)])
 
 
 def plan_text(found: Inspection, images: int, memory: str, as_json: bool) -> str:

@@ -19,9 +19,9 @@ from quantize.caffenet import (
     NetParameter,
     Shapes,
     Weights,
-    groups,
     infer_shapes,
     loaded,
+    sharers,
 )
 from quantize.numerics.moments import Moments
 
@@ -88,7 +88,7 @@ class Engine(ABC):
     ) -> None:
         self.net = net
         self.weights = loaded(net, weights).copy()
-        self._one = {blob: same for same in groups(net).values() for blob in same}
+        self._sharers = sharers(net)
         self.inputs = dict(inputs)
         self.shapes: Shapes = infer_shapes(net, {name: (1, *shape) for name, shape in inputs.items()}, told)
         self.per_image = _computed_from(net, inputs)
@@ -105,7 +105,7 @@ class Engine(ABC):
         """
         self.weights.replace(layer, blobs)
         for index, blob in enumerate(blobs):
-            for other in self._one.get(BlobId(layer, index), ()):
+            for other in self._sharers.get(BlobId(layer, index), ()):
                 own = self.weights[other.layer]
                 own[other.index] = blob.reshape(own[other.index].shape)
                 self.weights.replace(other.layer, own)

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights, read_prototxt
+from quantize.caffenet import InferenceNet, NetParameter, Weights, load_weights, read_prototxt
 from quantize.engines import engine_opener
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError, LabelfreeError
@@ -86,7 +86,10 @@ def measure_outputs(
     config: Config, net: NetParameter, record: RunRecord, open_engine: OpenEngine, progress: Progress
 ) -> OutputSqnr | None:
     """The output SQNR of every quantized layer; None where there is nothing to measure it on."""
-    layers = [layer.name for layer in record.stages.weights.layers] if record.stages.weights else []
+    stage = record.stages.weights
+    records = stage.layers if stage is not None else []
+    quantized = {name for layer in records for name in (layer.name, *layer.shared_by)}
+    layers = [layer.name for layer in InferenceNet.of(net).net.layer if layer.name in quantized]
     if config.data.calibration is None or not layers:
         return None
     try:
@@ -114,7 +117,7 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
     if not quantized.exists() or not prototxt.exists():
         raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
     full = InferenceNet.of(net)
-    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.scores)}
+    found = {"fp32": Candidate(full.net, load_weights(config.model.weights, net), full.scores)}
     weights = Weights.read(quantized)
     if renormed.exists():
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))

@@ -45,6 +45,7 @@ ALWAYS = When("always", lambda _: True)
 DATA_AWARE = When("with `weights.solver: data_aware`", lambda config: config.weights.solver == "data_aware")
 BUDGET = When("with `weights.budget`", lambda config: config.weights.budget is not None)
 DATA_AWARE_OR_BUDGET = When("with `weights.solver: data_aware` or `weights.budget`", _uses_images)
+PAIRED = When("with `renorm.statistics: paired`", lambda config: config.renorm.statistics == "paired")
 
 EVERY: Mapping[StageName, When] = dict.fromkeys(STAGES, ALWAYS)
 WEIGHTS: Mapping[StageName, When] = {"weights": ALWAYS}
@@ -56,7 +57,7 @@ READ: Mapping[str, Mapping[StageName, When]] = {
     "version": EVERY,
     "model.prototxt": EVERY,
     "model.caffe_proto": EVERY,
-    "model.weights": WEIGHTS,
+    "model.weights": {"weights": ALWAYS, "renorm": PAIRED},
     STAGE_BEFORE: {"renorm": ALWAYS, "activations": ALWAYS},
     "weights.bits": WEIGHTS,
     "weights.grid": WEIGHTS,
@@ -65,6 +66,7 @@ READ: Mapping[str, Mapping[StageName, When]] = {
     "weights.images": {"weights": DATA_AWARE},
     "weights.first_last": WEIGHTS,
     "weights.layers": WEIGHTS,
+    "renorm.statistics": {"weights": DATA_AWARE_OR_BUDGET, "renorm": ALWAYS},
     "renorm.images": {"weights": BUDGET, "renorm": ALWAYS},
     "renorm.augment": WITH_IMAGES,
     "renorm.memory": {"weights": DATA_AWARE_OR_BUDGET, "renorm": ALWAYS},

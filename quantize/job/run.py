@@ -25,12 +25,18 @@ from typing import TypedDict
 
 from quantize import __version__
 from quantize.caffenet import (
+    TEST,
+    BlobId,
     InferenceNet,
     Weights,
     check_weights,
+    doubtful_norms,
+    filter_net,
     format_prototxt,
     infer_shapes,
     known_part,
+    load_weights,
+    owners,
 )
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
@@ -59,12 +65,12 @@ from quantize.settings import Config
 from quantize.stages.activations import activations_quan, plain_relus, with_act_quantize
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
-from quantize.stages.renorm import renorm
+from quantize.stages.renorm import FullPrecision, renorm
 from quantize.stages.weights import (
-    ALPHA_SUFFIX,
     QUANTIZED_TYPES,
     check_kernels,
     choices,
+    unquantizable,
     weights_quan,
     with_alpha_terms,
 )
@@ -191,12 +197,16 @@ class Run:
             self._activations_feed()
 
     def _weights(self, begun: _Begun) -> WeightsRecord:
-        weights = Weights.read(self.config.model.weights)
+        weights = load_weights(self.config.model.weights, self.net)
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
         chosen = choices(test.net, settings)
-        check_kernels(test.net, weights, chosen)
+        check_kernels(filter_net(self.net, TEST), weights, chosen)
+        kept = unquantizable(test.net)
+        doubtful = doubtful_norms(test.net, weights)
+        for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
+            self.progress.note(f"weights: {line}")
         budget = None
         if settings.budget is not None:
             calibration = self._calibration(self._renorm_feed())
@@ -205,24 +215,36 @@ class Run:
             self.net, weights, chosen, settings.solver, self.progress, self._solver_calibration()
         )
         outputs = self._write_weights(self.files.quantized, quantized)
+        done = {name for layer in layers for name in (layer.name, *layer.shared_by)} | kept.keys()
         skipped = [
-            layer.name
-            for layer in test.net.layer
-            if layer.type in QUANTIZED_TYPES and layer.name not in chosen
+            layer.name for layer in test.net.layer if layer.type in QUANTIZED_TYPES and layer.name not in done
         ]
-        return WeightsRecord(**begun.ended(outputs), layers=layers, skipped=skipped, budget=budget)
+        return WeightsRecord(
+            **begun.ended(outputs),
+            layers=layers,
+            skipped=skipped,
+            kept=kept,
+            doubtful=doubtful,
+            budget=budget,
+        )
 
     def _renorm(self, begun: _Begun) -> RenormRecord:
         weights = self._read_result(self.files.quantized, "weights")
         net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         feed = self._renorm_feed()
-        weights, shifts = renorm(
-            net, weights, feed, self.open_engine, self.config.renorm.memory, self.progress
-        )
+        settings = self.config.renorm
+        full = self._full_precision() if settings.statistics == "paired" else None
+        weights, shifts = renorm(net, weights, feed, self.open_engine, settings.memory, self.progress, full)
         if not shifts:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
         outputs = self._write_weights(self.files.renorm, weights)
-        return RenormRecord(**begun.ended(outputs), images=len(feed), layers=shifts)
+        return RenormRecord(
+            **begun.ended(outputs), statistics=settings.statistics, images=len(feed), layers=shifts
+        )
+
+    def _full_precision(self) -> FullPrecision:
+        test = InferenceNet.of(self.net)
+        return FullPrecision(test.net, load_weights(self.config.model.weights, self.net))
 
     def _activations(self, begun: _Begun) -> ActivationsRecord:
         weights = self._read_result(self.files.renorm, "renorm")
@@ -246,7 +268,9 @@ class Run:
         return self._calibration(calibration_feed(self.config, self.net, settings.images, self.progress))
 
     def _calibration(self, feed: Feed) -> Calibration:
-        return Calibration(InferenceNet.of(self.net).net, feed, self.open_engine, self.config.renorm.memory)
+        settings = self.config.renorm
+        net = InferenceNet.of(self.net).net
+        return Calibration(net, feed, self.open_engine, settings.memory, settings.statistics)
 
     def _renorm_feed(self) -> Feed:
         return calibration_feed(self.config, self.net, self.config.renorm.images, self.progress)
@@ -393,13 +417,22 @@ class Run:
         return self.files.renorm if stages.renorm is not None else self.files.quantized
 
     def _sizes(self, stages: Stages, weights: Weights) -> Sizes:
-        """Bytes of the model: as given, as written, and packed at the bits chosen."""
-        values = sum(blob.size for layer in weights.layers() for blob in weights[layer])
-        packed = 4 * values
+        """Bytes of the model: as given, as written, and packed at the bits chosen.
+
+        Packed is what layers share once, and nothing that follows from the rest: the second blob of an alpha
+        term does from alpha and bias.
+        """
+        net = with_alpha_terms(self.net, weights)
+        shared = owners(filter_net(net, TEST))
+        alphas = {layer.name for layer in net.layer} - {layer.name for layer in self.net.layer}
+        packed = 4 * sum(
+            blob.size
+            for layer in weights.layers()
+            for index, blob in enumerate(weights[layer])
+            if BlobId(layer, index) not in shared and not (index and layer in alphas)
+        )
         for layer in stages.weights.layers if stages.weights is not None else ():
             packed += -(-layer.weights * layer.bits // 8) - 4 * layer.weights
-            if f"{layer.name}{ALPHA_SUFFIX}" in weights and len(weights[layer.name]) > 1:
-                packed -= 4 * layer.kernels  # the second blob of the alpha term follows from alpha and bias
         return Sizes(
             model=self.config.model.weights.stat().st_size,
             written=(self.config.output / self._latest(stages)).stat().st_size,

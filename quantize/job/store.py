@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights
+from quantize.caffenet import InferenceNet, NetParameter, Weights, load_weights
 from quantize.errors import InputError
 from quantize.job.output import Files, OutputFolder
 from quantize.progress import Progress
@@ -69,7 +69,7 @@ def write_page(folder: OutputFolder, config: Config, net: NetParameter, record: 
     """
     files = Files.of(config.name)
     weights = Caffemodels(
-        full=Weights.read(config.model.weights),
+        full=load_weights(config.model.weights, net),
         quantized=Weights.read(folder.path / files.quantized),
         renorm=Weights.read(folder.path / files.renorm) if record.stages.renorm is not None else None,
     )

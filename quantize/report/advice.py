@@ -45,6 +45,7 @@ def advise(record: RunRecord, rows: Sequence[Row], norms: Sequence[NormPlot]) ->
     found = [
         *_accuracy(record),
         *_unfinished(record),
+        *_given(record),
         *_images(record),
         *_weights(record, rows),
         *_norms(record, norms),
@@ -115,6 +116,12 @@ def _unfinished(record: RunRecord) -> list[Advice]:
     ]
 
 
+def _given(record: RunRecord) -> list[Advice]:
+    """What was wrong with the model before anything was done to it."""
+    stage = record.stages.weights
+    return [Advice("warning", f"{line}.") for line in stage.doubtful] if stage is not None else []
+
+
 def _images(record: RunRecord) -> list[Advice]:
     renorm = record.stages.renorm
     if renorm is None or not renorm.layers:
@@ -153,6 +160,7 @@ def _weights(record: RunRecord, rows: Sequence[Row]) -> list[Advice]:
     found = [
         Advice("note", f"{name} keeps full precision, as the configuration says.") for name in stage.skipped
     ]
+    found += [Advice("note", f"{name} keeps full precision: {why}.") for name, why in stage.kept.items()]
     if len(coarse) < 2 or stage.budget is not None:
         return found  # with a budget the bits were chosen by what they do to the whole network
     figure, what = (_output_sqnr, "output") if all(map(_output_sqnr, coarse)) else (_weight_sqnr, "weight")

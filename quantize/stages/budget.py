@@ -39,6 +39,7 @@ from quantize.progress import SILENT, Progress
 from quantize.record import Budget
 from quantize.settings import GRID_BITS, GridChoice, WeightSettings
 from quantize.stages.data_aware import Calibration, only_normalized
+from quantize.stages.renorm import variance_ratio
 from quantize.stages.weights import choices, free_layers
 from quantize.sweep.plan import Costs, Step, micro_batch_size
 from quantize.sweep.run import Shard
@@ -400,8 +401,7 @@ class _Variants:
 
 def _restored(blob: FloatArray, found: Moments, wanted: Moments) -> FloatArray:
     """A blob whose channels have the moments ``found``, moved and scaled so that they have ``wanted``."""
-    ratio = np.divide(wanted.m2, found.m2, out=np.zeros_like(found.m2), where=found.m2 > 0)
-    scale = np.sqrt(ratio)
+    scale = 1 / np.sqrt(variance_ratio(wanted, found))
     shape = (1, -1) + (1,) * (blob.ndim - 2)
     shift = wanted.mean - scale * found.mean
     return blob * scale.reshape(shape).astype(np.float32) + shift.reshape(shape).astype(np.float32)

@@ -28,7 +28,7 @@ from quantize.numerics.grids import make_grid
 from quantize.numerics.rounding import Problem, Statistics, round_kernels
 from quantize.numerics.solvers import fit
 from quantize.progress import SILENT, Progress
-from quantize.settings import GridChoice
+from quantize.settings import GridChoice, StatisticsName
 from quantize.stages import renorm
 from quantize.sweep.pair import beside, both_weights, full_layers, of_layers
 from quantize.sweep.plan import Step, depth_order
@@ -51,12 +51,14 @@ class Calibration:
         feed: the calibration images.
         open_engine: opens a net for running.
         memory: bytes that the blobs of all images may take; None: no bound.
+        statistics: those that renorm will give the BatchNorms.
     """
 
     net: NetParameter
     feed: Feed
     open_engine: OpenEngine
     memory: int | None
+    statistics: StatisticsName = "paired"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def data_aware(
         LabelfreeError: a blob is not finite.
     """
     feed = calibration.feed
-    tour = _Tour.of(calibration.net, chosen, list(feed.shapes))
+    tour = _Tour.of(calibration, weights, chosen)
     found: dict[str, DataAwareFit] = {}
     blobs: dict[str, list[FloatArray]] = {}
     both = both_weights(weights, weights, tour.ordered.layer)
@@ -160,7 +162,8 @@ class _Stop:
         """What the sweep does to get here, to measure for the layers that are provided for."""
         layers = [layer for layer in self.rounded if layer.name in provided]
         shown = [name for layer in layers for name in (layer.bottom[0], beside(layer.top[0]))]
-        return Step(self.place, renorm.measured(self.norms), tuple(dict.fromkeys(shown)))
+        moments = (*renorm.measured(self.norms), *renorm.references(self.norms))
+        return Step(self.place, moments, tuple(dict.fromkeys(shown)))
 
 
 @dataclass(frozen=True)
@@ -178,10 +181,12 @@ class _Tour:
     stops: list[_Stop]
 
     @classmethod
-    def of(cls, net: NetParameter, chosen: Collection[str], inputs: Collection[str]) -> _Tour:
-        """For an inference net, the layers to quantize and the blobs that feed the net."""
+    def of(cls, calibration: Calibration, weights: Weights, chosen: Collection[str]) -> _Tour:
+        """For a net, its blobs and the layers to quantize."""
+        inputs = list(calibration.feed.shapes)
         ordered, cuts = depth_order(
-            single_assignment(net), lambda layer: layer.type == "BatchNorm" or layer.name in chosen
+            single_assignment(calibration.net),
+            lambda layer: layer.type == "BatchNorm" or layer.name in chosen,
         )
         groups = [list(ordered.layer[start:stop]) for start, stop in pairwise([0, *cuts])]
         while groups and not any(layer.name in chosen for layer in groups[-1]):
@@ -191,8 +196,17 @@ class _Tour:
         for before, behind in pairwise(groups):
             layers += [*before, *full_layers(behind, inputs)]
             rounded = [layer for layer in behind if layer.name in chosen]
-            stops.append(_Stop(len(layers), rounded, renorm.norms_of(behind)))
+            norms = [layer for layer in behind if layer.type == "BatchNorm"]
+            paired = weights if calibration.statistics == "paired" else None
+            stops.append(_Stop(len(layers), rounded, [_norm(layer, paired) for layer in norms]))
         return cls(ordered, of_layers(ordered, layers), stops)
+
+
+def _norm(layer: LayerParameter, full: Weights | None) -> renorm.Norm:
+    """A BatchNorm, its statistics paired with full precision's where the blobs of that are given."""
+    bottom = layer.bottom[0]
+    reference = renorm.Reference.of(layer, beside(bottom), full) if full is not None else None
+    return renorm.Norm(layer.name, bottom, reference)
 
 
 def _add(sums: Mapping[str, LayerMoments], seed: int, images: range, blobs: Mapping[str, FloatArray]) -> None:

@@ -9,7 +9,7 @@ all images in training mode. Every other layer behaves as in the TEST phase.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +24,7 @@ from quantize.caffenet import (
     check_weights,
     infer_shapes,
     known_part,
+    needed_layers,
     single_assignment,
 )
 from quantize.data.feed import Feed
@@ -33,9 +34,25 @@ from quantize.numerics.moments import Moments
 from quantize.progress import SILENT, Progress
 from quantize.record import BatchNormShift
 from quantize.sweep.early_pooling import with_early_pooling
-from quantize.sweep.pair import of_layers
+from quantize.sweep.pair import beside, both_weights, full_layers, of_layers
 from quantize.sweep.plan import Step, depth_order
 from quantize.sweep.run import Shard
+
+RESOLUTION = 2.0**-22
+"""What float32 resolves of a value, and a little more."""
+
+
+@dataclass(frozen=True)
+class FullPrecision:
+    """The net before anything of it was quantized.
+
+    Attributes:
+        net: the inference net.
+        weights: its blobs.
+    """
+
+    net: NetParameter
+    weights: Weights
 
 
 def renorm(
@@ -45,6 +62,7 @@ def renorm(
     open_engine: OpenEngine,
     memory: int | None,
     progress: Progress = SILENT,
+    full: FullPrecision | None = None,
 ) -> tuple[Weights, list[BatchNormShift]]:
     """Re-estimate mean and variance of every BatchNorm.
 
@@ -54,11 +72,13 @@ def renorm(
         feed: the calibration images.
         open_engine: opens a net for running.
         memory: bytes that the sweep may keep; None: no bound.
+        full: the net before anything of it was quantized, for statistics paired with its own; None: the
+            statistics are those of the images alone.
 
     Returns:
-        The blobs with new statistics: mean, unbiased variance (m / (m - 1), m values per channel), scale
-        factor 1, as Caffe's batch_norm_layer stores them; and the shifts in network order. A net without
-        BatchNorm is returned as it came.
+        The blobs with new statistics, scale factor 1, as Caffe's batch_norm_layer stores them; the variance
+        of the images alone is unbiased (m / (m - 1), m values per channel). And the shifts in network
+        order. A net without BatchNorm is returned as it came.
 
     Raises:
         InputError: a blob is missing or has the wrong shape.
@@ -70,7 +90,7 @@ def renorm(
     check_weights(
         known, weights, infer_shapes(known, {name: (1, *shape) for name, shape in feed.shapes.items()})
     )
-    tour = Tour.of(net, weights)
+    tour = Tour.of(net, weights, full, list(feed.shapes))
     found: dict[str, Statistics] = {}
     with closing(open_engine(tour.net, tour.weights, feed.shapes)) as engine:
         shard = Shard(engine, feed, tour.steps, memory)
@@ -78,8 +98,10 @@ def renorm(
             progress.note(f"renorm: {advice}")
         progress.start("renorm", shard.plan.work)
         blobs: dict[str, list[FloatArray]] = {}
+        moments: dict[str, Moments] = {}
         for norms in tour.norms:
-            new = update(norms, shard.advance(blobs, progress=progress))
+            moments |= shard.advance(blobs, progress=progress)
+            new = update(norms, moments)
             blobs = {name: statistics.blobs for name, statistics in new.items()}
             found |= new
     shifts = [_shift(layer.name, weights, found[layer.name]) for layer in net.layer if layer.name in found]
@@ -90,16 +112,69 @@ def renorm(
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Full precision at a BatchNorm.
+
+    Attributes:
+        bottom: the blob that the layer reads there, in the net of both.
+        mean, variance: float64 (channels,): what the layer stores, divided by its third blob.
+        epsilon: what is added to the variance.
+    """
+
+    bottom: str
+    mean: Floats
+    variance: Floats
+    epsilon: float
+
+    @classmethod
+    def of(cls, layer: LayerParameter, bottom: str, weights: Weights) -> Reference:
+        """For a layer, what it reads in full precision, and the blobs of full precision."""
+        mean, variance = stored_statistics(weights[layer.name])
+        return cls(bottom, mean, variance, layer.batch_norm_param.eps)
+
+    def paired(self, full: Moments, seen: Moments) -> tuple[Floats, Floats]:
+        """Mean and variance with which the channels normalise to what they do in full precision.
+
+        With (mu, s^2) the statistics stored, (m, v) the moments in full precision and (m', v') those seen,
+        both over the same images, e the epsilon and S = v' (s^2 + e) / v: the mean is
+        m' - (m - mu) sqrt(S / (s^2 + e)), the variance S - e. Then (x' - mean) / sqrt(S) has the mean and
+        the deviation of (x - mu) / sqrt(s^2 + e). A negative variance becomes 0 and only the mean is right.
+
+        Args:
+            full: of the layer's input in full precision.
+            seen: of its input in the net being quantized.
+        """
+        wanted = self.variance + self.epsilon
+        ratio = variance_ratio(full, seen)
+        total = np.maximum(ratio * wanted, self.epsilon)
+        ratio = np.divide(total, wanted, out=ratio, where=wanted > 0)
+        return seen.mean - (full.mean - self.mean) * np.sqrt(ratio), total - self.epsilon
+
+
+@dataclass(frozen=True)
 class Norm:
     """A BatchNorm layer of a sweep.
 
     Attributes:
         name: the layer.
         bottom: the blob that it takes its statistics from.
+        reference: full precision there; None: the statistics are those of the batch.
     """
 
     name: str
     bottom: str
+    reference: Reference | None = None
+
+
+def variance_ratio(full: Moments, seen: Moments) -> Floats:
+    """Per channel the variance seen over that in full precision, of equally many values.
+
+    A channel that is constant in one of the two says nothing about the ratio: it counts as 1. Constant is
+    what varies less than float32 resolves.
+    """
+    constant = [m.m2 <= m.count * np.square(RESOLUTION * m.mean) for m in (full, seen)]
+    alive = ~(constant[0] | constant[1])
+    return np.divide(seen.m2 * full.count, full.m2 * seen.count, out=np.ones_like(full.m2), where=alive)
 
 
 @dataclass(frozen=True)
@@ -129,21 +204,21 @@ class Statistics:
         return _blobs(self.mean, self.unbiased)
 
 
-def norms_of(layers: Iterable[LayerParameter]) -> list[Norm]:
-    """The BatchNorms among layers."""
-    return [Norm(layer.name, layer.bottom[0]) for layer in layers if layer.type == "BatchNorm"]
-
-
 def measured(norms: Iterable[Norm]) -> tuple[str, ...]:
-    """The blobs whose moments `update` needs."""
+    """The blobs of the net being quantized whose moments `update` needs."""
     return tuple(dict.fromkeys(norm.bottom for norm in norms))
+
+
+def references(norms: Iterable[Norm]) -> tuple[str, ...]:
+    """The blobs of the full-precision net whose moments `update` needs."""
+    return tuple(dict.fromkeys(norm.reference.bottom for norm in norms if norm.reference))
 
 
 def update(norms: Iterable[Norm], moments: Mapping[str, Moments]) -> dict[str, Statistics]:
     """The new statistics of some BatchNorms.
 
     Args:
-        moments: over all images, of the blobs that `measured` names.
+        moments: over all images, of the blobs that `measured` and `references` name.
 
     Raises:
         LabelfreeError: a statistic is not finite.
@@ -151,14 +226,20 @@ def update(norms: Iterable[Norm], moments: Mapping[str, Moments]) -> dict[str, S
     found = {}
     for norm in norms:
         seen = moments[norm.bottom]
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(seen.mean) & np.isfinite((seen.m2 / seen.count).astype(np.float32))
-        if not finite.all():
-            raise LabelfreeError(
-                f"layer {norm.name}: its input has statistics that are not finite; layers before it overflow"
-            )
-        unbiased = seen.m2 / max(seen.count - 1, 1)
-        found[norm.name] = Statistics(seen.mean, seen.m2 / seen.count, unbiased, seen.count)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if norm.reference is None:
+                mean, variance = seen.mean, seen.m2 / seen.count
+                unbiased = seen.m2 / max(seen.count - 1, 1)
+            else:
+                mean, variance = norm.reference.paired(moments[norm.reference.bottom], seen)
+                unbiased = variance
+            new = Statistics(mean, variance, unbiased, seen.count)
+            if not all(np.isfinite(blob).all() for blob in (*new.blobs, *new.stored)):
+                raise LabelfreeError(
+                    f"layer {norm.name}: its input has statistics that are not finite; "
+                    "layers before it overflow"
+                )
+        found[norm.name] = new
     return found
 
 
@@ -166,11 +247,14 @@ def update(norms: Iterable[Norm], moments: Mapping[str, Moments]) -> dict[str, S
 class Tour:
     """What the sweep of `renorm` runs: the net up to its last BatchNorm, in depth order.
 
+    With a full-precision net beside it that one is passed as a whole in the first step: none of its
+    statistics change, so nothing of it need be kept.
+
     Attributes:
         net: the layers.
         weights: their blobs.
         steps: of the sweep.
-        norms: by step those whose statistics it measures.
+        norms: by step those whose statistics are found there.
     """
 
     net: NetParameter
@@ -179,19 +263,60 @@ class Tour:
     norms: list[list[Norm]]
 
     @classmethod
-    def of(cls, net: NetParameter, weights: Weights) -> Tour:
-        """For an inference net with at least one BatchNorm."""
+    def of(
+        cls,
+        net: NetParameter,
+        weights: Weights,
+        full: FullPrecision | None = None,
+        inputs: Collection[str] = (),
+    ) -> Tour:
+        """For an inference net with at least one BatchNorm.
+
+        Args:
+            full: for paired statistics.
+            inputs: the blobs that feed both nets then.
+        """
         flat = single_assignment(net)
-        by_name = {norm.name: norm for norm in norms_of(flat.layer)}
+        front, by_name = _front(flat, full)
         pooled, weights = with_early_pooling(flat, weights)
         ordered, cuts = depth_order(pooled, lambda layer: layer.type == "BatchNorm")
-        steps, norms = [], []
+        steps: list[Step] = []
+        norms: list[list[Norm]] = []
         for cut, following in pairwise(cuts):
             # Where pooling has moved, the layer reads something else than what it takes its statistics from.
             here = [by_name[layer.name] for layer in ordered.layer[cut:following] if layer.name in by_name]
-            steps.append(Step(cut, measured(here)))
+            first = () if steps else references(by_name.values())
+            steps.append(Step(len(front) + cut, (*first, *measured(here))))
             norms.append(here)
-        return cls(of_layers(ordered, ordered.layer[: steps[-1].stop]), weights, steps, norms)
+        layers = list(ordered.layer[: cuts[-2]])
+        if full is not None:
+            weights = both_weights(weights, full.weights, front)
+            front = full_layers(front, inputs)
+        return cls(of_layers(ordered, [*front, *layers]), weights, steps, norms)
+
+
+def _front(flat: NetParameter, full: FullPrecision | None) -> tuple[list[LayerParameter], dict[str, Norm]]:
+    """The layers of the full-precision net that are needed, and the BatchNorms by name.
+
+    Args:
+        flat: the net being quantized.
+    """
+    norms = {layer.name: layer for layer in flat.layer if layer.type == "BatchNorm"}
+    if full is None:
+        return [], {name: Norm(name, layer.bottom[0]) for name, layer in norms.items()}
+    layers = single_assignment(full.net).layer
+    bottoms = {layer.name: layer.bottom[0] for layer in layers if layer.name in norms}
+    return needed_layers(layers, bottoms.values()), {
+        name: Norm(name, layer.bottom[0], Reference.of(layer, beside(bottoms[name]), full.weights))
+        for name, layer in norms.items()
+    }
+
+
+def stored_statistics(blobs: Sequence[FloatArray]) -> tuple[Floats, Floats]:
+    """The mean and the variance that a BatchNorm's three blobs stand for."""
+    mean, variance, factor = (np.asarray(blob, np.float64).reshape(-1) for blob in blobs)
+    scale = 1 / factor[0] if factor[0] else 0.0
+    return mean * scale, variance * scale
 
 
 def _blobs(mean: Floats, variance: Floats) -> list[FloatArray]:
@@ -199,9 +324,7 @@ def _blobs(mean: Floats, variance: Floats) -> list[FloatArray]:
 
 
 def _shift(name: str, weights: Weights, found: Statistics) -> BatchNormShift:
-    mean, variance, factor = (np.asarray(blob, np.float64).reshape(-1) for blob in weights[name])
-    scale = 1 / factor[0] if factor[0] else 0.0
-    mean, variance = mean * scale, variance * scale
+    mean, variance = stored_statistics(weights[name])
     alive = (variance > 0) & (found.unbiased > 0)
     deviations = (found.mean - mean)[alive] / np.sqrt(variance[alive])
     logs = np.log(found.unbiased[alive] / variance[alive])

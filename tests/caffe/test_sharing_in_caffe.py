@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from quantize.caffenet import InferenceNet, NetParameter, load_weights, read_prototxt
+from quantize.engines.caffe.engine import CaffeEngine
 from quantize.engines.onnx.engine import OnnxEngine
 from quantize.errors import InputError
 from tests.caffe.conftest import CaffeForward
@@ -186,3 +187,28 @@ def test_layers_without_blobs_may_have_one_name_or_none(tmp_path: Path, caffe_fo
     assert_as_in_caffe(text, [("conv", blobs(1)), ("crop", [])], list("abcde"), tmp_path, caffe_forward)
     names = [layer.name for layer in read_prototxt(tmp_path / "net.prototxt").layer]
     assert names == ["in", "conv", "crop", "crop#2", "", "#2", "#3", "crop#3"]
+
+
+def test_new_blobs_are_new_wherever_they_are_shared(tmp_path: Path, caffe_python: list[str]) -> None:
+    prototxt, weights = written(HALF, [("one", blobs(1)), ("two", blobs(2))], tmp_path)
+    net = read_prototxt(prototxt)
+    test = InferenceNet.of(net)
+    loaded = load_weights(weights, net)
+    shapes = {"data": IMAGES[1:]}
+    found = []
+    for engine in (
+        OnnxEngine(test.net, loaded, shapes, 1),
+        CaffeEngine(test.net, loaded, shapes, caffe_python, threads=1),
+    ):
+        kernels, bias = numbers(6, 3, 1, 1, seed=5), numbers(6, seed=5)
+        engine.set_blobs("two", [kernels, bias])
+        np.testing.assert_array_equal(engine.weights["one"][0], kernels)
+        np.testing.assert_array_equal(engine.weights["one"][1], loaded["one"][1])
+        found.append(engine.compile(0, len(test.net.layer), ["x", "y"]).run({"data": images()}).blobs)
+        engine.close()
+    for name in ("x", "y"):
+        np.testing.assert_allclose(found[0][name], found[1][name], atol=1e-6)
+    difference = found[0]["y"] - found[0]["x"]
+    np.testing.assert_allclose(
+        difference, np.broadcast_to(difference[:1, :, :1, :1], difference.shape), atol=1e-6
+    )

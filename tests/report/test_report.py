@@ -45,7 +45,7 @@ from quantize.report.advice import advise
 from quantize.report.facts import NormPlot, Row, rows_of
 from quantize.report.page import Caffemodels, render
 from tests.conftest import Job
-from tests.nets import parse
+from tests.nets import RESIDUAL, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = """</text></svg><img src=x onerror=alert(1)>$\\alpha_{$&quot;'</script>{{7*7}}"""
@@ -205,6 +205,28 @@ def test_a_network_that_is_left_as_it_is_has_a_page(job: Job) -> None:
     assert "fc2 keeps full precision" in page_of(job)
 
 
+@pytest.mark.parametrize(
+    ("factors", "words"), [((1, 1, 0), "the third blob is 0"), ((0, 0, 1), "the stored variance is 0")]
+)
+def test_norms_without_statistics_have_a_page_that_says_so(
+    job: Job, factors: tuple[int, int, int], words: str
+) -> None:
+    path = job.folder / "net.caffemodel"
+    weights = Weights.read(path)
+    norms = [layer.name for layer in parse(RESIDUAL).layer if layer.type == "BatchNorm"]
+    for name in norms:
+        weights.replace(name, [blob * factor for blob, factor in zip(weights[name], factors, strict=True)])
+    with open(path, "wb") as file:
+        weights.write(file)
+    notes = Notes()
+    Run(job.config(), notes).quantize()
+    assert [note for note in notes.notes if words in note] == notes.notes
+    assert notes.notes[0].startswith(f"weights: BatchNorm {', '.join(norms[:5])}")
+    assert words in page_of(job)
+    assert "BatchNorm before and after" not in page_of(job)
+    report_run(job.config())
+
+
 def test_without_calibration_images_the_page_has_no_output_sqnr(job: Job) -> None:
     Run(job.config("data.calibration=null")).quantize(("weights",))
     assert "output_sqnr" not in report_of(job)
@@ -299,8 +321,8 @@ def test_a_large_network_has_a_small_page() -> None:
     steps = [QuantizedActivation(r.name, 0.1, 127, 0.0, 14.0, 40.0, False, bars) for r in relus]
     record = a_record(
         None,
-        weights=WeightsRecord(**RAN, layers=weights, skipped=[]),
-        renorm=RenormRecord(**RAN, images=1000, layers=shifts),
+        weights=WeightsRecord(**RAN, layers=weights, skipped=[], kept={}, doubtful=[]),
+        renorm=RenormRecord(**RAN, statistics="measured", images=1000, layers=shifts),
         activations=ActivationsRecord(**RAN, images=1000, layers=steps),
     ).model_copy(
         update={"output_sqnr": OutputSqnr(32, [LayerSqnr(w.name, {"quantized": 20.0}) for w in weights])}
@@ -333,11 +355,13 @@ def a_record(
 
 
 RAN: Any = {"depends_on": {}, "seconds": 1.0, "peak_memory_bytes": 10**9, "outputs": {}}
-NO_WEIGHTS = WeightsRecord(**RAN, layers=[], skipped=[])
+NO_WEIGHTS = WeightsRecord(**RAN, layers=[], skipped=[], kept={}, doubtful=[])
 
 
 def renormed(images: int = 1000, values: int = 10**5, ratio: float = 1.1) -> RenormRecord:
-    return RenormRecord(**RAN, images=images, layers=[BatchNormShift("bn", 8, values, 0.1, ratio)])
+    return RenormRecord(
+        **RAN, statistics="measured", images=images, layers=[BatchNormShift("bn", 8, values, 0.1, ratio)]
+    )
 
 
 def stepped(clipped: float = 1e-4, dead: bool = False) -> ActivationsRecord:
@@ -375,7 +399,7 @@ def test_advice_where_all_is_well() -> None:
             "warning: Renorm saw 600 images: 600 values per channel at bn",
         ),
         (
-            a_record(renorm=RenormRecord(**RAN, images=9, layers=[])),
+            a_record(renorm=RenormRecord(**RAN, statistics="measured", images=9, layers=[])),
             [],
             "warning: The network has no BatchNorm",
         ),
