@@ -48,6 +48,36 @@ def cli(context: click.Context, quiet: bool, verbose: bool) -> None:
     context.obj = {"quiet": quiet, "verbose": verbose}
 
 
+def parse_shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Any:
+    """``3,224,224``, or several such as ``im_info=3``, as the key data.input_shape."""
+    from quantize.settings import parse_shape
+
+    found: dict[str, list[int]] = {}
+    for value in values:
+        name, _equals, text = value.rpartition("=")
+        try:
+            found[name] = parse_shape(text)
+        except ValueError as error:
+            raise click.BadParameter(f"{value}: {error}") from None
+    if "" in found and len(found) > 1:
+        raise click.BadParameter("name the input of each, as in --shape data=3,224,224 --shape im_info=3")
+    return found.get("", found or None)
+
+
+SHAPE = click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="[INPUT=]C,H,W",
+    callback=parse_shapes,
+    help="Of one image in an input, where the prototxt does not say it (data.input_shape).",
+)
+STATE = (
+    click.option("--stage", "stages", multiple=True, help="A stage that rules name (model.stages)."),
+    click.option("--level", type=int, default=0, help="For rules with levels (model.level)."),
+)
+
+
 def config_options(command: Command) -> Command:
     """The options that every command with a configuration has."""
     options = [
@@ -57,6 +87,7 @@ def config_options(command: Command) -> Command:
         click.option("--calibration", help="LMDB, image folder or list file (data.calibration.source)."),
         click.option("--validation", help="The same with labels (data.validation.source)."),
         click.option("--output", "-o", help="Folder for the results."),
+        SHAPE,
         click.option("--engine", type=click.Choice(["auto", "onnx", "caffe"]), help="What runs the network."),
         click.option("--threads", type=click.IntRange(1), help="Default: what this process may use."),
         click.option(
@@ -87,6 +118,7 @@ def read_config(given: dict[str, Any]) -> Config:
         "threads": "threads",
     }
     options = {key: given[name] for name, key in keys.items()}
+    options["data.input_shape"] = given["shapes"]
     options["weights.solver"] = QUALITIES.get(given["quality"])
     return load(given["path"], options, given["assignments"])
 
@@ -231,8 +263,10 @@ def report(evaluating: bool, images: int | None, **given: Any) -> None:
 @cli.command()
 @click.argument("prototxt", type=PATH)
 @click.argument("weights", type=PATH, required=False)
-@click.option("--shape", metavar="C,H,W", help="Of an image; default: as the prototxt says.")
+@SHAPE
 @CAFFE_PROTO
+@STATE[0]
+@STATE[1]
 @click.option("--plan", "show_plan", is_flag=True, help="Show how renorm would go through the net.")
 @click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="For --plan.")
 @click.option("--memory", default="2GiB", show_default=True, help="For --plan: renorm.memory.")
@@ -240,8 +274,10 @@ def report(evaluating: bool, images: int | None, **given: Any) -> None:
 def inspect(
     prototxt: Path,
     weights: Path | None,
-    shape: str | None,
+    shapes: Any,
     caffe_proto: Path | None,
+    stages: tuple[str, ...],
+    level: int,
     show_plan: bool,
     images: int,
     memory: str,
@@ -250,7 +286,9 @@ def inspect(
     """Show layers, shapes, parameters, multiply-accumulates and what would be quantized."""
     from quantize.commands import inspect as inspection
 
-    found = inspection.Inspection.of(prototxt, weights, shape, caffe_proto)
+    found = inspection.Inspection.of(prototxt, weights, shapes, caffe_proto, stages, level)
+    for note in found.notes:
+        click.echo(f"note: {note}", err=True)
     if show_plan:
         click.echo(inspection.plan_text(found, images, memory, as_json))
     else:
@@ -261,21 +299,31 @@ def inspect(
 @click.option("--prototxt", type=PATH, required=True, help="The network's layers.")
 @click.option("--weights", type=PATH, required=True, help="The network's blobs (caffemodel).")
 @click.option("--calibration", type=PATH, required=True, help="LMDB, image folder or list file.")
+@SHAPE
 @CAFFE_PROTO
+@STATE[0]
+@STATE[1]
 @click.option("--config", "-c", "path", type=PATH, help="The YAML file to write (default: NAME.yaml).")
 @click.option("--force", is_flag=True, help="Overwrite it.")
 def init(
     prototxt: Path,
     weights: Path,
     calibration: Path,
+    shapes: Any,
     caffe_proto: Path | None,
+    stages: tuple[str, ...],
+    level: int,
     path: Path | None,
     force: bool,
 ) -> None:
     """Write a commented configuration for a network; guesses are said, nothing is asked."""
     from quantize.commands.init import write_initial
+    from quantize.settings import ModelFiles
 
-    written, guesses = write_initial(prototxt, weights, calibration, path, force, caffe_proto)
+    model = ModelFiles(
+        prototxt=prototxt, weights=weights, caffe_proto=caffe_proto, stages=list(stages), level=level
+    )
+    written, guesses = write_initial(model, calibration, path, force, shapes)
     for guess in guesses:
         click.echo(f"guessed: {guess}")
     click.echo(f"wrote {written}; next: labelfree quantize --config {written}")

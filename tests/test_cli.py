@@ -341,7 +341,7 @@ def test_a_norm_whose_statistics_are_ignored_is_named(job: Job, labelfree: Label
         weights.write(file)
     line = "BatchNorm bn_left: the third blob is 0"
     inspected = labelfree("inspect", job.folder / "net.prototxt", path)
-    assert (inspected.code, inspected.out.count(line)) == (0, 1)
+    assert (inspected.code, inspected.err.count(line)) == (0, 1)
     assert (
         line in json.loads(labelfree("inspect", job.folder / "net.prototxt", path, "--json").out)["notes"][0]
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantize.arrays import FloatArray, Shape
+from quantize.caffenet.fork import foreign_field_text, foreign_fields
 from quantize.caffenet.phases import NAMESAKE, is_data_layer
 from quantize.caffenet.schema import LayerParameter, NetParameter
 from quantize.caffenet.shape_rules import LayerShapes, ShapeError, has_rule, layer_shapes
@@ -36,13 +37,16 @@ class Shapes:
 
 
 def known_part(net: NetParameter, inputs: Collection[str]) -> NetParameter:
-    """The layers of types that have a shape rule, fed by ``inputs`` and such layers only."""
+    """The layers that have a shape rule, fed by ``inputs`` and such layers only.
+
+    A layer with a field of a fork that may change what it computes has none, whatever its type.
+    """
     known = NetParameter()
     known.CopyFrom(net)
     del known.layer[:]
     made = set(inputs)
-    for layer in net.layer:
-        if has_rule(layer.type) and made.issuperset(layer.bottom):
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+        if has_rule(layer.type) and foreign is None and made.issuperset(layer.bottom):
             made.update(layer.top)
             known.layer.append(layer)
         else:
@@ -59,17 +63,22 @@ def infer_shapes(
         net: a filtered net, or a part of one.
         inputs: shapes, with the batch, of the blobs that come from outside; they win over what an Input layer
             or another data layer of the net says about its tops.
-        told: by layer name, what is known of layers whose types have no rule.
+        told: by layer name, what is known of layers that have no rule.
 
     Raises:
-        InputError: naming the layer: its type is unknown, its bottoms or parameters are impossible, or a blob
-            that it shares has another shape elsewhere.
+        InputError: naming the layer: its type is unknown, it has a field of a fork that may change what it
+            computes, its bottoms or parameters are impossible, or a blob that it shares has another shape
+            elsewhere.
     """
     shapes = Shapes(blobs={name: tuple(shape) for name, shape in inputs.items()})
-    for layer in net.layer:
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
         try:
-            unknown = told is not None and layer.name in told and not has_rule(layer.type)
-            result = told[layer.name] if told and unknown else _infer_layer(layer, shapes.blobs, inputs)
+            if told and layer.name in told and not (has_rule(layer.type) and foreign is None):
+                result = told[layer.name]
+            elif foreign is not None:
+                raise ShapeError(f"{foreign_field_text(foreign)}; or use engine: caffe with that fork")
+            else:
+                result = _infer_layer(layer, shapes.blobs, inputs)
             _check(layer, result)
         except ShapeError as error:
             raise InputError(f"layer {layer.name!r} ({layer.type}): {error}") from None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,12 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from quantize.arrays import FloatArray
+from quantize.caffenet.other_formats import FIRST_BYTES, is_text, not_but, other_format
 from quantize.caffenet.schema import LayerParameter, V1LayerParameter
+from quantize.caffenet.strings import to_bytes, to_text
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_v1_layer
 from quantize.errors import InputError, LabelfreeError
+from quantize.files import open_file
 
 MAX_BYTES = 2**31 - 1
 """The largest message that protobuf, and so Caffe, reads or writes."""
@@ -101,20 +103,18 @@ class Weights:
             InputError: the file cannot be read, or is damaged, truncated, not a caffemodel, or V0.
         """
         buffer = _read_file(path)
-        if bytes(buffer[:4]) == b"\x89HDF":
-            raise InputError(f"{path}: an HDF5 snapshot; give the .caffemodel (snapshot_format: BINARYPROTO)")
         weights = cls()
+        fault = "not a caffemodel, or one without layers"
         try:
             weights._scan(buffer)
         except _DamagedError as error:
-            raise InputError(
-                f"{path}: damaged or not a caffemodel: {error}; copy or download it again"
-            ) from None
+            fault = f"damaged or not a caffemodel: {error}; copy or download it again"
         except UnsupportedLayerError as error:
             raise InputError(f"{path}: {error}") from None
-        if not weights._layers:
-            raise InputError(f"{path}: not a caffemodel, or one without layers")
-        return weights
+        else:
+            if weights._layers:
+                return weights
+        raise InputError(f"{path}: {_no_caffemodel(bytes(buffer[:FIRST_BYTES])) or fault}")
 
     def copy(self) -> Weights:
         """A Weights that can be changed without changing this one; the arrays are shared."""
@@ -218,7 +218,7 @@ class Weights:
 
     def _pieces(self) -> Iterator[bytes | memoryview]:
         if self.name:
-            name = self.name.encode()
+            name = to_bytes(self.name)
             yield _header(_NET_NAME, len(name)) + name
         yield from self._rest
         for layer in self._layers:
@@ -236,7 +236,14 @@ class Weights:
 def _new_layer(new: LayerParameter, blobs: Iterable[npt.ArrayLike]) -> _Layer:
     bare = LayerParameter.FromString(new.SerializeToString())
     bare.ClearField("blobs")
-    return _Layer(new.name, (memoryview(bare.SerializeToString()),), _blobs(blobs))
+    return _Layer(new.name, (_named(bare, new.name),), _blobs(blobs))
+
+
+def _named(layer: LayerParameter, name: str) -> memoryview:
+    """The fields of a layer, with a name that need not be UTF-8 (see ``strings``)."""
+    layer.ClearField("name")
+    encoded = to_bytes(name)
+    return memoryview(_header(_LAYER_NAME, len(encoded)) + encoded + layer.SerializeToString())
 
 
 def _blobs(arrays: Iterable[npt.ArrayLike]) -> tuple[_Blob, ...]:
@@ -277,30 +284,33 @@ def _blob_pieces(blob: _Blob) -> list[memoryview]:
 
 def _read_file(path: str | Path) -> memoryview:
     """The whole file, read-only; its kind and size are checked before memory is taken."""
-    try:
-        # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path}: not a file; a caffemodel was expected")
-            if not status.st_size:
-                raise InputError(f"{path}: the file is empty; a caffemodel was expected")
-            if status.st_size > MAX_BYTES:
-                raise InputError(
-                    f"{path}: {status.st_size} bytes; Caffe's format ends at 2 GiB, so this is no caffemodel"
-                )
-            data = np.empty(status.st_size, np.uint8).data
-            done = 0
-            while done < len(data):
-                count = file.readinto(data[done:])
-                if not count:
-                    raise InputError(f"{path}: became shorter while it was read; let its writer finish first")
-                done += count
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the caffemodel: {error.strerror or error}") from None
-    except ValueError:
-        raise InputError(f"{str(path)!r}: not a path") from None
+    with open_file(path, "caffemodel") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            raise InputError(f"{path}: the file is empty; a caffemodel was expected")
+        if size > MAX_BYTES:
+            raise InputError(f"{path}: {size} bytes; Caffe's format ends at 2 GiB, so this is no caffemodel")
+        data = np.empty(size, np.uint8).data
+        done = 0
+        while done < len(data):
+            count = file.readinto(data[done:])
+            if not count:
+                raise InputError(f"{path}: became shorter while it was read; let its writer finish first")
+            done += count
     return data.toreadonly()
+
+
+def _no_caffemodel(start: bytes) -> str | None:
+    """What a file that is no caffemodel seems to be, by its first bytes."""
+    other = other_format(start)
+    if other is not None:
+        return not_but("a caffemodel", other)
+    if is_text(start):
+        return (
+            "text, not a caffemodel; if it is the net's prototxt, model.prototxt and model.weights have "
+            "changed places"
+        )
+    return None
 
 
 def _varint(buffer: memoryview, pos: int, end: int) -> tuple[int, int]:
@@ -351,10 +361,7 @@ def _field(buffer: memoryview, tag: int, end: int) -> _Field:
 
 def _text(buffer: memoryview, field: _Field) -> str:
     _expect(field, _BYTES)
-    try:
-        return str(buffer[field.start : field.end], "utf-8")
-    except UnicodeDecodeError:
-        raise _DamagedError(f"the name at byte {field.start} is not UTF-8") from None
+    return to_text(bytes(buffer[field.start : field.end]))
 
 
 def _expect(field: _Field, *wires: int) -> None:
@@ -414,9 +421,13 @@ def _read_v1_layer(buffer: memoryview, layer: _Field) -> _Layer:
         old = V1LayerParameter.FromString(b"".join(rest))
     except DecodeError:
         raise _DamagedError(f"layer {name!r} cannot be parsed") from None
+    old.ClearField("name")
     new = LayerParameter()
-    upgrade_v1_layer(old, new)
-    return _Layer(name, (memoryview(new.SerializeToString()),), blobs)
+    try:
+        upgrade_v1_layer(old, new)
+    except ValueError:  # strings that are not UTF-8; of a caffemodel Caffe reads no more than names and blobs
+        new = LayerParameter()
+    return _Layer(name, (_named(new, name),), blobs)
 
 
 def _read_blob(buffer: memoryview, blob: _Field) -> FloatArray:

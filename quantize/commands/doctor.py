@@ -27,13 +27,20 @@ from quantize.caffenet import (
     known_part,
     load_weights,
 )
+from quantize.data.feed import Feed
 from quantize.data.sources import open_source
-from quantize.data.transform import Transform
+from quantize.data.transform import Transform, shape_text
 from quantize.engines import engine_opener
 from quantize.engines.caffe.engine import Worker
 from quantize.errors import InputError, LabelfreeError
 from quantize.host import available_threads
-from quantize.job.feeds import effective_transform, image_shape, read_model_prototxt
+from quantize.job.feeds import (
+    calibration_feed,
+    effective_transform,
+    input_shapes,
+    read_model_prototxt,
+    validation_feed,
+)
 from quantize.job.run import LIBRARIES
 from quantize.settings import CaffeProcess, Config
 
@@ -134,7 +141,7 @@ def _job(config: Config) -> Iterator[Check]:
         net = read_model_prototxt(config)
         test = InferenceNet.of(net)
         nets.append(net)
-        return f"{len(test.net.layer)} layers from {test.blob} to {test.scores}"
+        return f"{len(test.net.layer)} layers from {', '.join(test.inputs)} to {test.scores}"
 
     def weights() -> str:
         found = load_weights(config.model.weights, nets[0])
@@ -142,21 +149,23 @@ def _job(config: Config) -> Iterator[Check]:
         doubtful = doubtful_norms(test.net, found)
         if doubtful:
             raise InputError("; ".join(doubtful))
-        shape = image_shape(config, nets[0])
-        if shape is None:
+        one = {blob: (1, *shape) for blob, shape in input_shapes(config, nets[0]).items()}
+        if not one:
             return f"{len(found.layers())} layers (not checked against the net: the image shape is unknown)"
-        known = known_part(test.net, [test.blob])
-        check_weights(known, found, infer_shapes(known, {test.blob: (1, *shape)}))
+        known = known_part(test.net, one)
+        check_weights(known, found, infer_shapes(known, one))
         return f"{len(found.layers())} layers, they fit the net"
 
     yield _attempt("model.prototxt", prototxt)
     if nets:
         yield _attempt("model.weights", weights)
         yield _attempt("transform", lambda: _transform(effective_transform(nets[0], TRAIN, config)))
-    for name in ("calibration", "validation"):
+    for name, feed in (("calibration", calibration_feed), ("validation", validation_feed)):
         given = getattr(config.data, name)
-        if given is not None:
+        if given is not None and given.source is not None:
             yield _attempt(f"data.{name}", partial(_source, given.source))
+        if given is not None and nets and (given.inputs or len(InferenceNet.of(nets[0]).inputs) > 1):
+            yield _attempt(f"data.{name}.inputs", partial(_fed, feed, config, nets[0]))
     yield _output(config.output)
 
 
@@ -165,6 +174,13 @@ def _transform(transform: Transform) -> str:
     chosen = {field.name: getattr(transform, field.name) for field in fields(transform)}
     shown = [f"{key} {value}" for key, value in chosen.items() if value != getattr(Transform(), key)]
     return ", ".join(shown) or "none: pixels as they are"
+
+
+def _fed(opener: Callable[[Config, NetParameter, int], Feed], config: Config, net: NetParameter) -> str:
+    """The shapes of all inputs, and one value of each."""
+    feed = opener(config, net, 1)
+    next(feed.batches(1))
+    return ", ".join(f"{blob} {shape_text(shape) or 'one number'}" for blob, shape in feed.shapes.items())
 
 
 def _source(path: Path) -> str:

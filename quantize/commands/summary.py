@@ -103,9 +103,10 @@ def _caffe_test(record: RunRecord, config: Config) -> list[str]:
     from quantize.job.output import Files
     from quantize.job.prototxts import validation_lmdb
 
-    if config.data.validation is None or validation_lmdb(config) is None:
+    lmdb = validation_lmdb(config)
+    if config.data.validation is None or lmdb is None:
         return []
-    source = open_source(config.data.validation.source)
+    source = open_source(lmdb)
     images = len(source)
     source.close()
     files = Files.of(config.name)

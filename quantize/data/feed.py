@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from quantize.arrays import FloatArray, Labels, Shape
 from quantize.data.loader import Images
+from quantize.data.values import Values
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class Feed:
     """The values of all inputs of a net, image by image.
 
     Attributes:
-        inputs: by input blob what goes into it; all hold as many images.
+        inputs: by input blob what goes into it: values for as many images, or a constant for all.
         seed: of what is chosen at random of each image.
     """
 
-    inputs: Mapping[str, Images]
+    inputs: Mapping[str, Images | Values]
     seed: int = 0
 
     @property
@@ -45,7 +46,7 @@ class Feed:
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return len(next(iter(self.inputs.values())))
+        return min(map(len, self.inputs.values()))
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Images ``start <= i < stop`` in order, ``size`` at a time; the last batch may be smaller.

@@ -17,10 +17,13 @@ from quantize.caffenet import Datum
 from quantize.data.decode import decode
 from quantize.data.lmdb_file import LmdbFile, is_lmdb_file
 from quantize.errors import InputError
+from quantize.files import read_file
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".ppm", ".pgm", ".pnm"})
 HDF5_SUFFIXES = frozenset({".h5", ".hdf5"})
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+MAX_LIST_BYTES = 256 << 20
+MAX_IMAGE_BYTES = 1 << 30
 LABEL = re.compile(r"[+-]?[0-9]{1,18}")
 INT32 = np.iinfo(np.int32)
 MAKE_LMDB = "make an LMDB from the images with `labelfree make-lmdb IMAGES LMDB`"
@@ -182,11 +185,11 @@ class FileSource(Source):
         """Read and decode file ``index``; see Source.read."""
         file = self._files[index]
         try:
-            with open(file.path, "rb") as stream:
-                data = stream.read()
+            data = read_file(file.path, "image", MAX_IMAGE_BYTES)
+        except InputError as error:
+            raise InputError(f"{file.origin}{error}") from None
+        try:
             pixels = decode(data, color is not False)
-        except OSError as error:
-            raise InputError(f"{file.origin}{printable(file.path)}: {error.strerror}") from error
         except InputError as error:
             raise InputError(f"{file.origin}{printable(file.path)}: {error}") from error
         return Image(pixels, file.label)
@@ -293,6 +296,8 @@ def _open_file(path: Path) -> Source:
 
 def _read_list(path: Path) -> Iterator[ImageFile]:
     """Read the lines ``path [label]``; the last field is the label if it is a whole number."""
+    if path.stat().st_size > MAX_LIST_BYTES:
+        raise InputError(f"{path}: larger than {MAX_LIST_BYTES >> 20} MiB; is this a list of images?")
     folder = path.parent
     empty = True
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:

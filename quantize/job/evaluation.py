@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights, load_weights, read_prototxt
+from quantize.caffenet import InferenceNet, NetParameter, Weights, load_weights, read_prototxt, schema_of
 from quantize.engines import engine_opener
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError, LabelfreeError
@@ -123,6 +123,6 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
         found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.scores)
         weights = Weights.read(renormed)
-    final = InferenceNet.of(read_prototxt(prototxt))
+    final = InferenceNet.of(read_prototxt(prototxt, schema_of(net)))
     found["quantized"] = Candidate(final.net, weights, final.scores)
     return found

@@ -14,8 +14,10 @@ from pydantic import BaseModel, JsonValue
 from quantize import __version__
 from quantize.caffenet import TEST, TRAIN, NetParameter
 from quantize.errors import InputError
+from quantize.files import open_file
 from quantize.host import available_threads
 from quantize.job.feeds import effective_transform
+from quantize.job.inputs import image_input
 from quantize.job.output import Files
 from quantize.record import STAGES, Dependencies, StageName
 from quantize.settings import Config
@@ -53,10 +55,13 @@ ACTIVATIONS: Mapping[StageName, When] = {"activations": ALWAYS}
 WITH_IMAGES: Mapping[StageName, When] = {**EVERY, "weights": DATA_AWARE_OR_BUDGET}
 
 STAGE_BEFORE = "the stage before"
+IMAGES_INPUT = "the images' input"
 READ: Mapping[str, Mapping[StageName, When]] = {
     "version": EVERY,
     "model.prototxt": EVERY,
     "model.caffe_proto": EVERY,
+    "model.stages": EVERY,
+    "model.level": EVERY,
     "model.weights": {"weights": ALWAYS, "renorm": PAIRED},
     STAGE_BEFORE: {"renorm": ALWAYS, "activations": ALWAYS},
     "weights.bits": WEIGHTS,
@@ -75,7 +80,9 @@ READ: Mapping[str, Mapping[StageName, When]] = {
     "activations.images": ACTIVATIONS,
     "activations.solver": ACTIVATIONS,
     "data.calibration": WITH_IMAGES,
+    IMAGES_INPUT: WITH_IMAGES,
     "data.transform": WITH_IMAGES,
+    "data.input_shape": WITH_IMAGES,
     "data.seed": WITH_IMAGES,
     "engine": WITH_IMAGES,
     "caffe": WITH_IMAGES,
@@ -83,6 +90,7 @@ READ: Mapping[str, Mapping[StageName, When]] = {
 }
 """Settings and files, and which stage's result depends on them. Memory and threads are among them because
 they decide in which order sums are added up: they change the last digits."""
+MODEL_FILES = ("model.prototxt", "model.caffe_proto", "model.weights")
 READ_BY_NO_STAGE = ("name", "output", "data.validation")
 
 
@@ -136,12 +144,14 @@ def _value(
 ) -> JsonValue:
     if what == "version":
         return __version__
-    if what.startswith("model."):
+    if what in MODEL_FILES:
         return inputs.get(what.removeprefix("model."))
     if what == STAGE_BEFORE:
         files = Files.of(config.name)
         path = config.output / (files.quantized if stage == "renorm" else files.renorm)
         return sha256(path) if path.exists() else None
+    if what == IMAGES_INPUT:
+        return image_input(config, net)
     setting: object = reduce(getattr, what.split("."), config)
     if what == "data.calibration":
         return {"setting": _json(setting), "files": _fingerprint(config)}
@@ -163,6 +173,8 @@ def _json(setting: object) -> JsonValue:
         return dumped
     if isinstance(setting, dict):
         return {key: _json(value) for key, value in setting.items()}
+    if isinstance(setting, list):
+        return [_json(value) for value in setting]
     assert setting is None or isinstance(setting, str | int | float)
     return setting
 
@@ -177,9 +189,10 @@ def _fingerprint(config: Config) -> JsonValue:
     """A hash of what identifies the calibration images: names, sizes and times of their files."""
     if config.data.calibration is None:
         return None
-    source = config.data.calibration.source
+    calibration = config.data.calibration
+    paths = [path for path in (calibration.source, *calibration.inputs.values()) if isinstance(path, Path)]
     try:
-        entries = list(_identities(source))
+        entries = [entry for path in paths for entry in _identities(path)]
     except OSError as error:
         raise InputError(f"{error.filename}: cannot read: {error.strerror}; check the path") from error
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
@@ -199,10 +212,7 @@ def sha256(path: Path) -> str:
         InputError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(READ_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}; check the path") from error
+    with open_file(path, "file") as file:
+        while block := file.read(READ_BLOCK):
+            digest.update(block)
     return digest.hexdigest()

@@ -38,12 +38,13 @@ from quantize.caffenet import (
     load_weights,
     owners,
 )
+from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.host import peak_memory, reset_peak_memory, using_threads
 from quantize.job.evaluation import measure_outputs
-from quantize.job.feeds import calibration_feed, image_shape, read_model_prototxt
+from quantize.job.feeds import calibration_feed, input_shapes, read_model_prototxt
 from quantize.job.output import Files, OutputFolder
 from quantize.job.prototxts import deploy_prototxt, validation_prototxt
 from quantize.job.resume import changes, dependencies, model_hashes, sha256
@@ -202,6 +203,8 @@ class Run:
         self._check(weights)
         settings = self.config.weights
         chosen = choices(test.net, settings)
+        if not chosen:
+            self.progress.note("weights: weights.layers skips every layer; no weights are quantized")
         check_kernels(filter_net(self.net, TEST), weights, chosen)
         kept = unquantizable(test.net)
         doubtful = doubtful_norms(test.net, weights)
@@ -253,7 +256,9 @@ class Run:
         found = activations_quan(net, weights, feed, self.config.activations, self.open_engine, self.progress)
         kept = [layer.name for layer in net.layer if layer.type == "ReLU"]
         for name in sorted(set(kept) - set(plain_relus(net))):
-            self.progress.note(f"activations: {name} is left alone: it has a negative slope")
+            self.progress.note(
+                f"activations: {name} is left alone: it has a negative slope or a field of a fork"
+            )
         if not found:
             self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
         for activation in (a for a in found if a.dead):
@@ -279,12 +284,10 @@ class Run:
         return calibration_feed(self.config, self.net, self.config.activations.images, self.progress)
 
     def _check(self, weights: Weights) -> None:
-        """Check the blobs against the layers, as far as the shapes of images and layers are known."""
-        shape = image_shape(self.config, self.net)
-        if shape is not None:
-            test = InferenceNet.of(self.net)
-            known = known_part(test.net, [test.blob])
-            check_weights(known, weights, infer_shapes(known, {test.blob: (1, *shape)}))
+        """Check the blobs against the layers, as far as the shapes of inputs and layers are known."""
+        one = {blob: (1, *shape) for blob, shape in input_shapes(self.config, self.net).items()}
+        known = known_part(InferenceNet.of(self.net).net, one)
+        check_weights(known, weights, infer_shapes(known, one))
 
     def _write_weights(self, name: str, weights: Weights) -> dict[str, str]:
         """Write a caffemodel; its name and hash."""
@@ -304,7 +307,9 @@ class Run:
                 f"{path}: the result of the stage before this one is not there; run `labelfree quantize`, "
                 f"or with `--stages {stage},...`"
             )
-        if self.record.inputs != self.inputs:
+        before = self.record.settings.model
+        state = (self.config.model.stages, self.config.model.level)
+        if self.record.inputs != self.inputs or (before.stages, before.level) != state:
             raise InputError(
                 f"{path}: made from another model.prototxt or model.weights; run the weights stage again"
             )
@@ -400,11 +405,13 @@ class Run:
         net = with_alpha_terms(self.net, weights)
         if stages.activations is not None:
             net = with_act_quantize(net, stages.activations.layers)
-        shape = image_shape(self.config, self.net)
-        nets = {self.files.val: validation_prototxt(net, self.config, shape)}
-        if shape is not None:
-            nets[self.files.deploy] = deploy_prototxt(net, shape)
-        return {name: format_prototxt(content).encode() for name, content in nets.items()}
+        shapes = input_shapes(self.config, self.net)
+        nets = {self.files.val: validation_prototxt(net, self.config, shapes)}
+        if shapes.keys() >= set(InferenceNet.of(net).inputs):
+            nets[self.files.deploy] = deploy_prototxt(net, shapes)
+        else:
+            self.progress.note(f"{self.files.deploy} needs the images' shape: give data.input_shape")
+        return {name: to_bytes(format_prototxt(content)) for name, content in nets.items()}
 
     def _write_prototxts(self, prototxts: Mapping[str, bytes]) -> dict[str, str]:
         """Write them; their names and hashes."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantize.caffenet import InferenceNet, NetParameter, Weights, load_weights
 from quantize.errors import InputError
+from quantize.files import read_file
 from quantize.job.output import Files, OutputFolder
 from quantize.progress import Progress
 from quantize.record import RunRecord
@@ -14,6 +15,7 @@ from quantize.settings import Config
 
 REPORT = "report.json"
 PAGE = "report.html"
+MAX_REPORT_BYTES = 64 << 20
 
 
 def read_record(output: Path) -> RunRecord:
@@ -23,11 +25,11 @@ def read_record(output: Path) -> RunRecord:
         InputError: there is none, or it is not one of ours.
     """
     path = output / REPORT
+    if not path.exists():
+        raise InputError(f"{output}: nothing quantized here yet; run `labelfree quantize` first")
     try:
-        return RunRecord.parse(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"{output}: nothing quantized here yet; run `labelfree quantize` first") from error
-    except (OSError, ValueError) as error:
+        return RunRecord.parse(read_file(path, "report", MAX_REPORT_BYTES))
+    except ValueError as error:
         raise InputError(f"{path}: {error}; run `labelfree quantize` again") from error
 
 
@@ -35,10 +37,10 @@ def previous_record(output: Path, name: str, progress: Progress) -> RunRecord | 
     """The record of an earlier run called ``name``; None where there is none that can be used."""
     path = output / REPORT
     try:
-        previous = RunRecord.parse(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
+        if not path.exists():
+            return None
+        previous = RunRecord.parse(read_file(path, "report", MAX_REPORT_BYTES))
+    except (InputError, ValueError) as error:
         progress.note(f"{path}: not usable ({error}); nothing is taken over from it")
         return None
     return previous if previous.name == name else None

@@ -16,7 +16,7 @@ from itertools import cycle
 import numpy as np
 
 from quantize.arrays import FLOAT_BYTES
-from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
+from quantize.caffenet import LayerParameter, NetParameter, Weights, foreign_fields, single_assignment
 from quantize.data.feed import Batch, Feed
 from quantize.engines.base import OpenEngine, RangeResult
 from quantize.host import available_threads, pool
@@ -38,8 +38,15 @@ MICRO_BATCH_BYTES = 96 << 20
 
 
 def plain_relus(net: NetParameter) -> list[str]:
-    """Names of the ReLU layers of an inference net that can be quantized: those without a negative slope."""
-    return [layer.name for layer in net.layer if layer.type == "ReLU" and not layer.relu_param.negative_slope]
+    """Names of the ReLU layers of an inference net that can be quantized.
+
+    Those are the ones without a negative slope and without a field of a fork that may change the results.
+    """
+    return [
+        layer.name
+        for layer, foreign in zip(net.layer, foreign_fields(net), strict=True)
+        if layer.type == "ReLU" and not layer.relu_param.negative_slope and foreign is None
+    ]
 
 
 def activations_quan(

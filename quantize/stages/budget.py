@@ -22,6 +22,7 @@ from quantize.caffenet import (
     LayerParameter,
     NetParameter,
     Weights,
+    empty_like,
     layer_index,
     live_blobs,
     needed_layers,
@@ -242,7 +243,7 @@ def sensitivities(
 def _part_for(net: NetParameter, scores: str) -> tuple[NetParameter, str]:
     """The layers that the scores depend on, every blob name assigned once, and the scores' name there."""
     check_scores(net, scores)
-    part = NetParameter()
+    part = empty_like(net)
     part.layer.extend(needed_layers(net.layer, [scores]))
     flat = single_assignment(part)
     return flat, flat.layer[-1].top[list(part.layer[-1].top).index(scores)]

@@ -22,6 +22,8 @@ from quantize.caffenet import (
     NetParameter,
     Weights,
     check_weights,
+    foreign_field_text,
+    foreign_fields,
     infer_shapes,
     known_part,
     needed_layers,
@@ -29,7 +31,7 @@ from quantize.caffenet import (
 )
 from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine
-from quantize.errors import LabelfreeError
+from quantize.errors import InputError, LabelfreeError
 from quantize.numerics.moments import Moments
 from quantize.progress import SILENT, Progress
 from quantize.record import BatchNormShift
@@ -81,11 +83,14 @@ def renorm(
         order. A net without BatchNorm is returned as it came.
 
     Raises:
-        InputError: a blob is missing or has the wrong shape.
+        InputError: a blob is missing or has the wrong shape, or a BatchNorm has a field of a fork.
         LabelfreeError: a statistic is not finite.
     """
     if not any(layer.type == "BatchNorm" for layer in net.layer):
         return weights, []
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+        if layer.type == "BatchNorm" and foreign is not None:
+            raise InputError(f"layer {layer.name!r} ({layer.type}): {foreign_field_text(foreign)}")
     known = known_part(net, feed.shapes)
     check_weights(
         known, weights, infer_shapes(known, {name: (1, *shape) for name, shape in feed.shapes.items()})

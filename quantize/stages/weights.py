@@ -16,7 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from quantize.arrays import FloatArray
-from quantize.caffenet import BlobId, LayerParameter, NetParameter, Weights, all_finite, sharers
+from quantize.caffenet import (
+    BlobId,
+    LayerParameter,
+    NetParameter,
+    Weights,
+    all_finite,
+    foreign_field_text,
+    foreign_fields,
+    sharers,
+)
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.errors import InputError
 from quantize.numerics.decibels import decibels
@@ -43,7 +52,8 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
 
     Raises:
         InputError: an override names a layer that is not there or has no weights to quantize, layers with the
-            same weights have different overrides, or the net has been quantized already.
+            same weights have different overrides, a layer to quantize has a field of a fork, which may
+            compute something else of its weights, or the net has been quantized already.
     """
     names, left_out = _names(net), unquantizable(net)
     for name in settings.layers:
@@ -68,6 +78,12 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
         override = _override(users, settings)
         if override is None or not override.skip:
             found[name] = override or (settings if name in free else settings.first_last)
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+        if layer.name in found and foreign is not None:
+            raise InputError(
+                f"layer {layer.name!r} ({layer.type}): {foreign_field_text(foreign)}; or leave the layer's "
+                f"weights alone (weights.layers: {{{layer.name}: {{skip: true}}}})"
+            )
     return found
 
 
@@ -199,6 +215,8 @@ def weights_quan(
         The new net, its blobs (everything else carried over untouched), and what was done per layer.
     """
     weights = weights.copy()
+    if not chosen:
+        return with_alpha_terms(net, weights), weights, []
     progress.start("weights", sum(weights[name][0].size for name in chosen))
     aware: dict[str, DataAwareFit] = {}
     if solver == "data_aware":

@@ -93,6 +93,7 @@ def caffe_run(caffe_root: Path) -> CaffeRun:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=600,
             )
         finally:

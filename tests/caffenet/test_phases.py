@@ -6,11 +6,12 @@ from google.protobuf import text_format
 from quantize.caffenet import (
     TEST,
     TRAIN,
+    InferenceNet,
     NetParameter,
     check_net,
-    data_blobs,
     filter_net,
     inference_net,
+    input_blobs,
     scores_blob,
 )
 from quantize.errors import InputError
@@ -125,7 +126,7 @@ CLASSIFIER = """
 
 def test_inference_net_of_a_classifier():
     net = net_of(CLASSIFIER)
-    part = inference_net(net, data_blobs(net)[:1])
+    part = inference_net(net, input_blobs(net))
     assert names(part) == ["conv", "relu", "aux", "fc"]
     assert len(net.layer) == 10
 
@@ -147,7 +148,7 @@ def test_inference_net_keeps_parameters_and_drops_losses_of_the_images_themselve
         layer { name: "loss" type: "EuclideanLoss" bottom: "add" bottom: "data" top: "loss" }
     """)
     assert names(inference_net(net, ["data"])) == ["w", "add"]
-    assert data_blobs(net) == ["data"]
+    assert input_blobs(net) == ("data",)
     assert scores_blob(net) == "add"
 
 
@@ -160,25 +161,25 @@ def test_dummy_data_beside_the_images_stays_and_is_not_taken_for_them():
         layer { name: "loss" type: "SoftmaxWithLoss" bottom: "sum" bottom: "label" top: "loss" }
         """
     )
-    assert data_blobs(net) == ["data", "dummy", "label"]
+    assert input_blobs(net) == ("data",)
     assert names(inference_net(net, ["data"])) == ["dummy", "sum"]
     only = net_of(
         'layer { name: "d" type: "DummyData" top: "d" } layer { name: "r" type: "ReLU" bottom: "d" top: "r" }'
     )
-    assert data_blobs(only) == ["d"]
+    assert input_blobs(only) == ("d",)
     assert names(inference_net(only, ["d"])) == ["r"]
 
 
-def test_data_blobs_puts_images_first():
-    assert data_blobs(net_of(CLASSIFIER)) == ["data", "label"]
+def test_labels_and_what_nobody_reads_are_no_inputs():
+    assert input_blobs(net_of(CLASSIFIER)) == ("data",)
     labels_first = net_of("""
         layer { name: "l" type: "Data" top: "label" }
         layer { name: "d" type: "HDF5Data" top: "data" top: "unused" }
         layer { name: "fc" type: "InnerProduct" bottom: "data" top: "fc" }
         layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc" bottom: "label" top: "loss" }
     """)
-    assert data_blobs(labels_first) == ["data", "label", "unused"]
-    assert data_blobs(net_of('layer { name: "i" type: "Input" top: "a" top: "b" }')) == ["a", "b"]
+    assert input_blobs(labels_first) == ("data",)
+    assert input_blobs(net_of('layer { name: "i" type: "Input" top: "a" top: "b" }')) == ()
 
 
 def test_scores_are_what_the_last_accuracy_reads():
@@ -211,3 +212,21 @@ def test_scores_without_accuracy(tail, expected):
 def test_scores_of_nothing():
     with pytest.raises(InputError, match="no scores"):
         scores_blob(net_of('layer { name: "s" type: "Silence" bottom: "x" }'))
+
+
+def test_a_net_without_input_is_told_how_to_get_one():
+    layers = 'layer { name: "conv" type: "Convolution" bottom: "data" top: "conv" }'
+    trained = 'layer { name: "d" type: "Data" top: "data" include { phase: TRAIN } }'
+    table = 'layer { name: "p" type: "Parameter" top: "p" }'
+    for text in (layers, trained + layers, table):
+        with pytest.raises(
+            InputError, match=r'no input in this phase: put layer { name: "data" type: "Input"'
+        ):
+            InferenceNet.of(net_of(text))
+
+
+def test_a_misspelt_bottom():
+    relu = 'layer { name: "r" type: "ReLU" bottom: "dat" top: "r" }'
+    text = f'layer {{ name: "d" type: "Input" top: "data" }} {relu}'
+    with pytest.raises(InputError, match=r"reads 'dat', which no layer before it makes; did you mean data\?"):
+        filter_net(net_of(text), TEST)

@@ -13,7 +13,7 @@ from quantize.caffenet import read_prototxt
 from quantize.data.sources import open_source
 from quantize.job.evaluation import evaluate_run
 from quantize.job.feeds import read_model_prototxt
-from quantize.job.resume import READ, READ_BY_NO_STAGE, STAGE_BEFORE, dependencies, model_hashes
+from quantize.job.resume import IMAGES_INPUT, READ, READ_BY_NO_STAGE, STAGE_BEFORE, dependencies, model_hashes
 from quantize.job.run import Run
 from quantize.progress import Progress
 from quantize.record import STAGES, StageName
@@ -44,7 +44,7 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def test_the_table_knows_every_setting() -> None:
     """Whoever adds a setting has to say which stage reads it."""
-    assert set(keys(Config)) == {*READ, *READ_BY_NO_STAGE} - {"version", STAGE_BEFORE}
+    assert set(keys(Config)) == {*READ, *READ_BY_NO_STAGE} - {"version", STAGE_BEFORE, IMAGES_INPUT}
 
 
 def read_settings(config: Config, monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> set[str]:
@@ -83,6 +83,8 @@ OF_NO_CONSEQUENCE = (
     "engine",  # asked for when the run is made
     "caffe",
     "threads",
+    "data.validation",  # its inputs' names only, which say into which input images go: `IMAGES_INPUT`
+    "data.validation.inputs",
 )
 
 
