@@ -123,6 +123,16 @@ def read_config(given: dict[str, Any]) -> Config:
     return load(given["path"], options, given["assignments"])
 
 
+def read_config_of_results(given: dict[str, Any]) -> Config:
+    """`read_config`; without a YAML file the transform is the one that `quantize` chose."""
+    config = read_config(given)
+    if given["path"] is not None:
+        return config
+    from quantize.job.transforms import with_reported_transform
+
+    return with_reported_transform(config)
+
+
 @contextmanager
 def showing_progress() -> Iterator[Progress]:
     """Bars on a terminal, lines elsewhere, nothing with --quiet."""
@@ -147,7 +157,7 @@ def run_stages(
     from quantize.job.run import Run
 
     with showing_progress() as progress:
-        record = Run(config, progress).quantize(stages, resume, force)
+        record = Run(config, progress, given["path"] is None).quantize(stages, resume, force)
     if as_json:
         click.echo(record.to_json())
         return
@@ -229,7 +239,7 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
     Without validation images these are calibration images that no stage has used, where there are any. The
     result is added to report.json and report.html.
     """
-    config = read_config(given)
+    config = read_config_of_results(given)
     from quantize.commands.summary import evaluation_table
     from quantize.job.evaluation import evaluate_run
 
@@ -248,7 +258,7 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
 @click.option("--images", type=click.IntRange(1), help="For --evaluate: the first so many (default: all).")
 def report(evaluating: bool, images: int | None, **given: Any) -> None:
     """Write report.html again from what is in the output folder."""
-    config = read_config(given)
+    config = read_config_of_results(given)
     from quantize.job.evaluation import evaluate_run, report_run
 
     if evaluating:
@@ -365,9 +375,9 @@ def doctor(**given: Any) -> None:
 
     process = config.caffe if config is not None and config.engine == "caffe" else None
     well = True
-    for check in examine(config, process):
-        well = well and check.well
-        click.echo(f"{'ok  ' if check.well else 'FAIL'}  {check.what:<24} {check.seen}")
+    for check in examine(config, process, given["path"] is None):
+        well = well and check.state != "FAIL"
+        click.echo(f"{check.state:<4}  {check.what:<24} {check.seen}")
     if not well:
         sys.exit(1)
 

@@ -93,6 +93,7 @@ class BatchNormShift:
         values: values per channel that were measured.
         mean_shift: root mean square over channels of (new mean - old mean) / old standard deviation.
         variance_ratio: geometric mean over channels of new variance / old variance.
+        dead: number of channels that have one value for all images.
     """
 
     name: str
@@ -100,6 +101,7 @@ class BatchNormShift:
     values: int
     mean_shift: float
     variance_ratio: float
+    dead: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,49 @@ class QuantizedActivation:
 
 
 # ---- What is measured on the nets ----
+
+
+@dataclass(frozen=True)
+class TransformFit:
+    """How what the first BatchNorms see with one transform compares with what they stored in training.
+
+    Attributes:
+        transform: in words.
+        mean_shift: root mean square over channels of (mean - stored mean) / stored deviation.
+        variance_ratio: geometric mean over channels of variance / stored variance.
+        misfit: mean over channels of the Kullback-Leibler divergence of the stored normal distribution from
+            the one seen, in nats; 0: the same.
+    """
+
+    transform: str
+    mean_shift: float
+    variance_ratio: float
+    misfit: float
+
+
+@dataclass(frozen=True)
+class TransformRecord:
+    """What the transform check found.
+
+    Attributes:
+        chosen: which transform was chosen, and why; None where the user or the prototxt says it.
+        layers: the BatchNorms looked at.
+        images: how many images were looked at; 0 where nothing could be checked.
+        given: the transform in question; None where nothing could be checked.
+        tried: other transforms.
+        doubtful: whether the given transform is probably not the one of training.
+        finding: all that, in a sentence.
+        remedy: what to do where it is doubtful, else empty.
+    """
+
+    chosen: str | None
+    layers: list[str]
+    images: int
+    given: TransformFit | None
+    tried: list[TransformFit]
+    doubtful: bool
+    finding: str
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -305,6 +350,7 @@ class RunRecord(Part):
         versions: of Python and the libraries.
         settings: what the stages were run with.
         inputs: sha256 of the model's files.
+        transform: what was found about it before the first stage.
         stages: what each has found.
         prototxts: sha256 of the prototxts, by name.
         sizes: of the model.
@@ -321,6 +367,7 @@ class RunRecord(Part):
     stages: Stages
     prototxts: dict[str, str]
     sizes: Sizes
+    transform: TransformRecord | None = None
     output_sqnr: OutputSqnr | None = None
     evaluation: Evaluation | None = None
 

@@ -97,6 +97,10 @@ InputValues = Annotated[float | list[Any] | Path, BeforeValidator(parse_values)]
 """What goes into an input that takes no images (`data.values.open_values`)."""
 InputShapes = Annotated[list[int] | dict[str, list[int]] | None, BeforeValidator(parse_shapes)]
 GridName = Literal["power_of_two", "fixed_point", "uniform"]
+MEASURED_IMAGES = 1000
+"""What statistics of the images' own take: their noise is all theirs (docs/accuracy.md)."""
+PUBLISHED_IMAGES = 400
+"""What the paper's authors took for the steps of activations."""
 StatisticsName = Literal["paired", "measured"]
 GRID_BITS = {"power_of_two": (2, 5), "fixed_point": (2, 8), "uniform": (2, 8)}
 
@@ -246,7 +250,7 @@ class WeightSettings(GridChoice):
         description="data_aware: what changes each layer's output least on the calibration images; "
         "optimal: the least error of the weights; reference: the paper's iteration",
     )
-    images: Whole = Field(1000, ge=1, description="calibration images, for solver data_aware")
+    images: Whole = Field(1000, ge=1, description="calibration images, for solver data_aware and for budget")
     first_last: GridChoice = Field(
         GridChoice(bits=8, grid="fixed_point"), description="for the first and the last quantized layer"
     )
@@ -297,12 +301,21 @@ class RenormSettings(Section):
         description="paired: relative to full precision on the same images; measured: the images' own, as "
         "in the paper, and the default where weights.solver is reference",
     )
-    images: Whole = Field(1000, ge=1, description="calibration images")
+    images: Whole = Field(
+        64, ge=1, description=f"calibration images; {MEASURED_IMAGES:,} where statistics are measured"
+    )
     augment: Literal["train", "test"] = Field(
         "train",
         description="train: random crop and mirror as the TRAIN transform says, seeded; test: centre crop",
     )
     memory: Bytes = Field(2 << 30, validate_default=False, description="bound on what the sweep keeps")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _measured_takes_more_images(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("statistics") == "measured":
+            return {"images": MEASURED_IMAGES, **values}
+        return values
 
 
 class ActivationSettings(Section):
@@ -312,8 +325,17 @@ class ActivationSettings(Section):
     levels: Whole | None = Field(
         None, ge=1, le=255, description="the largest code, instead of bits; 255: full byte"
     )
-    images: Whole = Field(400, ge=1, description="calibration images")
+    images: Whole = Field(
+        64, ge=1, description=f"calibration images; {PUBLISHED_IMAGES} with solver reference"
+    )
     solver: Literal["optimal", "reference"] = Field("optimal", description="reference: the paper's iteration")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_takes_more_images(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("solver") == "reference":
+            return {"images": PUBLISHED_IMAGES, **values}
+        return values
 
     @property
     def largest_code(self) -> int:

@@ -127,6 +127,16 @@ def renamed_layer(job: Job) -> None:
 
 
 @mistake
+def one_name_twice(job: Job) -> None:
+    replace(job.folder / "net.prototxt", 'name: "right_b"', 'name: "right_a"')
+
+
+@mistake
+def quantized_before(job: Job) -> None:
+    Run(job.config()).quantize(("weights",))
+
+
+@mistake
 def diverged(job: Job) -> None:
     weights = Weights.read(job.folder / "net.caffemodel")
     weights.replace("fc1", [np.full_like(blob, np.nan) for blob in weights["fc1"]])

@@ -24,7 +24,7 @@ from quantize.caffenet.phases import (
     is_measure,
     scores_blob,
 )
-from quantize.caffenet.prototxt import format_prototxt, read_prototxt
+from quantize.caffenet.prototxt import format_prototxt, read_net, read_prototxt
 from quantize.caffenet.schema import (
     TEST,
     TRAIN,
@@ -99,6 +99,7 @@ __all__ = [
     "loaded",
     "needed_layers",
     "owners",
+    "read_net",
     "read_prototxt",
     "remove_layer",
     "replace_layer",

@@ -130,7 +130,7 @@ def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level:
             raise InputError(
                 f"{_where(net, layer)} has include and exclude rules; Caffe allows one kind only"
             )
-        if _exists(layer, phase, set(stages), level):
+        if exists(layer, phase, set(stages), level):
             kept.layer.add().CopyFrom(layer)
         else:
             left_out.append(layer)
@@ -138,7 +138,7 @@ def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level:
     return kept
 
 
-def name_apart(net: NetParameter, stages: Iterable[str] = (), level: int = 0) -> None:
+def name_apart(net: NetParameter) -> None:
     """Give every layer of a phase a name of its own, in place: "crop", "crop#2", "crop#3".
 
     Caffe allows one name for several layers. It looks for a layer of the net by each name in the caffemodel,
@@ -146,14 +146,10 @@ def name_apart(net: NetParameter, stages: Iterable[str] = (), level: int = 0) ->
     those behind it have no blobs, or share them. TRAIN-only layers give way.
 
     Args:
-        net: the net with all its phases.
-        stages: the stages that are set.
-        level: the level.
+        net: the net with all its phases, no stages set.
     """
-    given = set(stages)
     found = [
-        (layer, [phase for phase in (TEST, TRAIN) if _exists(layer, phase, given, level)])
-        for layer in net.layer
+        (layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase, set(), 0)]) for layer in net.layer
     ]
     taken = {layer.name for layer in net.layer}
     used: dict[int, set[str]] = {TEST: set(), TRAIN: set()}
@@ -320,7 +316,7 @@ def is_measure(layer: LayerParameter) -> bool:
 
 def data_layer(net: NetParameter, phase: int) -> LayerParameter | None:
     """The layer with a transform that feeds the net in a phase, if there is one."""
-    included = (layer for layer in net.layer if _exists(layer, phase, set(), 0))
+    included = (layer for layer in net.layer if exists(layer, phase, set(), 0))
     return next((layer for layer in included if layer.type in TRANSFORMING_TYPES), None)
 
 
@@ -391,7 +387,7 @@ def _hint(blob: str, left_out: Iterable[LayerParameter]) -> str:
     return ""
 
 
-def _exists(layer: LayerParameter, phase: int, stages: set[str], level: int) -> bool:
+def exists(layer: LayerParameter, phase: int, stages: set[str], level: int) -> bool:
     """Whether a layer is there in a state (``Net::FilterNet``)."""
     rules = layer.include or layer.exclude
     return not rules or any(_meets(rule, phase, stages, level) for rule in rules) == bool(layer.include)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from google.protobuf import text_format
 
-from quantize.caffenet.fork import Schema, fork_class, from_fork, schema_of
-from quantize.caffenet.phases import name_apart
+from quantize.caffenet.batch import free_batch
+from quantize.caffenet.fork import Schema, fork_class, from_fork, load_schema, schema_of
+from quantize.caffenet.phases import at_state, name_apart
 from quantize.caffenet.schema import NetParameter
 from quantize.caffenet.strings import to_text
 from quantize.caffenet.text_faults import explain, no_prototxt
@@ -20,6 +22,26 @@ MAX_PROTOTXT_BYTES = 16 << 20
 """A prototxt has no weights; the largest known are below 1 MiB."""
 
 _ESCAPES = re.compile(rb"\\(?:([23][0-7]{2})|[xX]([89a-fA-F][0-9a-fA-F])|.)", re.DOTALL)
+
+
+def read_net(
+    path: str | Path, caffe_proto: str | Path | None = None, stages: Sequence[str] = (), level: int = 0
+) -> NetParameter:
+    """Read the net of a model: one that has no stages and levels any more and takes batches of any size.
+
+    Args:
+        path: the prototxt.
+        caffe_proto: the schema of the fork of Caffe that it is for, if any.
+        stages: the stages that are set (see `at_state`).
+        level: the level.
+
+    Raises:
+        InputError: as `read_prototxt`, `load_schema` and `at_state`.
+    """
+    schema = None if caffe_proto is None else load_schema(caffe_proto)
+    net = at_state(read_prototxt(path, schema), stages, level)
+    free_batch(net)
+    return net
 
 
 def read_prototxt(path: str | Path, schema: Schema | None = None) -> NetParameter:

@@ -11,29 +11,27 @@ from pathlib import Path
 
 from quantize.arrays import Shape
 from quantize.caffenet import (
-    TEST,
     TRAIN,
     InferenceNet,
     NetParameter,
-    Weights,
-    at_state,
-    data_layer,
-    load_schema,
-    read_prototxt,
+    load_weights,
+    read_net,
 )
 from quantize.caffenet.phases import takes_images
-from quantize.data.sources import FileSource, open_source
+from quantize.data.sources import Source, open_source
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
-from quantize.job.feeds import RESIZE_PER_CROP
+from quantize.job.feeds import effective_transform, guessed_short_side
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.output import OutputFolder
-from quantize.settings import ModelFiles
+from quantize.job.transforms import ARITHMETIC, has_data_layer, with_chosen_transform, with_transform
+from quantize.settings import ActivationSettings, Config, ModelFiles, RenormSettings, TransformKeys
 
-IMAGENET_MEAN = [104, 117, 123]
-"""Blue, green, red: what most published Caffe networks subtract."""
 FILL_IN = "VALUES"
 """Stands where only the user knows what goes into an input."""
+MOST_IMAGES = 1000
+KEPT_SHARE = 5
+"""One image in so many is kept back for evaluate."""
 
 TEMPLATE = """\
 # {name}: written by `labelfree init`. Paths are relative to this file; ~ and $VARS expand.
@@ -42,7 +40,7 @@ model:
   prototxt: {prototxt}
   weights: {weights}{model}
 data:
-  calibration: {{source: {calibration}, images: {images}{inputs}}}  # unlabeled
+  calibration: {{source: {calibration}, images: {images}{inputs}}}  # unlabeled; {kept}
   # validation: {{source: /path/to/labeled_lmdb, batch_size: 50}}    # for evaluate and `caffe test`
 {transform}{shapes}
   seed: 0                             # of random crops and mirrors
@@ -53,12 +51,12 @@ weights:
   first_last: {{bits: 8, grid: fixed_point}}
   # layers: {{some_layer: {{bits: 8, grid: fixed_point}}, other_layer: {{skip: true}}}}
 renorm:
-  images: {images}
+  # images: {renorm_images}                        # the default; relative to full precision on the same ones
   augment: train                      # random crops and mirrors as in training; test: centre crops
   memory: 2GiB                        # bound on what the sweep keeps
 activations:
   bits: 8                             # codes 0..127; `levels: 255` uses the full byte
-  images: {activation_images}
+  # images: 400
 output: {output}
 """
 
@@ -102,14 +100,23 @@ def initial_config(
         guesses.append(
             f"images go into input {blob}; say in the file what goes into {names}, instead of {FILL_IN}"
         )
-    source = open_source(calibration)
-    count = len(source)
-    files = isinstance(source, FileSource)
-    source.close()
     name = re.sub(r"[^\w.+-]+", "_", net.name or model.prototxt.stem).strip("_.+-") or "net"
-    images = min(1000, count)
-    if count < 1000:
-        guesses.append(f"renorm uses all {count} images; about 1,000 are usual")
+    data = {"calibration": {"source": calibration}, "input_shape": shapes}
+    config = Config.model_validate({"name": name, "model": model, "data": data, "output": f"out/{name}"})
+    source = open_source(calibration)
+    try:
+        count = len(source)
+        keys = _geometry(net, config, source, told.get(blob), guesses)
+    finally:
+        source.close()
+    images = min(MOST_IMAGES, count - count // KEPT_SHARE)
+    kept = f"the other {count - images} are for evaluate" if count > images else "none are left for evaluate"
+    guesses.append(f"data.calibration.images {images}: {kept}")
+    config = with_transform(config, TransformKeys.model_validate(keys))
+    config, why = with_chosen_transform(config, net, load_weights(model.weights, net))
+    guesses.append(f"data.transform: {why}")
+    shown = json.dumps({**keys, **_arithmetic(config.data.transform)}).replace('"', "")
+    comment = "  # overrides of the prototxt's transform_param" if has_data_layer(net) else ""
     text = TEMPLATE.format(
         name=name,
         prototxt=_path(model.prototxt, folder),
@@ -119,11 +126,41 @@ def initial_config(
         shapes=f"\n  input_shape: {json.dumps(shapes)}" if shapes else "",
         calibration=_path(calibration, folder),
         images=images,
-        activation_images=min(400, count),
-        transform=_transform(net, told.get(blob), files, guesses),
+        kept=kept,
+        renorm_images=RenormSettings().images,
+        activation_images=min(ActivationSettings().images, images),
+        transform=f"  transform: {shown}{comment}",
         output=json.dumps(f"out/{name}"),
     )
     return Initial(name, text, guesses)
+
+
+def _geometry(
+    net: NetParameter, config: Config, source: Source, shape: Shape | None, guesses: list[str]
+) -> dict[str, object]:
+    """The keys of data.transform that say how large images become, as far as the prototxt does not."""
+    keys: dict[str, object] = {}
+    transform = effective_transform(net, TRAIN, config)
+    if not has_data_layer(net) and transform.crop_size:
+        keys["crop_size"] = transform.crop_size
+        guesses.append(f"crop_size {transform.crop_size} from the shape of the input")
+    elif not has_data_layer(net) and shape is not None:
+        keys["resize"] = list(shape[1:])
+        guesses.append(f"images are resized to {shape_text(shape[1:])}, the input's height and width")
+    short = guessed_short_side(source, transform)
+    if short is not None:
+        keys["resize_short"] = short
+        guesses.append(f"images are not all of the net's size: the shorter side is resized to {short}")
+    return keys
+
+
+def _arithmetic(transform: TransformKeys) -> dict[str, object]:
+    """The keys of data.transform that say what happens to the values of pixels."""
+    if not ARITHMETIC & transform.model_fields_set:
+        return {}
+    mean = [float(f"{value:.7g}") for value in transform.mean_value or []]
+    keys: dict[str, object] = {"mean_value": [int(value) if value.is_integer() else value for value in mean]}
+    return keys if transform.scale == 1 else {**keys, "scale": float(f"{transform.scale:.7g}")}
 
 
 def write_initial(
@@ -137,9 +174,7 @@ def write_initial(
     Raises:
         InputError: bad input, or the file is there and ``force`` is not set.
     """
-    net = read_prototxt(model.prototxt, load_schema(model.caffe_proto) if model.caffe_proto else None)
-    net = at_state(net, model.stages, model.level)
-    Weights.read(model.weights)
+    net = read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
     folder = path.parent if path is not None else Path()
     initial = initial_config(net, model, calibration, folder, shapes)
     target = path if path is not None else Path(f"{initial.name}.yaml")
@@ -177,29 +212,3 @@ def _more_of_the_model(model: ModelFiles, folder: Path) -> str:
     schema = f"\n  caffe_proto: {_path(model.caffe_proto, folder)}" if model.caffe_proto else ""
     stages = f"\n  stages: {json.dumps(model.stages, ensure_ascii=False)}" if model.stages else ""
     return schema + stages + (f"\n  level: {model.level}" if model.level else "")
-
-
-def _transform(net: NetParameter, shape: Shape | None, files: bool, guesses: list[str]) -> str:
-    layer = data_layer(net, TRAIN) or data_layer(net, TEST)
-    keys: dict[str, object] = {}
-    if layer is not None:
-        guesses.append(f"the transform is that of the prototxt's layer {layer.name}")
-        crop = layer.transform_param.crop_size
-    else:
-        crop = shape[-1] if shape is not None and shape[-2] == shape[-1] else 0
-        if shape is not None and not crop:
-            keys["resize"] = list(shape[1:])
-            guesses.append(f"images are resized to {shape_text(shape[1:])}, the input's height and width")
-        if crop:
-            keys["crop_size"] = crop
-            guesses.append(f"crop_size {crop} from the shape of the input")
-        if shape is not None and shape[0] == len(IMAGENET_MEAN):
-            keys["mean_value"] = IMAGENET_MEAN
-            guesses.append(
-                f"mean_value {IMAGENET_MEAN}, the usual one: check it against how the net was trained"
-            )
-    if files and crop:
-        keys["resize_short"] = round(crop * RESIZE_PER_CROP)
-        guesses.append(f"images are resized so that the shorter side is {keys['resize_short']}")
-    comment = "  # overrides of the prototxt's transform_param" if layer is not None else ""
-    return f"  transform: {json.dumps(keys).replace(chr(34), '')}{comment}"

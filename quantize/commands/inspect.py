@@ -16,16 +16,14 @@ from quantize.caffenet import (
     NetParameter,
     Shapes,
     Weights,
-    at_state,
     check_weights,
     data_layer,
     doubtful_norms,
     infer_shapes,
     known_part,
-    load_schema,
     load_weights,
     owners,
-    read_prototxt,
+    read_net,
 )
 from quantize.caffenet.shape_rules import has_rule
 from quantize.commands.summary import table
@@ -88,18 +86,14 @@ def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: Weight
         else:
             what = ""
         known = layer.name in shapes.params
+        blobs = enumerate(shapes.params.get(layer.name, ()))
+        own = [math.prod(blob) for index, blob in blobs if BlobId(layer.name, index) not in shared]
         rows.append(
             LayerRow(
                 layer.name,
                 layer.type,
                 tuple(shapes.blobs[layer.top[0]][1:]) if known else None,
-                sum(
-                    math.prod(blob)
-                    for index, blob in enumerate(shapes.params[layer.name])
-                    if BlobId(layer.name, index) not in shared
-                )
-                if known
-                else None,
+                sum(own) if known else None,
                 shapes.macs.get(layer.name, 0) if known else None,
                 what,
             )
@@ -142,8 +136,7 @@ class Inspection:
         Raises:
             InputError: bad files, weights that do not fit, or a shape that is not known.
         """
-        net = read_prototxt(prototxt, load_schema(caffe_proto) if caffe_proto else None)
-        net = at_state(net, stages, level)
+        net = read_net(prototxt, caffe_proto, stages, level)
         test = InferenceNet.of(net)
         found = shapes_of_inputs(net, shapes, "--shape")
         cropped = _cropped(net)

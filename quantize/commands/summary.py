@@ -66,7 +66,10 @@ def _stage_rows(record: RunRecord) -> list[tuple[str, ...]]:
 def _below(record: RunRecord, config: Config) -> list[str]:
     sizes = record.sizes
     page = config.output / "report.html"
+    transform = record.transform
+    doubt = [f"warning: {transform.finding}; {transform.remedy}"] if transform and transform.doubtful else []
     return [
+        *(["", *doubt] if doubt else []),
         "",
         f"size: {_size(sizes.model)} as given, {_size(sizes.packed)} packed "
         f"({sizes.model / sizes.packed:.1f}x smaller)",

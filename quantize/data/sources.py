@@ -14,7 +14,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from quantize.caffenet import Datum
-from quantize.data.decode import decode
+from quantize.data.decode import decode, image_size
 from quantize.data.lmdb_file import LmdbFile, is_lmdb_file
 from quantize.errors import InputError
 from quantize.files import read_file
@@ -193,6 +193,22 @@ class FileSource(Source):
         except InputError as error:
             raise InputError(f"{file.origin}{printable(file.path)}: {error}") from error
         return Image(pixels, file.label)
+
+    def sizes(self, count: int) -> list[tuple[int, int]]:
+        """(height, width) of at most ``count`` files, spread evenly, from their headers: nothing is decoded.
+
+        Files that are no images or cannot be read are left out; `read` says what is wrong with them.
+        """
+        found = []
+        for number in range(min(count, len(self))):
+            try:
+                with open(self._files[len(self) * number // min(count, len(self))].path, "rb") as stream:
+                    size = image_size(stream.read())
+            except OSError:
+                continue
+            if size is not None:
+                found.append(size)
+        return found
 
     def check(self, count: int) -> None:
         """Raise InputError if one of the first ``count`` files is missing."""

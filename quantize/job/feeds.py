@@ -13,11 +13,9 @@ from quantize.caffenet import (
     InferenceNet,
     NetParameter,
     TransformationParameter,
-    at_state,
     data_layer,
     foreign_fields,
-    load_schema,
-    read_prototxt,
+    read_net,
 )
 from quantize.caffenet.strings import from_path
 from quantize.data.feed import Feed
@@ -36,19 +34,62 @@ from quantize.job.inputs import (
     told_shapes,
 )
 from quantize.progress import SILENT, Progress
-from quantize.record import ImagesFrom
+from quantize.record import ImagesFrom, StageName
 from quantize.settings import Config, Fed
 
 RESIZE_PER_CROP = 256 / 224
 """Photographs of any size are resized so that the shorter side is this much longer than the crop, the common
 convention of ImageNet training."""
+SIZES_LOOKED_AT = 32
+"""Image files whose size decides whether images are resized at all."""
+
+
+def stage_feed(config: Config, net: NetParameter, stage: StageName, progress: Progress = SILENT) -> Feed:
+    """The calibration images that a stage looks at: as many as it asks for, or all where there are fewer.
+
+    Raises:
+        InputError: as `calibration_feed`, or there are fewer images than the user has asked for.
+    """
+    return calibration_feed(config, net, stage_images(config, stage, progress), progress)
+
+
+def stage_images(config: Config, stage: StageName, progress: Progress = SILENT) -> int:
+    """How many calibration images a stage looks at.
+
+    Raises:
+        InputError: fewer are there than the user has asked for; defaults ask for nothing.
+    """
+    settings, calibration = getattr(config, stage), config.data.calibration
+    present = calibration_images(config)
+    if calibration is None:
+        return int(settings.images)
+    where = calibration.source or "data.calibration.inputs"
+    cure = f"set data.calibration.images={present}, which holds for all stages, or give more images"
+    if (calibration.images or 0) > present:
+        raise InputError(
+            f"{where}: data.calibration.images asks for {calibration.images} images but it "
+            f"holds {present}: {cure}"
+        )
+    available = calibration.images or present
+    if settings.images > available and calibration.images is None:
+        if "images" in settings.model_fields_set:
+            raise InputError(
+                f"{where}: {stage}.images asks for {settings.images} images but it holds {present}: {cure}"
+            )
+        progress.note(f"{where} holds {present} images: all of them are used (1,000 are usual)")
+    return int(min(settings.images, available))
+
+
+def calibration_images(config: Config) -> int:
+    """How many calibration images there are."""
+    given = config.data.calibration
+    return 0 if given is None else images_present(given, "data.calibration")
 
 
 def read_model_prototxt(config: Config) -> NetParameter:
     """The network to quantize, with all its phases."""
     model = config.model
-    net = read_prototxt(model.prototxt, load_schema(model.caffe_proto) if model.caffe_proto else None)
-    return at_state(net, model.stages, model.level)
+    return read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
 
 
 def calibration_feed(config: Config, net: NetParameter, images: int, progress: Progress = SILENT) -> Feed:
@@ -97,7 +138,7 @@ def validation_feed(
 def images_used(config: Config) -> int:
     """How many calibration images, counted from the first, the stages look at."""
     used = max(config.renorm.images, config.activations.images)
-    if config.weights.solver == "data_aware":
+    if config.weights.solver == "data_aware" or config.weights.budget is not None:
         used = max(used, config.weights.images)
     calibration = config.data.calibration
     return used if calibration is None or calibration.images is None else min(used, calibration.images)
@@ -108,13 +149,6 @@ def evaluation_images(config: Config) -> ImagesFrom:
     if config.data.validation is not None or config.data.calibration is None:
         return "validation"
     return "held_out" if calibration_images(config) > images_used(config) else "calibration"
-
-
-def calibration_images(config: Config) -> int:
-    """How many calibration images there are."""
-    return (
-        0 if config.data.calibration is None else images_present(config.data.calibration, "data.calibration")
-    )
 
 
 def input_shapes(config: Config, net: NetParameter) -> dict[str, Shape]:
@@ -153,9 +187,7 @@ def _feed(
     check_counts(values, fed, key)
     inputs: dict[str, Images | Values] = {}
     if fed.source is not None and blob is not None:
-        source = open_source(fed.source)
-        source = Selection(source, range(first, len(source))) if first else source
-        inputs[blob] = _images(config, net, source, images, phase, progress)
+        inputs[blob] = _images(config, net, open_source(fed.source), first, images, phase, progress)
         images = len(inputs[blob])
     else:
         present = images_present(fed, key) - first
@@ -171,6 +203,7 @@ def _images(
     config: Config,
     net: NetParameter,
     source: Source,
+    first: int,
     images: int | None,
     phase: int,
     progress: Progress,
@@ -183,14 +216,14 @@ def _images(
                 f"layer {layer.name!r}: {foreign} is a field of a fork of Caffe and is not applied; say in "
                 "data.transform what the images need"
             )
-    if (
-        isinstance(source, FileSource)
-        and transform.crop_size
-        and not (transform.resize or transform.resize_short)
-    ):
-        short = round(transform.crop_size * RESIZE_PER_CROP)
-        progress.note(f"{source.path}: resizing the shorter side to {short} (data.transform.resize_short)")
+    short = guessed_short_side(source, transform)
+    if short is not None:
+        progress.note(
+            f"{source.path}: images are not all {transform.crop_size}x{transform.crop_size} as the net wants "
+            f"them: resizing the shorter side to {short} (data.transform.resize_short)"
+        )
         transform = replace(transform, resize_short=short)
+    source = Selection(source, range(first, len(source))) if first else source
     feed = Images(source, transform, phase, images, config.data.seed, config.threads)
     expected = told_shapes(config, net).get(blob or "")
     if expected is not None and expected != feed.shape:
@@ -203,6 +236,19 @@ def _images(
     if not told and is_placeholder(feed.shape) and source.read(0).pixels.shape[1:] != feed.shape[1:]:
         progress.note(placeholder_text(blob or "", feed.shape, "data.input_shape"))
     return feed
+
+
+def guessed_short_side(source: Source, transform: Transform) -> int | None:
+    """To how many pixels the shorter side of images is resized although nobody has said so.
+
+    None where something is said, where images come from an LMDB, made for a net, and where image files are
+    as large as the crop: these are taken as they are.
+    """
+    crop = transform.crop_size
+    if not isinstance(source, FileSource) or not crop or transform.resize or transform.resize_short:
+        return None
+    same = all(size == (crop, crop) for size in source.sizes(SIZES_LOOKED_AT))
+    return None if same else round(crop * RESIZE_PER_CROP)
 
 
 def effective_transform(net: NetParameter, phase: int, config: Config) -> Transform:

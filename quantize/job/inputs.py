@@ -90,9 +90,9 @@ def check_inputs(test: InferenceNet, fed: Fed, blob: str | None, key: str) -> No
             more = f" and {len(layers) - SHOWN} more layers" if len(layers) > SHOWN else ""
             images = f"images go into {blob!r}" if blob else f"there is no {key}.source"
             raise InputError(
-                f"{key}: nothing feeds the net's input {name!r} ({images}), and {', '.join(layers[:SHOWN])}"
-                f"{more} depend on it; give {key}.inputs: {{{name}: ...}}, a folder of .npy files, a .npy, "
-                ".npz or HDF5 file, or a constant"
+                f"{key}: nothing feeds the net's input {name!r} ({images}), and layers "
+                f"{', '.join(layers[:SHOWN])}{more} depend on it; give {key}.inputs: {{{name}: ...}}, a "
+                "folder of .npy files, a .npy, .npz or HDF5 file, or a constant"
             )
 
 

@@ -50,7 +50,8 @@ def validation_prototxt(net: NetParameter, config: Config, shapes: Mapping[str, 
     feeding = [layer for layer in filtered.layer if is_data_layer(layer)]
     images = next(layer for layer in feeding if test.blob in layer.top)
     label = _label_blob(filtered, images)
-    data = LayerParameter(name=images.name if images.type in TRANSFORMING_TYPES else "data", type="Data")
+    name = images.name if images.type in TRANSFORMING_TYPES else _unused(test.net, "data")
+    data = LayerParameter(name=name, type="Data")
     data.top.extend([test.blob, label])
     data.include.add().phase = TEST
     data.transform_param.CopyFrom(to_proto(effective_transform(net, TEST, config)))
@@ -104,7 +105,7 @@ def deploy_prototxt(net: NetParameter, shapes: Mapping[str, Shape]) -> NetParame
     test = InferenceNet.of(with_stored_statistics(net))
     deploy = empty_like(net)
     for blob in test.inputs:
-        data = deploy.layer.add(name=blob, type="Input", top=[blob])
+        data = deploy.layer.add(name=_unused(test.net, blob), type="Input", top=[blob])
         data.input_param.shape.add().dim.extend([1, *shapes[blob]])
     for layer in test.net.layer:
         deploy.layer.append(layer)
@@ -124,6 +125,14 @@ def validation_lmdb(config: Config) -> Path | None:
         return Path(os.path.abspath(path)) if isinstance(source, LmdbSource) else None
     finally:
         source.close()
+
+
+def _unused(net: NetParameter, name: str) -> str:
+    """``name``, made unlike those of all layers: the first layer of a name is the one that gets its blobs."""
+    taken = {layer.name for layer in net.layer}
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _accuracy(scores: str, label: str, top_k: int) -> LayerParameter:

@@ -44,8 +44,6 @@ def _uses_images(config: Config) -> bool:
 
 
 ALWAYS = When("always", lambda _: True)
-DATA_AWARE = When("with `weights.solver: data_aware`", lambda config: config.weights.solver == "data_aware")
-BUDGET = When("with `weights.budget`", lambda config: config.weights.budget is not None)
 DATA_AWARE_OR_BUDGET = When("with `weights.solver: data_aware` or `weights.budget`", _uses_images)
 PAIRED = When("with `renorm.statistics: paired`", lambda config: config.renorm.statistics == "paired")
 
@@ -68,11 +66,11 @@ READ: Mapping[str, Mapping[StageName, When]] = {
     "weights.grid": WEIGHTS,
     "weights.budget": WEIGHTS,
     "weights.solver": WEIGHTS,
-    "weights.images": {"weights": DATA_AWARE},
+    "weights.images": {"weights": DATA_AWARE_OR_BUDGET},
     "weights.first_last": WEIGHTS,
     "weights.layers": WEIGHTS,
     "renorm.statistics": {"weights": DATA_AWARE_OR_BUDGET, "renorm": ALWAYS},
-    "renorm.images": {"weights": BUDGET, "renorm": ALWAYS},
+    "renorm.images": {"renorm": ALWAYS},
     "renorm.augment": WITH_IMAGES,
     "renorm.memory": {"weights": DATA_AWARE_OR_BUDGET, "renorm": ALWAYS},
     "activations.bits": ACTIVATIONS,

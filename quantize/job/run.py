@@ -43,12 +43,15 @@ from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.host import peak_memory, reset_peak_memory, using_threads
+from quantize.job.checks import Checks
 from quantize.job.evaluation import measure_outputs
-from quantize.job.feeds import calibration_feed, input_shapes, read_model_prototxt
+from quantize.job.feeds import input_shapes, read_model_prototxt, stage_feed
 from quantize.job.output import Files, OutputFolder
 from quantize.job.prototxts import deploy_prototxt, validation_prototxt
 from quantize.job.resume import changes, dependencies, model_hashes, sha256
 from quantize.job.store import PAGE, previous_record, show_page, write_record
+from quantize.job.transforms import says_transform, transform_check, with_chosen_transform
+from quantize.measure.transform_check import TransformCheck
 from quantize.progress import SILENT, Progress
 from quantize.record import (
     STAGES,
@@ -60,6 +63,7 @@ from quantize.record import (
     Sizes,
     StageName,
     Stages,
+    TransformRecord,
     WeightsRecord,
 )
 from quantize.settings import Config
@@ -118,14 +122,18 @@ class Run:
     Args:
         config: the settings.
         progress: what hears how far it is.
+        choose_transform: where neither they nor the prototxt say what happens to the values of pixels, take
+            the transform that fits the net's statistics of training.
     """
 
-    def __init__(self, config: Config, progress: Progress = SILENT) -> None:
+    def __init__(self, config: Config, progress: Progress = SILENT, choose_transform: bool = False) -> None:
         self.config = config
         self.progress = progress
         self.files = Files.of(config.name)
         self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
         self.net = read_model_prototxt(config)
+        self.may_choose = choose_transform
+        self.chosen: str | None = None
         self.record: RunRecord | None = None
 
     @cached_property
@@ -156,46 +164,75 @@ class Run:
             InputError: bad input, or a stage before the first one asked for has not been run.
             LabelfreeError: the work failed.
         """
+        with using_threads(self.config.threads):
+            for _, look in self.checks(stages):
+                look()
+            self.choose_transform()
+            with closing(OutputFolder(self.config.output)) as self.folder:
+                return self._run([s for s in STAGES if s in stages], resume and not force)
+
+    def _run(self, stages: Sequence[StageName], resume: bool) -> RunRecord:
+        """Run stages in their order, but for those whose results are there."""
         works: dict[StageName, Callable[[_Begun], AnyStageRecord]] = {
             "weights": self._weights,
             "renorm": self._renorm,
             "activations": self._activations,
         }
-        self._check_before_work(stages)
-        with (
-            using_threads(self.config.threads),
-            closing(OutputFolder(self.config.output)) as self.folder,
-        ):
-            self.record = previous_record(self.config.output, self.config.name, self.progress)
-            record: RunRecord | None = None
-            for stage in (s for s in STAGES if s in stages):
-                depends_on = dependencies(self.config, self.net, self.inputs, stage)
-                if resume and not force and self._is_done(stage, depends_on):
-                    self.progress.note(f"{stage}: skipped, its results fit the inputs and settings")
-                    continue
-                record = self._finish(stage, works[stage](_Begun.now(depends_on)))
-            record = record or self._renewed(stages)
-            if not (self.config.output / PAGE).exists():
-                if record.output_sqnr is None:
-                    found = measure_outputs(self.config, self.net, record, self.open_engine, self.progress)
-                    record = self._write_record(record.model_copy(update={"output_sqnr": found}))
-                show_page(self.folder, self.config, self.net, record, self.progress)
+        self.record = previous_record(self.config.output, self.config.name, self.progress)
+        record: RunRecord | None = None
+        for stage in stages:
+            depends_on = dependencies(self.config, self.net, self.inputs, stage)
+            if resume and self._is_done(stage, depends_on):
+                self.progress.note(f"{stage}: skipped, its results fit the inputs and settings")
+                continue
+            transform = record.transform if record is not None else self._checked_transform()
+            if stage == "activations":
+                self.__dict__.pop("model_weights", None)  # no longer needed: room for the stage
+            record = self._finish(stage, works[stage](_Begun.now(depends_on)), transform)
+        record = record or self._renewed(stages)
+        if not (self.config.output / PAGE).exists():
+            if record.output_sqnr is None:
+                found = measure_outputs(self.config, self.net, record, self.open_engine, self.progress)
+                record = self._write_record(record.model_copy(update={"output_sqnr": found}))
+            show_page(self.folder, self.config, self.net, record, self.progress)
         return record
 
-    def _check_before_work(self, stages: Sequence[StageName]) -> None:
-        """Find what is wrong with the inputs of later stages before an earlier stage takes its time."""
-        if "weights" in stages:
-            choices(InferenceNet.of(self.net).net, self.config.weights)
-        if "renorm" in stages or "activations" in stages:
-            calibration_feed(self.config, self.net, 1)
-        if "weights" in stages:
-            self._solver_calibration()
-            if self.config.weights.budget is not None:
-                self._renorm_feed()
-        if "renorm" in stages:
-            self._renorm_feed()
-        if "activations" in stages:
-            self._activations_feed()
+    def checks(self, stages: Sequence[StageName] = STAGES) -> Checks:
+        """What must be right before some stages begin."""
+        weights = lambda: self.model_weights  # noqa: E731 - read when it is looked at
+        return Checks(self.config, self.net, weights, self.open_engine, self.progress, stages)
+
+    @cached_property
+    def model_weights(self) -> Weights:
+        """The blobs of the given net.
+
+        Raises:
+            InputError: the file cannot be read or is damaged.
+        """
+        return load_weights(self.config.model.weights, self.net)
+
+    def choose_transform(self) -> None:
+        """Take the transform that fits, where nobody has said one and the run may choose."""
+        calibration = self.config.data.calibration
+        fed = calibration is not None and calibration.source is not None
+        if self.may_choose and fed and not self.chosen and not says_transform(self.config, self.net):
+            self.config, self.chosen = with_chosen_transform(self.config, self.net, self.model_weights)
+            self.progress.note(f"data.transform: {self.chosen}")
+
+    def transform_check(self) -> TransformCheck | None:
+        """How the transform fits the net's statistics of training; None where there are no images."""
+        return transform_check(self.config, self.net, self.model_weights)
+
+    def _checked_transform(self) -> TransformRecord | None:
+        """`transform_check` for the record; what it finds is said."""
+        check = self.transform_check()
+        if check is None:
+            return None
+        if check.doubtful:
+            self.progress.warn(f"{check.finding}; {check.remedy}")
+        elif check.given is None:
+            self.progress.note(check.finding)
+        return check.record(self.chosen)
 
     def _weights(self, begun: _Begun) -> WeightsRecord:
         weights = load_weights(self.config.model.weights, self.net)
@@ -210,12 +247,11 @@ class Run:
         doubtful = doubtful_norms(test.net, weights)
         for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
             self.progress.note(f"weights: {line}")
-        budget = None
-        if settings.budget is not None:
-            calibration = self._calibration(self._renorm_feed())
+        budget, calibration = None, self._calibration()
+        if settings.budget is not None and calibration is not None:
             chosen, budget = keep_budget(weights, settings, calibration, test.scores, self.progress)
         _, quantized, layers = weights_quan(
-            self.net, weights, chosen, settings.solver, self.progress, self._solver_calibration()
+            self.net, weights, chosen, settings.solver, self.progress, calibration
         )
         outputs = self._write_weights(self.files.quantized, quantized)
         done = {name for layer in layers for name in (layer.name, *layer.shared_by)} | kept.keys()
@@ -247,7 +283,7 @@ class Run:
 
     def _full_precision(self) -> FullPrecision:
         test = InferenceNet.of(self.net)
-        return FullPrecision(test.net, load_weights(self.config.model.weights, self.net))
+        return FullPrecision(test.net, self.model_weights)
 
     def _activations(self, begun: _Begun) -> ActivationsRecord:
         weights = self._read_result(self.files.renorm, "renorm")
@@ -265,23 +301,20 @@ class Run:
             self.progress.note(f"activations: {activation.name} is dead: 0 on every calibration image")
         return ActivationsRecord(**begun.ended({}), images=len(feed), layers=found)
 
-    def _solver_calibration(self) -> Calibration | None:
-        """What the data-aware solver needs; None with the other solvers, which need no images."""
-        settings = self.config.weights
-        if settings.solver != "data_aware":
+    def _calibration(self) -> Calibration | None:
+        """What the data-aware solver and a budget need; None without them, as nothing else needs images."""
+        weights, settings = self.config.weights, self.config.renorm
+        if weights.solver != "data_aware" and weights.budget is None:
             return None
-        return self._calibration(calibration_feed(self.config, self.net, settings.images, self.progress))
-
-    def _calibration(self, feed: Feed) -> Calibration:
-        settings = self.config.renorm
+        feed = stage_feed(self.config, self.net, "weights", self.progress)
         net = InferenceNet.of(self.net).net
         return Calibration(net, feed, self.open_engine, settings.memory, settings.statistics)
 
     def _renorm_feed(self) -> Feed:
-        return calibration_feed(self.config, self.net, self.config.renorm.images, self.progress)
+        return stage_feed(self.config, self.net, "renorm", self.progress)
 
     def _activations_feed(self) -> Feed:
-        return calibration_feed(self.config, self.net, self.config.activations.images, self.progress)
+        return stage_feed(self.config, self.net, "activations", self.progress)
 
     def _check(self, weights: Weights) -> None:
         """Check the blobs against the layers, as far as the shapes of inputs and layers are known."""
@@ -334,7 +367,7 @@ class Run:
         path = self.config.output / name
         return path.exists() and sha256(path) == digest
 
-    def _finish(self, stage: StageName, done: AnyStageRecord) -> RunRecord:
+    def _finish(self, stage: StageName, done: AnyStageRecord, transform: TransformRecord | None) -> RunRecord:
         """Write the prototxts and the report for what there is now; drop what is behind the stage."""
         self.folder.remove(PAGE)  # lest a run that is killed from here on leaves a page about other results
         results = {"weights": [self.files.quantized], "renorm": [self.files.renorm], "activations": []}
@@ -342,7 +375,6 @@ class Run:
             for name in results[later]:
                 self.folder.remove(name)
         stages = self.stages.then(stage, done)
-        weights = Weights.read(self.config.output / self._latest(stages))
         return self._write_record(
             RunRecord(
                 tool=f"labelfree {__version__}",
@@ -350,9 +382,10 @@ class Run:
                 versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
                 settings=self._settings(STAGES[: STAGES.index(stage)]),
                 inputs=self.inputs,
+                transform=transform,
                 stages=stages,
-                prototxts=self._write_prototxts(self._prototxts(stages, weights)),
-                sizes=self._sizes(stages, weights),
+                prototxts=self._write_prototxts(self._prototxts(stages)),
+                sizes=self._sizes(stages),
             )
         )
 
@@ -376,8 +409,7 @@ class Run:
         record = self.record
         if record is None:
             raise ValueError("no stage was asked for")
-        weights = Weights.read(self.config.output / self._latest(record.stages))
-        prototxts = self._prototxts(record.stages, weights)
+        prototxts = self._prototxts(record.stages)
         digests = {name: hashlib.sha256(text).hexdigest() for name, text in prototxts.items()}
         settings = self._settings([stage for stage in STAGES if stage not in stages])
         same_images = settings.data.validation == record.settings.data.validation
@@ -395,14 +427,9 @@ class Run:
             self._write_record(new)
         return new
 
-    def _prototxts(self, stages: Stages, weights: Weights) -> dict[str, bytes]:
-        """The texts of the prototxts by name, for what the stages have found.
-
-        Args:
-            stages: those that have run.
-            weights: the blobs that the last of them wrote.
-        """
-        net = with_alpha_terms(self.net, weights)
+    def _prototxts(self, stages: Stages) -> dict[str, bytes]:
+        """The texts of the prototxts by name, for what the stages that have run have found."""
+        net = with_alpha_terms(self.net, Weights.read(self.config.output / self._latest(stages)))
         if stages.activations is not None:
             net = with_act_quantize(net, stages.activations.layers)
         shapes = input_shapes(self.config, self.net)
@@ -423,12 +450,14 @@ class Run:
     def _latest(self, stages: Stages) -> str:
         return self.files.renorm if stages.renorm is not None else self.files.quantized
 
-    def _sizes(self, stages: Stages, weights: Weights) -> Sizes:
+    def _sizes(self, stages: Stages) -> Sizes:
         """Bytes of the model: as given, as written, and packed at the bits chosen.
 
         Packed is what layers share once, and nothing that follows from the rest: the second blob of an alpha
         term does from alpha and bias.
         """
+        written = self.config.output / self._latest(stages)
+        weights = Weights.read(written)
         net = with_alpha_terms(self.net, weights)
         shared = owners(filter_net(net, TEST))
         alphas = {layer.name for layer in net.layer} - {layer.name for layer in self.net.layer}
@@ -442,6 +471,6 @@ class Run:
             packed += -(-layer.weights * layer.bits // 8) - 4 * layer.weights
         return Sizes(
             model=self.config.model.weights.stat().st_size,
-            written=(self.config.output / self._latest(stages)).stat().st_size,
+            written=written.stat().st_size,
             packed=packed,
         )

@@ -24,7 +24,7 @@ from quantize.record import LayerSqnr
 
 MOST_IMAGES = 32
 """Enough for a tenth of a decibel: every image adds thousands of values per layer."""
-FEWEST_IMAGES = 4
+FEWEST_IMAGES = 16
 SHARE = 1 / 32
 """Of the images that the stages pass through the net. Three nets see each: a tenth of the run's time."""
 MICRO_BATCH_BYTES = 32 << 20

@@ -11,9 +11,11 @@ from quantize.record import RunRecord
 from quantize.report.facts import NormPlot, Row
 from quantize.settings import GRID_BITS
 
-ENOUGH_IMAGES = 500
-ENOUGH_VALUES = 1000
-"""Per channel: the relative error of a variance from m values is about sqrt(2 / m), 4.5 % at 1,000."""
+ENOUGH_IMAGES = {"paired": 16, "measured": 500}
+ENOUGH_VALUES = {"paired": 64, "measured": 1000}
+"""Per channel: the relative error of a variance from m values is about sqrt(2 / m), 4.5 % at 1,000. Most of
+it cancels in paired statistics."""
+USUAL_IMAGES = {"paired": 64, "measured": 1000}
 STANDS_OUT_DB = 2.0
 """So far below the median layer, 1.6 times its error, a layer is worth a finer grid."""
 OVERRIDE = {"bits": 8, "grid": "fixed_point"}
@@ -127,18 +129,18 @@ def _images(record: RunRecord) -> list[Advice]:
     if renorm is None or not renorm.layers:
         return []
     fewest = min(renorm.layers, key=lambda layer: layer.values)
-    if renorm.images < ENOUGH_IMAGES or fewest.values < ENOUGH_VALUES:
-        return [
-            Advice(
-                "warning" if fewest.values < ENOUGH_VALUES else "note",
-                f"Renorm saw {renorm.images:,} images: {fewest.values:,} values per channel at "
-                f"{fewest.name}.",
-                "About 1,000 images are usual, and they need no labels. With more of them the statistics of "
-                "the deep layers get steadier:",
-                "--set renorm.images=1000",
-            )
-        ]
-    return []
+    enough = fewest.values >= ENOUGH_VALUES[renorm.statistics]
+    if enough and renorm.images >= ENOUGH_IMAGES[renorm.statistics]:
+        return []
+    return [
+        Advice(
+            "note" if enough else "warning",
+            f"Renorm saw {renorm.images:,} images: {fewest.values:,} values per channel at {fewest.name}.",
+            f"{USUAL_IMAGES[renorm.statistics]:,} images are usual, and they need no labels. With more of "
+            "them the statistics of the deep layers get steadier:",
+            f"--set renorm.images={USUAL_IMAGES[renorm.statistics]}",
+        )
+    ]
 
 
 def _more_bits(record: RunRecord) -> str:
@@ -204,6 +206,7 @@ def _norms(record: RunRecord, norms: Sequence[NormPlot]) -> list[Advice]:
         ]
     found = []
     dead = {norm.name: norm.dead for norm in norms if norm.dead}
+    dead |= {layer.name: layer.dead for layer in renorm.layers if layer.dead}
     if dead:
         layers = ", ".join(f"{name} ({count})" for name, count in list(dead.items())[:5])
         more = f" and {len(dead) - 5} more layers" if len(dead) > 5 else ""

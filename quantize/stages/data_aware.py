@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
 from quantize.arrays import FloatArray, Floats
-from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
+from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment, users
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.caffenet.patches import Patches
 from quantize.data.feed import Feed
@@ -68,7 +68,7 @@ class DataAwareFit:
     Attributes:
         alpha: float64 (n,).
         Q: float32 (n, k).
-        bias: float32 (n,): the bias that keeps the mean of the output, None where the layer has no bias.
+        bias: float32 (n,): the bias that keeps the mean of the output; None where the layer's own stays.
         output_sqnr_db: of the output against the full-precision net's: E y^2 / E (y - alpha Q x)^2.
         nearest_sqnr_db: the same with each weight at its nearest level; both None where an error is 0.
     """
@@ -107,30 +107,32 @@ def data_aware(
         shard = Shard(engine, feed, steps, calibration.memory)
         if advice := shard.advice():
             progress.note(f"weights: {advice}")
+        sums: dict[str, LayerMoments] = {}
         for stop in tour.stops:
-            sums = {
+            here = {
                 layer.name: LayerMoments(
                     layer,
                     patches[stop.place][layer.name],
                     len(feed),
                     _mean_is_free(layer, tour.ordered, weights),
                 )
-                for layer in stop.rounded
+                for layer in stop.seen
                 if layer.name in patches[stop.place]
             }
-            moments = shard.advance(blobs, partial(_add, sums, feed.seed))
+            moments = shard.advance(blobs, partial(_add, here, feed.seed))
+            sums |= here
             blobs = {
                 name: statistics.blobs for name, statistics in renorm.update(stop.norms, moments).items()
             }
-            for layer in stop.rounded:
-                found[layer.name] = one = _rounded(
-                    layer, weights[layer.name], chosen[layer.name], sums.pop(layer.name, None)
-                )
-                kernels = (one.alpha[:, None] * one.Q).astype(np.float32)
-                blobs[layer.name] = [from_kernels(layer, kernels, weights[layer.name][0].shape)]
-                if one.bias is not None:
-                    blobs[layer.name].append(one.bias)
-                progress.advance(kernels.size)
+            for uses in stop.rounded:
+                layer = uses[0]
+                seen = {use.name: sums.pop(use.name) for use in uses if use.name in sums}
+                fits = _rounded(uses, weights[layer.name], chosen[layer.name], seen)
+                found |= fits
+                for use in uses:
+                    if use in stop.seen:  # a use that has been passed stays what it was in this sweep
+                        blobs[use.name] = _folded(use, fits[use.name], weights[use.name])
+                progress.advance(weights[layer.name][0].size)
     return found
 
 
@@ -140,18 +142,20 @@ class _Stop:
 
     Attributes:
         place: in the net of both.
-        rounded: the layers to be quantized here.
+        seen: the layers that are to be quantized, here or at a later stop, and see their input here.
+        rounded: those to be quantized here, each with the others that have its weights.
         norms: the BatchNorms whose statistics are decided here.
     """
 
     place: int
-    rounded: list[LayerParameter]
+    seen: list[LayerParameter]
+    rounded: list[list[LayerParameter]]
     norms: list[renorm.Norm]
 
     def patches(self, engine: Engine) -> dict[str, Patches]:
         """How the layers see their bottoms, without those that `Patches` does not provide for."""
         found = {}
-        for layer in self.rounded:
+        for layer in self.seen:
             bottom, top = (engine.shapes.blobs[name] for name in (layer.bottom[0], beside(layer.top[0])))
             patches = Patches.of(layer, bottom, top, engine.weights[layer.name][0].shape)
             if patches is not None and patches.columns <= MAX_COLUMNS:
@@ -160,7 +164,7 @@ class _Stop:
 
     def step(self, provided: Collection[str]) -> Step:
         """What the sweep does to get here, to measure for the layers that are provided for."""
-        layers = [layer for layer in self.rounded if layer.name in provided]
+        layers = [layer for layer in self.seen if layer.name in provided]
         shown = [name for layer in layers for name in (layer.bottom[0], beside(layer.top[0]))]
         moments = (*renorm.measured(self.norms), *renorm.references(self.norms))
         return Step(self.place, moments, tuple(dict.fromkeys(shown)))
@@ -184,21 +188,27 @@ class _Tour:
     def of(cls, calibration: Calibration, weights: Weights, chosen: Collection[str]) -> _Tour:
         """For a net, its blobs and the layers to quantize."""
         inputs = list(calibration.feed.shapes)
-        ordered, cuts = depth_order(
-            single_assignment(calibration.net),
-            lambda layer: layer.type == "BatchNorm" or layer.name in chosen,
-        )
+        net = single_assignment(calibration.net)
+        same = users(net)
+        uses = {name: same.get(name, [name]) for name in chosen}
+        names = {use for each in uses.values() for use in each}
+        ordered, cuts = depth_order(net, lambda layer: layer.type == "BatchNorm" or layer.name in names)
         groups = [list(ordered.layer[start:stop]) for start, stop in pairwise([0, *cuts])]
-        while groups and not any(layer.name in chosen for layer in groups[-1]):
+        while groups and not any(layer.name in names for layer in groups[-1]):
             groups.pop()
         layers = full_layers(groups[0], inputs)
+        paired = weights if calibration.statistics == "paired" else None
         stops = []
+        passed: dict[str, LayerParameter] = {}
         for before, behind in pairwise(groups):
             layers += [*before, *full_layers(behind, inputs)]
-            rounded = [layer for layer in behind if layer.name in chosen]
-            norms = [layer for layer in behind if layer.type == "BatchNorm"]
-            paired = weights if calibration.statistics == "paired" else None
-            stops.append(_Stop(len(layers), rounded, [_norm(layer, paired) for layer in norms]))
+            seen = [layer for layer in behind if layer.name in names]
+            passed |= {layer.name: layer for layer in seen}
+            # Layers that share weights are quantized when the last of them has seen its input.
+            ready = [name for name, each in uses.items() if all(use in passed for use in each)]
+            rounded = [[passed[use] for use in uses.pop(name)] for name in ready]
+            norms = [_norm(layer, paired) for layer in behind if layer.type == "BatchNorm"]
+            stops.append(_Stop(len(layers), seen, rounded, norms))
         return cls(ordered, of_layers(ordered, layers), stops)
 
 
@@ -276,6 +286,12 @@ class LayerMoments:
         self._add()
         return self._x / self.count, self._y / self.count
 
+    def bias(self, kernels: Floats) -> FloatArray:
+        """The bias with which ``kernels`` (G, n, k) keep the mean of the output: float32 (G * n,)."""
+        x, y = self.means
+        bias: FloatArray = (y - np.einsum("gnk,gk->gn", kernels, x)).reshape(-1).astype(np.float32)
+        return bias
+
     @property
     def statistics(self) -> Statistics:
         """The second moments; around the means if those are free."""
@@ -307,30 +323,63 @@ def only_normalized(net: NetParameter, blob: str) -> bool:
 
 
 def _rounded(
-    layer: LayerParameter, blobs: Sequence[FloatArray], choice: GridChoice, seen: LayerMoments | None
-) -> DataAwareFit:
-    w = to_kernels(layer, blobs[0])
+    uses: Sequence[LayerParameter],
+    blobs: Sequence[FloatArray],
+    choice: GridChoice,
+    seen: Mapping[str, LayerMoments],
+) -> dict[str, DataAwareFit]:
+    """Quantize layers with the same weights: alpha and Q are the same for all, the biases their own.
+
+    Args:
+        blobs: of the first of them.
+        seen: by name of the layers, without those that are not provided for.
+    """
+    w = to_kernels(uses[0], blobs[0])
     grid = make_grid(choice.grid, choice.bits)
     nearest = fit(w, grid)
-    if seen is None:
-        return DataAwareFit(nearest.alpha, nearest.Q, blobs[1].reshape(-1) if blobs[1:] else None, None, None)
-    statistics = seen.statistics
+    if not seen:
+        return {use.name: DataAwareFit(nearest.alpha, nearest.Q, None, None, None) for use in uses}
+    statistics = _together(list(seen.values()))
     groups, n, k = statistics.B.shape
     problem = Problem.of(w.reshape(groups, n, k).astype(np.float64), statistics)
-    found = round_kernels(problem, grid)
-    kernels = found.alpha[:, :, None] * found.Q
-    x, y = seen.means
-    bias = None
-    if blobs[1:]:
-        bias = (y - np.einsum("gnk,gk->gn", kernels, x)).reshape(-1).astype(np.float32)
+    best = round_kernels(problem, grid)
+    kernels = best.alpha[:, :, None] * best.Q
     before = (nearest.alpha[:, None] * nearest.Q).reshape(groups, n, k)
-    return DataAwareFit(
-        found.alpha.reshape(-1),
-        found.Q.reshape(-1, k).astype(np.float32),
-        bias,
+    whole = DataAwareFit(
+        best.alpha.reshape(-1),
+        best.Q.reshape(-1, k).astype(np.float32),
+        None,
         _sqnr(statistics, kernels),
         _sqnr(statistics, before),
     )
+    return {
+        use.name: replace(whole, bias=seen[use.name].bias(kernels))
+        if use.name in seen and blobs[1:]
+        else whole
+        for use in uses
+    }
+
+
+def _together(seen: Sequence[LayerMoments]) -> Statistics:
+    """The second moments over several uses of the same weights."""
+    parts = [(moments.statistics, moments.count) for moments in seen]
+    total = sum(count for _, count in parts)
+    H, B, energy = (
+        sum((count / total) * getattr(statistics, name) for statistics, count in parts)
+        for name in ("H", "B", "energy")
+    )
+    return Statistics(H, B, energy)
+
+
+def _folded(layer: LayerParameter, found: DataAwareFit, blobs: Sequence[FloatArray]) -> list[FloatArray]:
+    """The blobs of a layer with alpha in its weights.
+
+    Args:
+        blobs: as they were.
+    """
+    kernels = (found.alpha[:, None] * found.Q).astype(np.float32)
+    bias = [found.bias.reshape(old.shape) if found.bias is not None else old for old in blobs[1:]]
+    return [from_kernels(layer, kernels, blobs[0].shape), *bias]
 
 
 def _sqnr(statistics: Statistics, kernels: Floats) -> float | None:

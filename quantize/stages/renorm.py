@@ -9,12 +9,14 @@ all images in training mode. Every other layer behaves as in the TEST phase.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from quantize.arrays import FloatArray, Floats
 from quantize.caffenet import (
@@ -28,6 +30,8 @@ from quantize.caffenet import (
     known_part,
     needed_layers,
     single_assignment,
+    stored_statistics,
+    users,
 )
 from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine
@@ -109,6 +113,7 @@ def renorm(
             new = update(norms, moments)
             blobs = {name: statistics.blobs for name, statistics in new.items()}
             found |= new
+    found |= _shared(net, [norm for norms in tour.norms for norm in norms], moments)
     shifts = [_shift(layer.name, weights, found[layer.name]) for layer in net.layer if layer.name in found]
     weights = weights.copy()
     for name, statistics in found.items():
@@ -174,12 +179,16 @@ class Norm:
 def variance_ratio(full: Moments, seen: Moments) -> Floats:
     """Per channel the variance seen over that in full precision, of equally many values.
 
-    A channel that is constant in one of the two says nothing about the ratio: it counts as 1. Constant is
-    what varies less than float32 resolves.
+    A channel that is constant in one of the two says nothing about the ratio: it counts as 1.
     """
-    constant = [m.m2 <= m.count * np.square(RESOLUTION * m.mean) for m in (full, seen)]
-    alive = ~(constant[0] | constant[1])
+    alive = ~(constant(full) | constant(seen))
     return np.divide(seen.m2 * full.count, full.m2 * seen.count, out=np.ones_like(full.m2), where=alive)
+
+
+def constant(moments: Moments) -> npt.NDArray[np.bool_]:
+    """Per channel whether its values vary less than float32 resolves."""
+    found: npt.NDArray[np.bool_] = moments.m2 <= moments.count * np.square(RESOLUTION * moments.mean)
+    return found
 
 
 @dataclass(frozen=True)
@@ -191,12 +200,14 @@ class Statistics:
         variance: float64 (channels,): of the values seen.
         unbiased: float64 (channels,): the variance that is stored.
         count: values per channel.
+        dead: number of channels that have one value for all images.
     """
 
     mean: Floats
     variance: Floats
     unbiased: Floats
     count: int
+    dead: int
 
     @property
     def blobs(self) -> list[FloatArray]:
@@ -238,13 +249,35 @@ def update(norms: Iterable[Norm], moments: Mapping[str, Moments]) -> dict[str, S
             else:
                 mean, variance = norm.reference.paired(moments[norm.reference.bottom], seen)
                 unbiased = variance
-            new = Statistics(mean, variance, unbiased, seen.count)
+            new = Statistics(mean, variance, unbiased, seen.count, int(constant(seen).sum()))
             if not all(np.isfinite(blob).all() for blob in (*new.blobs, *new.stored)):
                 raise LabelfreeError(
                     f"layer {norm.name}: its input has statistics that are not finite; "
                     "layers before it overflow"
                 )
         found[norm.name] = new
+    return found
+
+
+def _shared(
+    net: NetParameter, norms: Iterable[Norm], moments: Mapping[str, Moments]
+) -> dict[str, Statistics]:
+    """The statistics of BatchNorms that share their blobs, over all that they read.
+
+    In the sweep each has its own. What is stored must serve them all.
+    """
+    by_name = {norm.name: norm for norm in norms}
+    found: dict[str, Statistics] = {}
+    for names in users(net).values():
+        uses = [by_name[name] for name in names if name in by_name]
+        if len(uses) < 2:
+            continue
+        first = uses[0]
+        joined = {first.bottom: reduce(Moments.merged, (moments[use.bottom] for use in uses))}
+        if first.reference is not None:
+            bottoms = [use.reference.bottom for use in uses if use.reference is not None]
+            joined[first.reference.bottom] = reduce(Moments.merged, (moments[bottom] for bottom in bottoms))
+        found |= dict.fromkeys((use.name for use in uses), update([first], joined)[first.name])
     return found
 
 
@@ -317,13 +350,6 @@ def _front(flat: NetParameter, full: FullPrecision | None) -> tuple[list[LayerPa
     }
 
 
-def stored_statistics(blobs: Sequence[FloatArray]) -> tuple[Floats, Floats]:
-    """The mean and the variance that a BatchNorm's three blobs stand for."""
-    mean, variance, factor = (np.asarray(blob, np.float64).reshape(-1) for blob in blobs)
-    scale = 1 / factor[0] if factor[0] else 0.0
-    return mean * scale, variance * scale
-
-
 def _blobs(mean: Floats, variance: Floats) -> list[FloatArray]:
     return [mean.astype(np.float32), variance.astype(np.float32), np.ones(1, np.float32)]
 
@@ -339,4 +365,5 @@ def _shift(name: str, weights: Weights, found: Statistics) -> BatchNormShift:
         values=found.count,
         mean_shift=float(np.sqrt(np.mean(deviations**2))) if alive.any() else 0.0,
         variance_ratio=math.exp(float(np.mean(logs))) if alive.any() else 1.0,
+        dead=found.dead,
     )

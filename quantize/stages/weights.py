@@ -27,6 +27,7 @@ from quantize.caffenet import (
     sharers,
 )
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
+from quantize.caffenet.shapes import no_weights
 from quantize.errors import InputError
 from quantize.numerics.decibels import decibels
 from quantize.numerics.grids import make_grid
@@ -52,8 +53,8 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
 
     Raises:
         InputError: an override names a layer that is not there or has no weights to quantize, layers with the
-            same weights have different overrides, a layer to quantize has a field of a fork, which may
-            compute something else of its weights, or the net has been quantized already.
+            same weights have different overrides, or a layer to quantize has a field of a fork, which may
+            compute something else of its weights.
     """
     names, left_out = _names(net), unquantizable(net)
     for name in settings.layers:
@@ -67,19 +68,16 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
         raise InputError(
             f"the net has no layer to quantize (types {', '.join(QUANTIZED_TYPES)}); check model.prototxt"
         )
-    taken = {layer.name for layer in net.layer}.intersection(name + ALPHA_SUFFIX for name in names)
-    if taken:
-        raise InputError(
-            f"the net has a layer {min(taken)!r}: it has been quantized; give the net from before"
-        )
     free = free_layers(net, settings)
+    users = weight_users(net)
     found: dict[str, GridChoice] = {}
-    for name, users in weight_users(net).items():
-        override = _override(users, settings)
+    for name in users:
+        override = _override(users[name], settings)
         if override is None or not override.skip:
             found[name] = override or (settings if name in free else settings.first_last)
+    quantized = {user for name in found for user in users[name]}
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
-        if layer.name in found and foreign is not None:
+        if layer.name in quantized and foreign is not None:
             raise InputError(
                 f"layer {layer.name!r} ({layer.type}): {foreign_field_text(foreign)}; or leave the layer's "
                 f"weights alone (weights.layers: {{{layer.name}: {{skip: true}}}})"
@@ -170,17 +168,20 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
         names: the layers; those with the same weights are checked, too.
 
     Raises:
-        InputError: a layer has no weights, or they are not finite or not ``num_output`` kernels and biases.
+        InputError: the net has been quantized already, a layer has no weights, or they are not finite or not
+            ``num_output`` kernels and biases.
     """
     same_weights = _same_weights(net)
+    taken = {layer.name for layer in net.layer}.intersection(name + ALPHA_SUFFIX for name in names)
+    if taken:
+        raise InputError(
+            f"the net has a layer {min(taken)!r}: it has been quantized; give the net from before"
+        )
     for name in (user for owner in names for user in same_weights[owner]):
         layer = _layer(net, name)
         where = f"layer {name!r} ({layer.type})"
         if name not in weights or not weights[name]:
-            raise InputError(
-                f"{where} has no weights in the caffemodel; it belongs to another net, or the layer was "
-                "renamed"
-            )
+            raise InputError(f"{where} {no_weights(name)}")
         blobs = weights[name]
         kernels = outputs(layer)
         size = blobs[0].size

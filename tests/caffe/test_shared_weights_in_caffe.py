@@ -170,3 +170,19 @@ def test_every_output_is_close_to_full_precision(
     blobs = ["left4", "right4", "fc"]
     for full, own in zip(*quantized_in_caffe(tmp_path, caffe_forward, blobs), strict=True):
         assert 10 * np.log10(energy(full) / energy(full - own)) > 10
+
+
+def test_layers_of_one_name_are_those_of_a_net_that_names_them_apart(
+    tmp_path: Path, caffe_forward: CaffeForward
+) -> None:
+    """All layers of the second branch have the names of the first, the ReLUs have none."""
+    apart = SIAMESE.replace("param { lr_mult: 2 }", 'param { name: "b2" }')
+    one = re.sub(r'name: "relu\d_\w+" ', "", re.sub(r'name: "(\w+)_right"', r'name: "\1_left"', apart))
+    folders = tmp_path / "apart", tmp_path / "one"
+    for folder, text in zip(folders, (apart, one), strict=True):
+        write_model(folder, apart, ("_left", "fc"))
+        (folder / "net.prototxt").write_text(text)
+        run_job(folder)
+    ours, theirs = (quantized_in_caffe(folder, caffe_forward, ["fc"]) for folder in folders)
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    np.testing.assert_array_equal(ours[1], theirs[1])

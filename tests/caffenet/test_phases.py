@@ -8,7 +8,9 @@ from quantize.caffenet import (
     TRAIN,
     InferenceNet,
     NetParameter,
+    at_state,
     check_net,
+    dependents,
     filter_net,
     inference_net,
     input_blobs,
@@ -216,13 +218,15 @@ def test_scores_of_nothing():
 
 def test_a_net_without_input_is_told_how_to_get_one():
     layers = 'layer { name: "conv" type: "Convolution" bottom: "data" top: "conv" }'
-    trained = 'layer { name: "d" type: "Data" top: "data" include { phase: TRAIN } }'
     table = 'layer { name: "p" type: "Parameter" top: "p" }'
-    for text in (layers, trained + layers, table):
+    for text in (layers, table):
         with pytest.raises(
             InputError, match=r'no input in this phase: put layer { name: "data" type: "Input"'
         ):
             InferenceNet.of(net_of(text))
+    trained = 'layer { name: "d" type: "Data" top: "data" include { phase: TRAIN } }'
+    with pytest.raises(InputError, match="layer 'd', which makes it, is left out by its"):
+        InferenceNet.of(net_of(trained + layers))
 
 
 def test_a_misspelt_bottom():
@@ -230,3 +234,118 @@ def test_a_misspelt_bottom():
     text = f'layer {{ name: "d" type: "Input" top: "data" }} {relu}'
     with pytest.raises(InputError, match=r"reads 'dat', which no layer before it makes; did you mean data\?"):
         filter_net(net_of(text), TEST)
+
+
+FC = 'layer {{ name: "{0}" type: "InnerProduct" bottom: "{1}" top: "{0}" }}'
+DATA = 'layer { name: "data" type: "Data" top: "data" top: "label" }'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # An encoder whose loss compares with the images themselves.
+        (
+            'layer { name: "d" type: "Data" top: "data" }'
+            + FC.format("fc", "data")
+            + 'layer { name: "l" type: "EuclideanLoss" bottom: "fc" bottom: "data" top: "l" }',
+            ("data",),
+        ),
+        # Two images and whether they show the same.
+        (
+            'layer { name: "d" type: "Data" top: "left" top: "same" }'
+            'layer { name: "e" type: "Data" top: "right" }'
+            + FC.format("a", "left")
+            + FC.format("b", "right")
+            + 'layer { name: "l" type: "ContrastiveLoss" bottom: "a" bottom: "b" bottom: "same" top: "l" }',
+            ("left", "right"),
+        ),
+        # Labels in parts, one of which nobody reads; labels as images have them.
+        (
+            DATA
+            + FC.format("fc", "data")
+            + 'layer { name: "s" type: "Slice" bottom: "label" top: "x" top: "y" }'
+            'layer { name: "l" type: "SoftmaxWithLoss" bottom: "fc" bottom: "x" top: "l" }',
+            ("data",),
+        ),
+        # What forks and scripts compare with labels.
+        (
+            DATA
+            + FC.format("fc", "data")
+            + 'layer { name: "l" type: "SoftmaxWithLossOHEM" bottom: "fc" bottom: "label" top: "l" }'
+            'layer { name: "e" type: "DetectionEvaluate" bottom: "fc" bottom: "label" top: "e" }'
+            'layer { name: "p" type: "Python" bottom: "fc" bottom: "label" top: "p" loss_weight: 1 }'
+            'layer { name: "m" type: "Python" bottom: "fc" bottom: "label" top: "m" }',
+            ("data",),
+        ),
+        # What is called a label and is none: the net computes with it.
+        (
+            DATA + FC.format("fc", "data") + 'layer { name: "w" type: "Embed" bottom: "label" top: "w" }'
+            'layer { name: "c" type: "Concat" bottom: "fc" bottom: "w" top: "c" }',
+            ("data", "label"),
+        ),
+        # HDF5Data makes anything; the loss says which is the label.
+        (
+            'layer { name: "h" type: "HDF5Data" top: "truth" top: "state" top: "data" }'
+            + FC.format("a", "data")
+            + FC.format("b", "state")
+            + 'layer { name: "c" type: "Concat" bottom: "a" bottom: "b" top: "c" }'
+            'layer { name: "l" type: "EuclideanLoss" bottom: "c" bottom: "truth" top: "l" }',
+            ("state", "data"),
+        ),
+        # Images first; what is behind a type that nobody knows needs its inputs too.
+        (
+            'layer { name: "i" type: "Input" top: "im_info" top: "data" '
+            "input_param { shape { dim: [1, 3] } shape { dim: [1, 3, 8, 8] } } }"
+            'layer { name: "p" type: "Python" bottom: "data" bottom: "im_info" top: "rois" }'
+            + FC.format("fc", "rois"),
+            ("data", "im_info"),
+        ),
+    ],
+)
+def test_what_has_to_be_fed(text, expected):
+    net = net_of(text)
+    check_net(net)
+    assert input_blobs(net) == expected
+    kept = names(inference_net(net, expected))
+    weighted = [layer.name for layer in net.layer if layer.type in ("InnerProduct", "Embed")]
+    assert set(weighted) <= set(kept)
+
+
+def test_dependents():
+    net = net_of("""
+        layer { name: "i" type: "Input" top: "a" top: "b" }
+        layer { name: "x" type: "ReLU" bottom: "a" top: "x" }
+        layer { name: "y" type: "ReLU" bottom: "b" top: "y" }
+        layer { name: "z" type: "Eltwise" bottom: "x" bottom: "y" top: "z" }
+        layer { name: "w" type: "ReLU" bottom: "z" top: "z" }
+        layer { name: "v" type: "ReLU" bottom: "x" top: "v" }
+    """)
+    assert dependents(net, "b") == ["y", "z", "w"]
+    assert dependents(net, "a") == ["x", "z", "w", "v"]
+
+
+def test_inputs_of_different_numbers_of_rows():
+    net = net_of("""
+        layer { name: "i" type: "Input" top: "data" input_param { shape { dim: [1, 3, 8, 8] } } }
+        layer { name: "r" type: "Input" top: "rois" input_param { shape { dim: [300, 5] } } }
+        layer { name: "p" type: "ROIPooling" bottom: "data" bottom: "rois" top: "p" }
+    """)
+    with pytest.raises(InputError, match=r"different numbers of rows \('data' 1, 'rois' 300\)"):
+        InferenceNet.of(net)
+
+
+def test_layers_of_one_name_in_two_stages():
+    """The one of the stage that is set keeps its name, and so its weights."""
+    net = net_of("""
+        layer { name: "d" type: "Input" top: "data" }
+        layer { name: "fc" type: "InnerProduct" bottom: "data" top: "fc" include { stage: "a" }
+          inner_product_param { num_output: 3 } }
+        layer { name: "fc" type: "InnerProduct" bottom: "data" top: "fc" include { stage: "b" }
+          inner_product_param { num_output: 4 } }
+    """)
+    chosen = at_state(net, ["b"], 0)
+    assert [(layer.name, layer.inner_product_param.num_output) for layer in chosen.layer] == [
+        ("d", 0),
+        ("fc", 4),
+    ]
+    assert at_state(net_of(CLASSIFIER), [], 0) == net_of(CLASSIFIER)

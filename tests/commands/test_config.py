@@ -31,8 +31,9 @@ def test_the_defaults_are_the_contract() -> None:
     config = load(None, LEAST)
     assert (config.weights.bits, config.weights.grid, config.weights.solver) == (4, "power_of_two", "optimal")
     assert (config.weights.first_last.bits, config.weights.first_last.grid) == (8, "fixed_point")
-    assert (config.renorm.images, config.renorm.augment, config.renorm.memory) == (1000, "train", 2 << 30)
-    assert (config.activations.largest_code, config.activations.images) == (127, 400)
+    assert (config.renorm.images, config.renorm.augment, config.renorm.memory) == (64, "train", 2 << 30)
+    assert config.renorm.statistics == "paired"
+    assert (config.activations.largest_code, config.activations.images) == (127, 64)
     assert config.engine == "auto"
     assert config.data.seed == 0
 

@@ -1,5 +1,6 @@
 """Which images a net is fed with."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -12,9 +13,24 @@ from quantize.commands.config import load
 from quantize.data import Images, Transform, open_source
 from quantize.data.feed import Feed, thinned
 from quantize.errors import InputError
-from quantize.job.feeds import calibration_feed, effective_transform, images_used
+from quantize.job.feeds import (
+    calibration_feed,
+    effective_transform,
+    images_used,
+    stage_feed,
+    validation_feed,
+)
 from quantize.progress import Progress
+from quantize.settings import Config
 from tests.nets import parse, write_images
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +56,10 @@ def test_a_net_of_one_channel_gets_gray_images(tmp_path: Path, channels: int, gi
 
 
 def test_a_scale_of_0_is_questioned() -> None:
-    text = 'layer { name: "in" type: "Data" top: "in" transform_param { scale: %s } }'
+    text = (
+        'layer { name: "in" type: "Data" top: "in" transform_param { scale: %s } }'
+        'layer { name: "out" type: "ReLU" bottom: "in" top: "out" }'
+    )
     options = {"model.prototxt": "p", "model.weights": "w", "output": "o"}
     for scale, assignments in (("0", []), ("1", ["data.transform.scale=0"])):
         with pytest.raises(InputError, match="scale is 0, which makes every pixel 0"):
@@ -96,3 +115,82 @@ def test_thinned_images_are_spread_evenly(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.feeds["data"], whole.feeds["data"][[0, 2, 4, 6]])
     np.testing.assert_array_equal(found.labels, whole.labels[[0, 2, 4, 6]])
     assert len(thinned(feed, 100)) == 9
+
+
+PLAIN = (
+    'layer { name: "in" type: "Input" top: "in" input_param { shape { dim: [1, 3, 8, 8] } } }'
+    'layer { name: "relu" type: "ReLU" bottom: "in" top: "relu" }'
+)
+
+
+def config_for(source: Path, *assignments: str) -> Config:
+    """A job whose images are in ``source``."""
+    options = {"model.prototxt": "p", "model.weights": "w", "output": "o"}
+    return load(None, {**options, "data.calibration.source": str(source)}, assignments)
+
+
+def write_files(folder: Path, sizes: Sequence[tuple[int, int]]) -> Path:
+    """Image files of random pixels."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number, size in enumerate(sizes):
+        assert cv2.imwrite(str(folder / f"{number:03}.png"), rng.integers(0, 256, (*size, 3), np.uint8))
+    return folder
+
+
+def test_images_as_large_as_the_input_are_taken_as_they_are(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "photos", [(8, 8)] * 5)
+    notes = Notes()
+    feed = calibration_feed(config_for(folder), parse(PLAIN), 5, notes)
+    pixels = next(feed.batches(5)).feeds["in"]
+    for number, found in enumerate(pixels):
+        stored = cv2.imread(str(folder / f"{number:03}.png"))
+        assert stored is not None
+        np.testing.assert_array_equal(found, stored.transpose(2, 0, 1))
+    assert notes.notes == []
+
+
+@pytest.mark.parametrize("sizes", [[(9, 9)] * 4, [(8, 8)] * 40 + [(30, 20)]])
+def test_images_of_other_sizes_are_resized_and_that_is_said(
+    tmp_path: Path, sizes: list[tuple[int, int]]
+) -> None:
+    """Also where one image of many is of another size: it is among those that are looked at, or refused."""
+    folder = write_files(tmp_path / "photos", sizes[::-1])
+    notes = Notes()
+    feed = calibration_feed(config_for(folder), parse(PLAIN), len(sizes), notes)
+    assert feed.shapes == {"in": (3, 8, 8)}
+    guess = "images are not all 8x8 as the net wants them: resizing the shorter side to 9"
+    assert sum(guess in note for note in notes.notes) == 1
+    said = Notes()
+    calibration_feed(config_for(folder, "data.transform.resize_short=12"), parse(PLAIN), 1, said)
+    assert not any("resizing" in note for note in said.notes)
+
+
+def test_held_out_images_come_as_those_for_calibration(tmp_path: Path) -> None:
+    """They lie behind the used ones in the same folder, and are resized alike."""
+    folder = write_files(tmp_path / "photos", [(20, 30)] * 10)
+    config = config_for(folder, "data.calibration.images=6")
+    notes = Notes()
+    feed = validation_feed(config, parse(PLAIN), None, notes)
+    assert (len(feed), feed.shapes) == (4, {"in": (3, 8, 8)})
+    assert any("resizing the shorter side to 9" in note for note in notes.notes)
+    resized = cv2.resize(cv2.imread(str(folder / "006.png")), (14, 9))[0:8, 3:11]
+    np.testing.assert_array_equal(next(feed.batches(1)).feeds["in"][0], resized.transpose(2, 0, 1))
+
+
+def test_where_no_number_is_given_all_images_are_used_and_that_is_noted(tmp_path: Path) -> None:
+    lmdb = write_images(tmp_path / "lmdb", 12, (3, 8, 8))
+    for stage in ("weights", "renorm", "activations"):
+        notes = Notes()
+        assert len(stage_feed(config_for(lmdb), parse(PLAIN), stage, notes)) == 12
+        assert [note.startswith(f"{lmdb} holds 12 images: all of them are used") for note in notes.notes] == [
+            True
+        ]
+        with pytest.raises(InputError, match=rf"{stage}.images asks for 13 images but it holds 12"):
+            stage_feed(config_for(lmdb, f"{stage}.images=13"), parse(PLAIN), stage)
+        cured = config_for(lmdb, f"{stage}.images=13", "data.calibration.images=12")
+        assert len(stage_feed(cured, parse(PLAIN), stage, notes)) == 12
+    few = config_for(lmdb, "data.calibration.images=5", "renorm.images=9")
+    assert len(stage_feed(few, parse(PLAIN), "renorm")) == 5
+    with pytest.raises(InputError, match=r"data.calibration.images asks for 13 images but it holds 12"):
+        stage_feed(config_for(lmdb, "data.calibration.images=13"), parse(PLAIN), "renorm")

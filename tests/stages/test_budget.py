@@ -334,7 +334,7 @@ def bits_of(record: RunRecord) -> dict[str, int]:
 
 
 def test_the_whole_job(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    config = job.config("weights.budget=4.5")
+    config = job.config("weights.budget=4.5", "weights.images=20")
     record = Run(config).quantize()
     assert record.stages.weights is not None
     budget = record.stages.weights.budget
@@ -369,7 +369,7 @@ def test_without_a_budget_nothing_is_said_of_one(job: Job) -> None:
 
 @pytest.mark.parametrize("solver", ["reference", "data_aware"])
 def test_every_solver_takes_the_bits(job: Job, solver: str) -> None:
-    wanted = bits_of(Run(job.config("weights.budget=4.5")).quantize(("weights",)))
+    wanted = bits_of(Run(job.config("weights.budget=4.5", "weights.images=20")).quantize(("weights",)))
     given = ("weights.budget=4.5", f"weights.solver={solver}", "weights.images=20")
     record = Run(job.config(*given)).quantize(("weights",))
     assert bits_of(record) == wanted
@@ -384,27 +384,27 @@ def test_other_images_or_another_budget_are_another_result(job: Job) -> None:
         Run(job.config(*assignments), heard).quantize(("weights",), resume=True)
         return any("skipped" in note for note in heard.notes)
 
-    assert not done("weights.budget=4.5")
-    assert done("weights.budget=4.5")
-    assert not done("weights.budget=4.5", "renorm.images=19")
-    assert not done("weights.budget=4.25", "renorm.images=19")
-    assert done("weights.budget=4.25", "renorm.images=19", "activations.images=5")
+    assert not done("weights.budget=4.5", "weights.images=20")
+    assert done("weights.budget=4.5", "weights.images=20")
+    assert not done("weights.budget=4.5", "weights.images=19")
+    assert not done("weights.budget=4.25", "weights.images=19")
+    assert done("weights.budget=4.25", "weights.images=19", "renorm.images=7", "activations.images=5")
     with open(job.folder / "train_lmdb" / "data.mdb", "ab") as file:
         file.write(b"\0")
-    assert not done("weights.budget=4.25", "renorm.images=19")
+    assert not done("weights.budget=4.25", "weights.images=19")
 
 
 def test_it_needs_images(job: Job) -> None:
     lines = job.yaml.read_text().splitlines()
     job.yaml.write_text("\n".join(line for line in lines if "calibration" not in line))
     with pytest.raises(InputError, match=r"data\.calibration\.source is missing: .*weights\.budget"):
-        Run(job.config("weights.budget=4.5")).quantize(("weights",))
+        Run(job.config("weights.budget=4.5", "weights.images=20")).quantize(("weights",))
     assert not job.out.exists() or not list(job.out.iterdir())
 
 
 def test_a_budget_out_of_reach_writes_nothing(job: Job) -> None:
     with pytest.raises(InputError, match=r"weights\.budget: 2.0 is too small"):
-        Run(job.config("weights.budget=2")).quantize()
+        Run(job.config("weights.budget=2", "weights.images=20")).quantize()
     assert not list(job.out.glob("*.caffemodel"))
 
 

@@ -276,6 +276,97 @@ def test_nothing_to_round_leaves_the_solver_with_what_is_stored(full: FullPrecis
     assert found["fc2"].output_sqnr_db > 35
 
 
+# ---- Blobs that layers share ----
+
+SIAMESE = """
+  layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 9 dim: 9 } } }
+  layer { name: "other" type: "Power" bottom: "data" top: "other" power_param { scale: -0.5 shift: 0.7 } }
+  layer { name: "one" type: "Convolution" bottom: "data" top: "one" param { name: "w" } param { name: "b" }
+    convolution_param { num_output: 4 kernel_size: 3 } }
+  layer { name: "two" type: "Convolution" bottom: "other" top: "two" param { name: "w" } param { name: "b" }
+    convolution_param { num_output: 4 kernel_size: 3 } }
+  layer { name: "norm_one" type: "BatchNorm" bottom: "one" top: "one"
+    param { name: "m" } param { name: "v" } param { name: "f" } }
+  layer { name: "norm_two" type: "BatchNorm" bottom: "two" top: "two"
+    param { name: "m" } param { name: "v" } param { name: "f" } }
+  layer { name: "sum" type: "Eltwise" bottom: "one" bottom: "two" top: "sum" }
+  layer { name: "again" type: "Convolution" bottom: "sum" top: "again" param { name: "u" }
+    convolution_param { num_output: 4 kernel_size: 1 bias_term: false } }
+  layer { name: "relu" type: "ReLU" bottom: "again" top: "again" }
+  layer { name: "and_again" type: "Convolution" bottom: "again" top: "and_again" param { name: "u" }
+    convolution_param { num_output: 4 kernel_size: 1 bias_term: false } }
+"""
+
+
+@pytest.fixture(scope="module")
+def siamese() -> FullPrecision:
+    net = InferenceNet.of(parse(SIAMESE)).net
+    weights = random_weights(net, {"data": CROPPED})
+    for one, two in (("one", "two"), ("norm_one", "norm_two"), ("again", "and_again")):
+        weights.replace(two, weights[one])
+    return FullPrecision(net, weights)
+
+
+@pytest.mark.parametrize("statistics", ["paired", "measured"])
+def test_shared_statistics_are_those_of_all_that_is_read(
+    siamese: FullPrecision, feed: Feed, statistics: str
+) -> None:
+    changed = siamese.weights.copy()
+    kernels, bias = siamese.weights["one"]
+    for name in ("one", "two"):
+        changed.replace(name, [1.5 * kernels, bias + 1])
+    full = siamese if statistics == "paired" else None
+    renormed, _ = renorm(siamese.net, changed, feed, OPEN, None, full=full)
+    seen, wanted = (inputs_of_norms(siamese.net, w, feed) for w in (changed, siamese.weights))
+    together, reference = (m["norm_one"].merged(m["norm_two"]) for m in (seen, wanted))
+    mean, variance = stored_statistics(siamese.weights["norm_one"])
+    if statistics == "paired":
+        mean, variance = Reference("", mean, variance, 1e-5).paired(reference, together)
+    else:
+        mean, variance = together.mean, together.m2 / (together.count - 1)
+    for name in ("norm_one", "norm_two"):
+        np.testing.assert_allclose(renormed[name][0], mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(renormed[name][1], variance, rtol=1e-4)
+
+
+def test_shared_statistics_of_nothing_quantized_stay(siamese: FullPrecision, feed: Feed) -> None:
+    renormed, _ = renorm(siamese.net, siamese.weights, feed, OPEN, None, full=siamese)
+    mean, variance = stored_statistics(siamese.weights["norm_one"])
+    np.testing.assert_allclose(renormed["norm_two"][0], mean, atol=1e-6)
+    np.testing.assert_allclose(renormed["norm_two"][1], variance, rtol=1e-6)
+
+
+def test_shared_weights_are_fitted_to_all_that_they_see(siamese: FullPrecision, feed: Feed) -> None:
+    """Side by side and one behind the other: one alpha and Q, a bias for each use."""
+    chosen = {name: WeightSettings(bits=2) for name in ("one", "again")}
+    found = data_aware(siamese.weights, chosen, Calibration(siamese.net, feed, OPEN, None))
+    assert set(found) == {"one", "two", "again", "and_again"}
+    for first, second in (("one", "two"), ("again", "and_again")):
+        np.testing.assert_array_equal(found[first].Q, found[second].Q)
+        np.testing.assert_array_equal(found[first].alpha, found[second].alpha)
+    assert found["one"].bias is not None
+    assert found["two"].bias is not None
+    assert np.abs(found["one"].bias - found["two"].bias).max() > 1e-3
+    assert found["again"].bias is None
+    # Over both uses the error is less than with the kernels that the first use alone would have.
+    alone = NetParameter()
+    alone.CopyFrom(siamese.net)
+    for layer in alone.layer:
+        del layer.param[:]
+    first = data_aware(siamese.weights, {"one": chosen["one"]}, Calibration(alone, feed, OPEN, None))["one"]
+    pixels = next(feed.batches(COUNT)).feeds["data"]
+    kernels = siamese.weights["one"][0].reshape(4, -1)
+    errors = []
+    for fit in (found["one"], first):
+        error = 0.0
+        for x in (pixels, 0.7 - 0.5 * pixels):
+            windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(2, 3))
+            columns = np.moveaxis(windows, 1, 3).reshape(-1, kernels.shape[1]).astype(np.float64)
+            error += (columns @ (kernels - fit.alpha[:, None] * fit.Q).T).var(axis=0).sum()
+        errors.append(error)
+    assert errors[0] <= errors[1] * 1.001
+
+
 # ---- Settings ----
 
 
@@ -290,6 +381,14 @@ def test_the_published_solver_means_the_published_statistics() -> None:
     assert settings(weights={"solver": "reference"}).renorm.statistics == "measured"
     asked = settings(weights={"solver": "reference"}, renorm={"statistics": "paired"})
     assert asked.renorm.statistics == "paired"
+
+
+def test_published_settings_keep_the_published_numbers_of_images() -> None:
+    assert settings().renorm.images == settings().activations.images == 64
+    assert settings(renorm={"statistics": "measured"}).renorm.images == 1000
+    assert settings(weights={"solver": "reference"}).renorm.images == 1000
+    assert settings(weights={"solver": "reference"}, renorm={"images": 7}).renorm.images == 7
+    assert settings(activations={"solver": "reference"}).activations.images == 400
 
 
 @pytest.mark.parametrize("name", ["alexnet_bn", "resnet18", "resnet50", "vgg16_bn"])

@@ -15,7 +15,14 @@ from quantize.errors import InputError
 from quantize.job.run import Run
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
-from quantize.stages.weights import choices, free_layers, unquantizable, weights_quan, with_alpha_terms
+from quantize.stages.weights import (
+    check_kernels,
+    choices,
+    free_layers,
+    unquantizable,
+    weights_quan,
+    with_alpha_terms,
+)
 from tests.nets import images_of, parse, random_weights, write_images
 
 OPEN = engine_opener("onnx", CaffeProcess(), 1)
@@ -124,7 +131,7 @@ def test_weights_that_are_something_else_elsewhere_are_kept(
         InputError, match=rf"weights\.layers\.{left_out[0]}: cannot be quantized: its weights"
     ):
         choices(net, settings(layers={left_out[0]: {"bits": 3}}))
-    plans = {row.name: row.plan for row in inspect_net(parse(text), IMAGE, settings())}
+    plans = {row.name: row.plan for row in inspect_net(parse(text), {"data": IMAGE}, settings())}
     assert "kept: its weights are also in layer" in plans[left_out[0]]
 
 
@@ -220,13 +227,12 @@ def test_a_layer_of_both_phases_has_its_alpha_in_both() -> None:
 def test_a_layer_behind_the_labels_that_has_the_weights_too() -> None:
     """It is not needed to quantize, but `caffe test` runs it."""
     text = CHAIN.replace(INPUT, 'layer { name: "d" type: "Data" top: "data" top: "label" }\n') + (
-        'layer { name: "mixed" type: "Scale" bottom: "c1" bottom: "label" top: "mixed" '
-        "scale_param { axis: 0 } }\n"
-        + layer("behind", "mixed", "w", "b")
-        + 'layer { name: "loss" type: "EuclideanLoss" bottom: "behind" bottom: "c3" top: "loss" }\n'
+        'layer { name: "loss" type: "EuclideanLoss" bottom: "fc" bottom: "label" top: "loss" }\n'
+        + layer("behind", "loss", "w", "b")
     )
     net = parse(text)
-    weights = loaded(filter_net(net, TEST), random_weights(InferenceNet.of(net).net, {"data": IMAGE}))
+    drawn = random_weights(InferenceNet.of(net).net, {"data": IMAGE, "label": ()})
+    weights = loaded(filter_net(net, TEST), drawn)
     changed, found, layers = weights_quan(
         net, weights, choices(InferenceNet.of(net).net, settings()), "optimal"
     )
@@ -237,9 +243,9 @@ def test_a_layer_behind_the_labels_that_has_the_weights_too() -> None:
 
 
 def test_a_net_that_has_been_quantized_is_refused() -> None:
-    _, _, changed, _ = quantized(CHAIN)
+    _, _, changed, weights = quantized(CHAIN)
     with pytest.raises(InputError, match="'c1_alpha_term': it has been quantized; give the net from before"):
-        choices(InferenceNet.of(changed).net, settings())
+        check_kernels(changed, weights, choices(InferenceNet.of(changed).net, settings()))
 
 
 def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) -> None:
@@ -263,7 +269,7 @@ def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) 
 
 
 def test_what_is_shared_counts_once(tmp_path: Path) -> None:
-    rows = {row.name: row for row in inspect_net(parse(CHAIN), IMAGE, settings())}
+    rows = {row.name: row for row in inspect_net(parse(CHAIN), {"data": IMAGE}, settings())}
     assert [rows[name].parameters for name in ("c2", "c3", "c5")] == [6 * 6 * 9 + 6, 6, 6 * 6 * 9]
     assert rows["c3"].plan == "weights: 4 bits power_of_two, those of c2"
     (tmp_path / "net.prototxt").write_text(CHAIN)
