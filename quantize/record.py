@@ -228,12 +228,14 @@ class Evaluation:
         images: how many.
         accuracy: by candidate.
         closeness: to the first candidate, by the name of every other one.
+        classes: scores per image.
         images_from: which images these are.
     """
 
     images: int
     accuracy: dict[str, Accuracy]
     closeness: dict[str, Closeness]
+    classes: int
     images_from: ImagesFrom = "validation"
 
     @property

@@ -57,14 +57,14 @@ def test_with_the_schema_the_field_is_kept(fork_job: Job) -> None:
         assert FIELD in path.read_text()
     done = labelfree(fork_job, "evaluate", "--config", "new.yaml", "-o", "out")
     assert done.returncode == 0, done.stderr
-    shown = labelfree(fork_job, "inspect", "out/residual_deploy.prototxt", "--caffe-proto", "fork.proto")
+    shown = labelfree(fork_job, "inspect", "net.prototxt", "--caffe-proto", "fork.proto")
     assert shown.returncode == 0, shown.stderr
 
 
 def test_a_field_that_may_change_the_results_stops_every_command(fork_job: Job) -> None:
     net = fork_job.folder / "net.prototxt"
     net.write_text(net.read_text().replace(FIELD, CHANGING))
-    where = "'conv1' (Convolution): convolution_param.sparse_ratio is a field of a fork of Caffe"
+    where = "(Convolution): convolution_param.sparse_ratio is a field of a fork of Caffe"
     config = fork_job.yaml.read_text().replace("net.caffemodel}", "net.caffemodel, caffe_proto: fork.proto}")
     fork_job.yaml.write_text(config)
     skip = ["--set", "weights.layers.conv1.skip=true"]
@@ -75,5 +75,5 @@ def test_a_field_that_may_change_the_results_stops_every_command(fork_job: Job) 
     ):
         done = labelfree(fork_job, *command)
         assert done.returncode == 2, done.stdout
-        assert done.stderr.splitlines()[-1].startswith("labelfree: layer ")
+        assert done.stderr.splitlines()[-1].startswith("labelfree: layer 'conv1")
         assert where in done.stderr

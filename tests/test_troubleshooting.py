@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from quantize.job.run import Run
 from tests.conftest import Job
 from tests.nets import write_images
 
+CAFFE_PROTO = Path(cli.__file__).with_name("caffenet") / "caffe.proto"
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 ENTRY = re.compile(r"<!-- (\w+) -->\n\n    \$ labelfree ([^\n]*)\n((?:    [^\n]*\n)+)")
 
@@ -117,6 +119,29 @@ def files_swapped(job: Job) -> None:
 
 
 @mistake
+def lfs_pointer(job: Job) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943\nsize 4727\n"
+    (job.folder / "net.caffemodel").write_text(pointer)
+
+
+@mistake
+def missing_brace(job: Job) -> None:
+    replace(job.folder / "net.prototxt", "stride: 2 bias_term: false } }", "stride: 2 bias_term: false }")
+
+
+@mistake
+def misspelt_field(job: Job) -> None:
+    replace(job.folder / "net.prototxt", "kernel_size: 1 stride: 2", "kernal_size: 1 stride: 2")
+
+
+@mistake
+def no_input(job: Job) -> None:
+    path = job.folder / "net.prototxt"
+    text = path.read_text()
+    path.write_text('name: "residual"\n' + text[text.index('layer { name: "conv1"') :])
+
+
+@mistake
 def another_net(job: Job) -> None:
     replace(job.folder / "net.prototxt", "num_output: 12", "num_output: 10")
 
@@ -152,8 +177,37 @@ def fork_field(job: Job) -> None:
 
 
 @mistake
+def fork_arithmetic(job: Job) -> None:
+    fork_field(job)
+    shutil.copyfile(CAFFE_PROTO, job.folder / "fork.proto")
+    message = "message ConvolutionParameter {"
+    replace(job.folder / "fork.proto", message, message + " optional float sparse_ratio = 9000;")
+
+
+@mistake
 def unknown_layer(job: Job) -> None:
     replace(job.folder / "net.prototxt", 'type: "Eltwise"', 'type: "ShuffleChannel"')
+
+
+@mistake
+def training_data_only(job: Job) -> None:
+    """The second of two layers called data is that of the TEST phase."""
+    before, train, test = (job.folder / "net.prototxt").read_text().split('layer { name: "data"')
+    rest = test[test.index('layer { name: "conv1"') :]
+    (job.folder / "net.prototxt").write_text(f'{before}layer {{ name: "data"{train}{rest}')
+
+
+@mistake
+def unfed_input(job: Job) -> None:
+    replace(
+        job.folder / "net.prototxt",
+        'bottom: "left" bottom: "right_b"',
+        'bottom: "left" bottom: "right_b" bottom: "mask"',
+    )
+    text = (job.folder / "net.prototxt").read_text()
+    mask = 'layer { name: "mask" type: "Input" top: "mask" input_param { shape { dim: [1, 8, 5, 5] } } }\n'
+    at = text.index('layer { name: "conv1"')
+    (job.folder / "net.prototxt").write_text(text[:at] + mask + text[at:])
 
 
 @mistake
@@ -177,6 +231,12 @@ def leveldb(job: Job) -> None:
 @mistake
 def too_few_images(job: Job) -> None:
     replace(job.yaml, "renorm: {images: 20}", "renorm: {images: 1000}")
+
+
+@mistake
+def too_few_values(job: Job) -> None:
+    unfed_input(job)
+    np.save(job.folder / "masks.npy", np.zeros((19, 8, 5, 5), np.float32))
 
 
 @mistake

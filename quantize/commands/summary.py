@@ -9,6 +9,7 @@ from statistics import fmean, median
 
 import click
 
+from quantize.measure.plausible import doubt
 from quantize.record import (
     ActivationsRecord,
     AnyStageRecord,
@@ -147,6 +148,9 @@ def _meaning(found: Evaluation, labeled: bool) -> str:
     final = list(found.accuracy.values())[-1]
     if labeled:
         full = found.accuracy["fp32"]
+        reason = doubt(full.top1, final.top1, found.agreement, found.images, found.classes)
+        if reason:
+            return f"on {found.images} images: agreement {found.agreement:.2f} %\nwarning: {reason}"
         lost = (full.top1 or 0.0) - (final.top1 or 0.0)
         change = (
             f"{abs(lost):.2f} points of top-1 {'lost' if lost > 0 else 'won'}" if lost else "no top-1 lost"

@@ -76,7 +76,7 @@ def stage_images(config: Config, stage: StageName, progress: Progress = SILENT) 
             raise InputError(
                 f"{where}: {stage}.images asks for {settings.images} images but it holds {present}: {cure}"
             )
-        progress.note(f"{where} holds {present} images: all of them are used (1,000 are usual)")
+        progress.note(f"{where} holds {present} images: all of them are used")
     return int(min(settings.images, available))
 
 

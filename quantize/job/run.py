@@ -429,7 +429,7 @@ class Run:
 
     def _prototxts(self, stages: Stages) -> dict[str, bytes]:
         """The texts of the prototxts by name, for what the stages that have run have found."""
-        net = with_alpha_terms(self.net, Weights.read(self.config.output / self._latest(stages)))
+        net = with_alpha_terms(self.net, Weights.names(self.config.output / self._latest(stages)))
         if stages.activations is not None:
             net = with_act_quantize(net, stages.activations.layers)
         shapes = input_shapes(self.config, self.net)

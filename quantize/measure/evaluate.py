@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ def _compare(
         name: Accuracy(*(100 * hits[name][k] / count if labeled == count else None for k in TOP_K))
         for name, _ in candidates
     }
-    return Evaluation(count, accuracy, {name: found.closeness(count) for name, found in sums.items()})
+    closeness = {name: found.closeness(count) for name, found in sums.items()}
+    classes = math.prod(engines[0].shapes.blobs[candidates[0][1].scores][1:])
+    return Evaluation(count, accuracy, closeness, classes)
 
 
 def check_scores(net: NetParameter, scores: str) -> None:

@@ -1,7 +1,7 @@
 """Whether accuracies can be what they seem: a wrong transform makes quantization look like an improvement.
 
-Renorm measures BatchNorm statistics through whatever transform it is given and so absorbs a wrong mean or
-scale. Full precision does not. Then it is right by chance only, and the quantized net far above it.
+Renorm with measured statistics absorbs a wrong mean or scale. Full precision does not: it is right by chance
+only, and the quantized net far above it. With paired statistics both are right by chance.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ LEAST_GAIN = 1.0
 DEVIATIONS = 3.0
 
 CAUSE = (
-    "data.transform is probably not the transform of training, or the labels are not this net's; renorm "
-    "absorbs a wrong mean or scale, full precision cannot: `labelfree doctor` tells what fits"
+    "data.transform is probably not the transform of training, or the labels are not this net's; `labelfree "
+    "doctor` tells which transform fits"
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from quantize.measure.plausible import doubt
 from quantize.record import RunRecord
 from quantize.report.facts import NormPlot, Row
 from quantize.settings import GRID_BITS
@@ -45,6 +46,7 @@ class Advice:
 def advise(record: RunRecord, rows: Sequence[Row], norms: Sequence[NormPlot]) -> list[Advice]:
     """Everything worth saying about a run, the most important first."""
     found = [
+        *_transform(record),
         *_accuracy(record),
         *_unfinished(record),
         *_given(record),
@@ -74,6 +76,23 @@ def _result(record: RunRecord) -> list[Advice]:
             f"caffe test -model {name}_val.prototxt -weights {name}_renorm.caffemodel -iterations N",
         )
     ]
+
+
+def _transform(record: RunRecord) -> list[Advice]:
+    """Before everything else: with a wrong transform no other number means what it says."""
+    found = []
+    check = record.transform
+    if check is not None and check.doubtful:
+        is_code = check.remedy.startswith("--set")
+        finding = f"Images probably do not come as in training. {check.finding}."
+        found.append(Advice("warning", finding, *(("", check.remedy) if is_code else (check.remedy, ""))))
+    evaluation = record.evaluation
+    if evaluation is not None and evaluation.accuracy:
+        full, final = (evaluation.accuracy[name].top1 for name in ("fp32", "quantized"))
+        reason = doubt(full, final, evaluation.agreement, evaluation.images, evaluation.classes)
+        if reason:
+            found.append(Advice("warning", f"{reason[0].upper()}{reason[1:]}."))
+    return found
 
 
 def _accuracy(record: RunRecord) -> list[Advice]:

@@ -30,7 +30,7 @@ from quantize.numerics.solvers import fit
 from quantize.progress import SILENT, Progress
 from quantize.settings import GridChoice, StatisticsName
 from quantize.stages import renorm
-from quantize.sweep.pair import beside, both_weights, full_layers, of_layers
+from quantize.sweep.pair import beside, both_weights, full_layers, names_of_one_net, of_layers
 from quantize.sweep.plan import Step, depth_order
 from quantize.sweep.run import Shard
 
@@ -101,7 +101,7 @@ def data_aware(
     found: dict[str, DataAwareFit] = {}
     blobs: dict[str, list[FloatArray]] = {}
     both = both_weights(weights, weights, tour.ordered.layer)
-    with closing(calibration.open_engine(tour.net, both, feed.shapes)) as engine:
+    with names_of_one_net(), closing(calibration.open_engine(tour.net, both, feed.shapes)) as engine:
         patches = {stop.place: stop.patches(engine) for stop in tour.stops}
         steps = [stop.step(patches[stop.place]) for stop in tour.stops]
         shard = Shard(engine, feed, steps, calibration.memory)

@@ -40,7 +40,7 @@ from quantize.numerics.moments import Moments
 from quantize.progress import SILENT, Progress
 from quantize.record import BatchNormShift
 from quantize.sweep.early_pooling import with_early_pooling
-from quantize.sweep.pair import beside, both_weights, full_layers, of_layers
+from quantize.sweep.pair import beside, both_weights, full_layers, names_of_one_net, of_layers
 from quantize.sweep.plan import Step, depth_order
 from quantize.sweep.run import Shard
 
@@ -101,7 +101,7 @@ def renorm(
     )
     tour = Tour.of(net, weights, full, list(feed.shapes))
     found: dict[str, Statistics] = {}
-    with closing(open_engine(tour.net, tour.weights, feed.shapes)) as engine:
+    with names_of_one_net(), closing(open_engine(tour.net, tour.weights, feed.shapes)) as engine:
         shard = Shard(engine, feed, tour.steps, memory)
         if advice := shard.advice():
             progress.note(f"renorm: {advice}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 
 from quantize.caffenet import LayerParameter, NetParameter, Weights
+from quantize.errors import LabelfreeError
 
 SUFFIX = " (full precision)"
 
@@ -12,6 +14,15 @@ SUFFIX = " (full precision)"
 def beside(name: str) -> str:
     """What a layer or a blob of the full-precision net is called beside the other one."""
     return name + SUFFIX
+
+
+@contextmanager
+def names_of_one_net() -> Iterator[None]:
+    """Errors name layers and blobs as the files do, of whichever of the two nets they are."""
+    try:
+        yield
+    except LabelfreeError as error:
+        raise type(error)(str(error).replace(SUFFIX, "")) from error
 
 
 def full_layers(layers: Iterable[LayerParameter], inputs: Collection[str]) -> list[LayerParameter]:

@@ -41,6 +41,17 @@ layer {{ name: "data" type: "Input" top: "data" input_param {{ shape {{ dim: 1 d
 layer {{ name: "cut" type: "Slice" bottom: "data" top: "left" top: "right"
   slice_param {{ axis: 2 slice_point: 6 }} }}
 {branch("left")}{branch("right")}{HEAD}"""
+NORM = """
+layer {{ name: "norm_{0}" type: "BatchNorm" bottom: "{0}2" top: "{0}2" param {{ name: "mean" lr_mult: 0 }}
+  param {{ name: "variance" lr_mult: 0 }} param {{ name: "factor" lr_mult: 0 }} }}
+layer {{ name: "scale_{0}" type: "Scale" bottom: "{0}2" top: "{0}2" param {{ name: "gain" }}
+  param {{ name: "shift" }} scale_param {{ bias_term: true }} }}
+"""
+NORMED = SIAMESE
+for side in ("left", "right"):
+    NORMED = NORMED.replace(
+        f'layer {{ name: "relu2_{side}"', NORM.format(side) + f'layer {{ name: "relu2_{side}"'
+    )
 MANY = """
 name: "many"
 layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 12 dim: 12 } } }
@@ -69,6 +80,8 @@ def write_model(folder: Path, text: str, only: tuple[str, ...] = ("",)) -> None:
     for layer in net.layer:
         shapes = infer_shapes(net, {"data": (1, *IMAGE)}).params[layer.name]
         blobs = [(rng.normal(0, 0.3, shape)).astype(np.float32) for shape in shapes]
+        if layer.type == "BatchNorm":
+            blobs = [400 * blobs[0], np.full_like(blobs[1], 4e4), np.ones(1, np.float32)]
         if blobs and layer.name.endswith(only):
             weights.add(layer, blobs)
     with open(folder / "net.caffemodel", "wb") as file:
@@ -160,7 +173,7 @@ def test_one_alpha_for_shared_weights(tmp_path: Path, caffe_forward: CaffeForwar
     )
 
 
-@pytest.mark.parametrize("text", [SIAMESE, MANY])
+@pytest.mark.parametrize("text", [SIAMESE, NORMED, MANY], ids=["siamese", "normed", "many"])
 @pytest.mark.parametrize("solver", ["optimal", "data_aware"])
 def test_every_output_is_close_to_full_precision(
     text: str, solver: str, tmp_path: Path, caffe_forward: CaffeForward

@@ -2,6 +2,7 @@
 
 import io
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ HOSTILE = {
     "empty": (b"", "empty"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
     "text": (b'name: "net"\nlayer { name: "a" }\n', "text, not a caffemodel.*changed places"),
-    "no layers": (record(1, b"name"), "without layers"),
+    "no layers": (record(1, b"name"), "has no layers"),
     "truncated varint": (b"\xff", "ends in the middle"),
     "endless varint": (b"\xff" * 20, "more than 64 bits"),
     "field number 0": (b"\x00\x00", "field number 0"),
@@ -261,7 +262,7 @@ HOSTILE = {
     "negative dimension": (net_of_blob(record(7, record(1, varint(2**64 - 1)))), "impossible dimension"),
     "too many axes": (net_of_blob(record(7, record(1, b"\x01" * 33))), "dimensions"),
     "a million axes": (net_of_blob(record(7, record(1, b"\x01" * 10**6))), "dimensions"),
-    "shape as a number": (net_of_blob(b"\x38\x01"), "wire type 0"),
+    "shape as a number": (net_of_blob(b"\x38\x01"), "the 0 values that the file holds"),
     "shape shorter than data": (
         net_of_blob(record(5, bytes(8)) + record(7, record(1, b"\x01"))),
         "the 2 values that the file holds",
@@ -269,7 +270,7 @@ HOSTILE = {
     "data without shape": (net_of_blob(record(5, bytes(8))), "the 2 values that the file holds"),
     "no data": (net_of_blob(b""), "the 0 values that the file holds"),
     "half a float": (net_of_blob(record(5, bytes(6)) + record(7, record(1, b"\x01"))), "whole number"),
-    "data as varints": (net_of_blob(b"\x28\x01"), "wire type 0"),
+    "data as varints": (net_of_blob(b"\x28\x01"), "the 0 values that the file holds"),
     "truncated float": (net_of_blob(b"\x2d\x00\x00"), "claims to reach"),
 }
 
@@ -317,6 +318,45 @@ def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="not a file"):
         Weights.read(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_names_of_damaged_files(tmp_path, case):
+    path = tmp_path / "net.caffemodel"
+    path.write_bytes(HOSTILE[case][0])
+    try:
+        names, message = Weights.names(path), ""
+    except InputError as error:
+        names, message = {""}, str(error)
+    assert message.startswith(str(path)) or (not message and names <= {"", "conv"})  # the damage is in a blob
+    assert "\n" not in message
+
+
+def test_names_are_those_of_what_is_read(tmp_path):
+    for data in (
+        small_net().SerializeToString(),
+        record(100, record(1, "\u5377".encode("gbk"))) + record(100, b"") + record(100, record(1, b"a") * 2),
+        record(2, record(4, b"old")),
+    ):
+        weights = read(tmp_path, data)
+        assert Weights.names(tmp_path / "net.caffemodel") == set(weights.layers())
+
+
+def test_names_are_found_without_reading_blobs(tmp_path):
+    """1.5 GiB of blobs, which the file system does not even store."""
+    path = tmp_path / "net.caffemodel"
+    size = 3 << 29
+    head = record(1, b"huge") + varint(7 << 3 | 2) + varint(size)
+    with open(path, "wb") as file:
+        file.write(varint(100 << 3 | 2) + varint(len(head) + size) + head)
+        file.seek(size, os.SEEK_CUR)
+        file.write(record(100, record(1, b"last")))
+    tracemalloc.start()
+    names = Weights.names(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert names == {"huge", "last"}
+    assert peak < 1 << 20
 
 
 def test_every_truncation_is_found(tmp_path):

@@ -10,6 +10,7 @@ from quantize.commands.config import load
 from quantize.data import Transform
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
+from quantize.errors import InputError
 from quantize.numerics.moments import Moments, moments_of
 from quantize.settings import CaffeProcess, Config, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
@@ -235,6 +236,13 @@ def test_nothing_becomes_a_nan(small: tuple[NetParameter, Weights, Weights], fee
         same, _ = renorm(net, weights, feed, OPEN, None, full=FullPrecision(net, weights))
         np.testing.assert_allclose(same["bn_a"][0], 0, atol=1e-6)
         np.testing.assert_allclose(same["bn_a"][1], 0, atol=1e-6)
+
+
+def test_errors_name_layers_as_the_files_do(feed: Feed) -> None:
+    net = InferenceNet.of(parse(SMALL.replace('type: "ReLU"', 'type: "NobodyKnows"'))).net
+    weights = random_weights(InferenceNet.of(parse(SMALL)).net, {"data": CROPPED})
+    with pytest.raises(InputError, match=r"^layer 'relu' \(NobodyKnows\)"):
+        renorm(net, weights, feed, OPEN, None, full=FullPrecision(net, weights))
 
 
 # ---- Inside the data-aware solver ----

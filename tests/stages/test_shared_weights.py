@@ -16,7 +16,7 @@ from quantize.job.run import Run
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
 from quantize.stages.weights import (
-    check_kernels,
+    check_unquantized,
     choices,
     free_layers,
     unquantizable,
@@ -243,9 +243,10 @@ def test_a_layer_behind_the_labels_that_has_the_weights_too() -> None:
 
 
 def test_a_net_that_has_been_quantized_is_refused() -> None:
-    _, _, changed, weights = quantized(CHAIN)
+    net, _, changed, _ = quantized(CHAIN)
+    check_unquantized(net)
     with pytest.raises(InputError, match="'c1_alpha_term': it has been quantized; give the net from before"):
-        check_kernels(changed, weights, choices(InferenceNet.of(changed).net, settings()))
+        check_unquantized(changed)
 
 
 def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) -> None:
