@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -163,7 +162,26 @@ def run_stages(
         return
     from quantize.commands.summary import print_summary
 
-    print_summary(record, config)
+    print_summary(record, config, following(given, config, record.stages.missing))
+
+
+def following(given: dict[str, Any], config: Config, missing: Sequence[StageName]) -> str:
+    """The command to run next, with the same options: the stages that are missing, else `evaluate`."""
+    command = ["quantize", "--stages", ",".join(missing)] if missing else ["evaluate"]
+    names = {"path": "config", "shapes": "shape", "assignments": "set"}
+    for name, value in given.items():
+        shapes = value if isinstance(value, dict) else {"": value}
+        texts = _shape_texts(shapes) if name == "shapes" and value else value
+        for text in texts if isinstance(texts, list | tuple) else () if texts is None else (texts,):
+            command += [f"--{names.get(name, name)}", str(text)]
+    if config.data.calibration is None and config.data.validation is None:
+        command += ["--validation", "IMAGES"]
+    return shlex.join(["labelfree", *command])
+
+
+def _shape_texts(shapes: dict[str, list[int]]) -> list[str]:
+    """Values of `SHAPE`."""
+    return [f"{f'{name}=' if name else ''}{','.join(map(str, axes))}" for name, axes in shapes.items()]
 
 
 def parse_stages(_: click.Context, __: click.Parameter, value: str) -> tuple[StageName, ...]:
@@ -240,16 +258,15 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
     result is added to report.json and report.html.
     """
     config = read_config_of_results(given)
-    from quantize.commands.summary import evaluation_table
+    from quantize.commands.evaluation import evaluation_json, evaluation_text
     from quantize.job.evaluation import evaluate_run
 
     with showing_progress() as progress:
         found = evaluate_run(config, images, progress)
     if as_json:
-        accuracy = {name: asdict(each) for name, each in found.accuracy.items()}
-        click.echo(json.dumps({"images": found.images, **accuracy, "agreement": found.agreement}))
+        click.echo(evaluation_json(found))
     else:
-        click.echo(evaluation_table(found))
+        click.echo(evaluation_text(found))
 
 
 @cli.command()
@@ -262,11 +279,11 @@ def report(evaluating: bool, images: int | None, **given: Any) -> None:
     from quantize.job.evaluation import evaluate_run, report_run
 
     if evaluating:
-        from quantize.commands.summary import evaluation_table
+        from quantize.commands.evaluation import evaluation_text
 
         with showing_progress() as progress:
             found = evaluate_run(config, images, progress, without_renorm=True)
-        click.echo(evaluation_table(found))
+        click.echo(evaluation_text(found))
     click.echo(f"wrote {report_run(config)}")
 
 

@@ -20,7 +20,9 @@ CAUSE = (
 )
 
 
-def doubt(full: float | None, final: float | None, agreement: float, images: int, classes: int) -> str | None:
+def doubt(
+    full: float | None, final: float | None, agreement: float | None, images: int, classes: int
+) -> str | None:
     """Why the accuracies of full precision and of its quantized net cannot be trusted; None where they can.
 
     Args:
@@ -30,7 +32,7 @@ def doubt(full: float | None, final: float | None, agreement: float, images: int
         images: how many images.
         classes: number of classes; 0: not known.
     """
-    if full is None or final is None:
+    if full is None or final is None or agreement is None:
         return None
     chance = 100 / classes if classes > 1 else 0.0
     # Only images on which the nets disagree move the difference, by one each: McNemar's deviation.
