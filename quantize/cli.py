@@ -270,6 +270,21 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
 
 
 @cli.command()
+@click.argument("outputs", nargs=-1, type=PATH, metavar="OUT1 OUT2 ...")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def compare(outputs: tuple[Path, ...], as_json: bool) -> None:
+    """Show several results side by side: size, accuracy, agreement, and the settings that differ.
+
+    OUT1, OUT2 and so on are output folders of `labelfree quantize`, best after `labelfree evaluate`. On the
+    same images, differences of accuracy are tested against chance (McNemar).
+    """
+    from quantize.commands.compare import compare_json, compare_text, read_results
+
+    results = read_results(outputs)
+    click.echo(compare_json(results) if as_json else compare_text(results))
+
+
+@cli.command()
 @config_options
 @click.option("--evaluate", "evaluating", is_flag=True, help="Evaluate first, also without renorm.")
 @click.option("--images", type=click.IntRange(1), help="For --evaluate: the first so many (default: all).")

@@ -215,16 +215,16 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Paired:
-    """Top-1 of a net against that of full precision on the same images.
+    """Top-1 of two nets on the same images; in an evaluation the first one is full precision.
 
     Attributes:
-        fp32_only: images on which full precision alone is right.
-        own_only: images on which this net alone is right.
+        first_only: images on which the first alone is right.
+        second_only: images on which the second alone is right.
         p_value: how probable it is that two equally good nets differ so much (McNemar, exact, two-sided).
     """
 
-    fp32_only: int
-    own_only: int
+    first_only: int
+    second_only: int
     p_value: float
 
 

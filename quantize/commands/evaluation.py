@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from quantize.commands.summary import table
 from quantize.measure.plausible import doubt
-from quantize.record import Closeness, Evaluation, OutputCloseness, Paired
+from quantize.record import Accuracy, Closeness, Evaluation, OutputCloseness, Paired
 
 CHANCE = 0.05
 """A difference that two equally good nets would have more often than this may be chance."""
@@ -16,14 +17,10 @@ CHANCE = 0.05
 
 def evaluation_json(found: Evaluation) -> str:
     """One JSON object; figures in percent, divergence in nats, SQNR in decibels."""
-    accuracy = {
-        name: {"top1": each.top1, "top5": each.top5, "top1_interval": each.top1_interval}
-        for name, each in found.accuracy.items()
-    }
     return json.dumps(
         {
             "images": found.images,
-            **accuracy,
+            **{name: accuracy_json(each) for name, each in found.accuracy.items()},
             "agreement": found.agreement,
             "scores": found.scores,
             "outputs": [asdict(output) for output in found.outputs],
@@ -31,6 +28,11 @@ def evaluation_json(found: Evaluation) -> str:
             "missing": found.missing,
         }
     )
+
+
+def accuracy_json(accuracy: Accuracy) -> dict[str, Any]:
+    """Percent; null without labels."""
+    return {"top1": accuracy.top1, "top5": accuracy.top5, "top1_interval": accuracy.top1_interval}
 
 
 def evaluation_text(found: Evaluation) -> str:
@@ -127,11 +129,11 @@ def _labeled(found: Evaluation, agreement: float) -> list[str]:
 
 def paired_text(paired: Paired, first: str, second: str) -> str:
     """What two nets of some names do differently on the same images, and whether it may be chance."""
-    if not paired.fp32_only + paired.own_only:
+    if not paired.first_only + paired.second_only:
         return f"{first} and {second} are right on the same images"
     worth = "which may be chance" if paired.p_value > CHANCE else "hardly by chance"
     return (
-        f"{paired.fp32_only} images are right in {first} only and {paired.own_only} in {second} only, "
+        f"{paired.first_only} images are right in {first} only and {paired.second_only} in {second} only, "
         f"{worth} (McNemar, p = {paired.p_value:.2g})"
     )
 

@@ -74,7 +74,7 @@ def _below(record: RunRecord, config: Config, following: str) -> list[str]:
     return [
         *(["", *doubt] if doubt else []),
         "",
-        f"size: {_size(sizes.model)} as given, {_size(sizes.packed)} packed "
+        f"size: {size_text(sizes.model)} as given, {size_text(sizes.packed)} packed "
         f"({sizes.model / sizes.packed:.1f}x smaller)",
         f"wrote: {', '.join(sorted(record.outputs))}",
         f"   in: {config.output}",
@@ -129,5 +129,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _size(size: int) -> str:
+def size_text(size: int) -> str:
+    """Bytes in kB or MB of 1000."""
     return f"{size / KILOBYTE**2:.2f} MB" if size >= KILOBYTE**2 else f"{size / KILOBYTE:.1f} kB"

@@ -221,5 +221,5 @@ class _Comparison:
 
 
 def _paired(full: Rights, own: Rights) -> Paired:
-    full_only, own_only = int((full & ~own).sum()), int((own & ~full).sum())
-    return Paired(full_only, own_only, mcnemar(full_only, own_only))
+    full_only, second_only = int((full & ~own).sum()), int((own & ~full).sum())
+    return Paired(full_only, second_only, mcnemar(full_only, second_only))

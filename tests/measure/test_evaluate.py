@@ -157,8 +157,8 @@ def test_a_classifier_is_measured_before_its_softmax(tmp_path: Path, text: str) 
         bits = np.unpackbits(np.frombuffer(base64.b64decode(accuracy.right), np.uint8))[:IMAGES]
         np.testing.assert_array_equal(bits, right)
     paired = found.paired["quantized"]
-    assert paired.fp32_only == (rights[0] & ~rights[1]).sum()
-    assert paired.own_only == (rights[1] & ~rights[0]).sum()
+    assert paired.first_only == (rights[0] & ~rights[1]).sum()
+    assert paired.second_only == (rights[1] & ~rights[0]).sum()
 
 
 def test_a_regressor_has_an_sqnr_and_no_accuracy(tmp_path: Path) -> None:
