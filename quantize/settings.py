@@ -293,6 +293,11 @@ class RenormSettings(Section):
     images: Whole = Field(
         64, ge=1, description=f"calibration images; {MEASURED_IMAGES:,} where statistics are measured"
     )
+    bias_correction: bool = Field(
+        True,
+        description="keep the mean of each quantized layer's output as in full precision, by its bias, where "
+        "no BatchNorm follows; with paired statistics only, and not with solver data_aware, which does it",
+    )
     augment: Literal["train", "test"] = Field(
         "train",
         description="train: random crop and mirror as the TRAIN transform says, seeded; test: centre crop",

@@ -25,7 +25,7 @@ from quantize.job.feeds import Stage, calibration_images, input_shapes, stage_fe
 from quantize.progress import Progress
 from quantize.settings import Config
 from quantize.stages.budget import bits_left
-from quantize.stages.weights import check_kernels, choices, free_layers
+from quantize.stages.weights import check_kernels, check_unquantized, choices, free_layers
 from quantize.sweep.plan import Costs, micro_batch_size
 
 LATER_STAGES: tuple[Stage, ...] = ("renorm", "activations")
@@ -75,21 +75,22 @@ class Checks:
 
     def _weights(self) -> str:
         """The caffemodel against the net, and the settings against both."""
-        test, weights = InferenceNet.of(self.net), self.weights()
+        test, weights, settings = InferenceNet.of(self.net), self.weights(), self.config.weights
+        chosen = {}
+        if "weights" in self.stages:
+            check_unquantized(test.net)
+            chosen = choices(test.net, settings)
         try:
             one = {blob: (1, *shape) for blob, shape in input_shapes(self.config, self.net).items()}
         except InputError:  # the images are looked at next
             one = {}
         known = known_part(test.net, one)
         check_weights(known, weights, infer_shapes(known, one))
-        if "weights" in self.stages:
-            settings = self.config.weights
-            chosen = choices(test.net, settings)
-            check_kernels(filter_net(self.net, TEST), weights, chosen)
-            if settings.budget is not None:
-                counts = {name: weights[name][0].size for name in chosen}
-                free = free_layers(test.net, settings)
-                bits_left(counts, {n: chosen[n].bits for n in chosen if n not in free}, settings)
+        check_kernels(filter_net(self.net, TEST), weights, chosen)
+        if "weights" in self.stages and settings.budget is not None:
+            counts = {name: weights[name][0].size for name in chosen}
+            free = free_layers(test.net, settings)
+            bits_left(counts, {n: chosen[n].bits for n in chosen if n not in free}, settings)
         fit = "they fit the net" if one else "the shape of images, and so theirs, is not known"
         return f"{len(weights.layers())} layers, {fit}"
 
