@@ -106,7 +106,7 @@ layer { name: "fc2" type: "InnerProduct" bottom: "both" top: "fc2" inner_product
 def user_files(folder: Path) -> None:
     """What a reader of your-model.md brings along: a network without data layers, photographs, some labels.
 
-    The network is that of the digits, made to look at the sum of three colors of photographs: it wants the mean
+    The network is that of the digits, made to look at the sum of three colors of photographs: it wants
     104/117/123 subtracted, as most do, and computes what the digits network does.
     """
     config = load(ROOT / "configs/digits.yaml")
