@@ -187,6 +187,19 @@ def _override(users: Iterable[str], settings: WeightSettings) -> LayerChoice | N
     return given[0][1] if given else None
 
 
+def check_unquantized(net: NetParameter) -> None:
+    """Check that a net is not one that stage 1 has written.
+
+    Raises:
+        InputError: it has an ``*_alpha_term`` layer.
+    """
+    taken = {layer.name for layer in net.layer}.intersection(name + ALPHA_SUFFIX for name in _names(net))
+    if taken:
+        raise InputError(
+            f"the net has a layer {min(taken)!r}: it has been quantized; give the net from before"
+        )
+
+
 def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> None:
     """Check the blobs of layers to quantize as far as can be said without knowing what goes into them.
 
@@ -197,15 +210,9 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
         names: the layers; those with the same weights are checked, too.
 
     Raises:
-        InputError: the net has been quantized already, a layer has no weights, or they are not finite or not
-            ``num_output`` kernels and biases.
+        InputError: a layer has no weights, or they are not finite or not ``num_output`` kernels and biases.
     """
     same_weights = _same_weights(net)
-    taken = {layer.name for layer in net.layer}.intersection(name + ALPHA_SUFFIX for name in names)
-    if taken:
-        raise InputError(
-            f"the net has a layer {min(taken)!r}: it has been quantized; give the net from before"
-        )
     for name in (user for owner in names for user in same_weights[owner]):
         layer = _layer(net, name)
         where = f"layer {name!r} ({layer.type})"
@@ -262,13 +269,11 @@ def weights_quan(
         found = informed or fit(w, make_grid(choice.grid, choice.bits), solver)
         users = [user for user in same_weights[name] if user in weights]
         for user in users:
-            same_bias = BlobId(user, 1) in shared.get(BlobId(name, 1), [BlobId(name, 1)])
-            own = aware.get(user) or (informed if same_bias else None)
             blobs, of_alpha = _blobs(
                 _layer(net, user),
                 weights[user],
                 found,
-                own.bias if own is not None else None,
+                aware[user].bias if user in aware else None,
                 bias_is_shared=BlobId(user, 1) in shared,
             )
             weights.replace(user, blobs)
