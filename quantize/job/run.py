@@ -237,7 +237,7 @@ class Run:
         return check.record(self.chosen)
 
     def _weights(self, begun: _Begun) -> WeightsRecord:
-        weights = load_weights(self.config.model.weights, self.net)
+        weights = self.model_weights
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
