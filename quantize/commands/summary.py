@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from quantize.commands.terminal import is_wide
 from quantize.measure.evaluate import Evaluation
 from quantize.settings import Config
 
@@ -17,14 +18,21 @@ KILOBYTE = 1000
 RESULT_COLUMN = 2
 
 
-def print_summary(report: dict[str, Any], config: Config) -> None:
-    """Print what was done, how long it took, what was written, and how to test it with Caffe.
+def print_summary(report: dict[str, Any], config: Config, following: str) -> None:
+    """Print what was done, how long it took, what was written, what is next and how to test it with Caffe.
 
-    With colors and rules on a terminal, in plain aligned columns elsewhere. NO_COLOR is obeyed.
+    With colors and rules on a terminal, in plain lines on a narrow one, in aligned columns elsewhere.
+    NO_COLOR is obeyed.
+
+    Args:
+        report: the content of report.json.
+        config: the settings of the run.
+        following: the command to run next.
     """
     rows = _stage_rows(report)
-    if not sys.stdout.isatty():
-        click.echo("\n".join([table(rows), *_below(report, config)]))
+    if not is_wide(sys.stdout):
+        plain = _stage_lines(rows) if sys.stdout.isatty() else table(rows)
+        click.echo("\n".join([plain, *_below(report, config, following)]))
         return
     from rich.console import Console
     from rich.table import Table
@@ -37,7 +45,7 @@ def print_summary(report: dict[str, Any], config: Config) -> None:
     for row in rows[1:]:
         shown.add_row(*map(Text, row))
     console.print(shown)
-    console.print("\n".join(_below(report, config)), markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(_below(report, config, following)), markup=False, highlight=False, soft_wrap=True)
 
 
 def _stage_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -57,7 +65,15 @@ def _stage_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _below(report: dict[str, Any], config: Config) -> list[str]:
+def _stage_lines(rows: Sequence[Sequence[str]]) -> str:
+    """The rows as sentences, for a terminal with few columns."""
+    return "\n".join(
+        f"{stage}: {layers} layers, {result}, {seconds} s, {memory} MB at most"
+        for stage, layers, result, seconds, memory in rows[1:]
+    )
+
+
+def _below(report: dict[str, Any], config: Config, following: str) -> list[str]:
     sizes = report["sizes"]
     page = config.output / "report.html"
     outputs = {name for record in report["stages"].values() for name in record["outputs"]}
@@ -68,6 +84,7 @@ def _below(report: dict[str, Any], config: Config) -> list[str]:
         f"wrote: {', '.join(sorted(outputs))}",
         f"   in: {config.output}",
         *([f" look: {page}"] if page.exists() else []),
+        f" next: {following}",
         *_caffe_test(report, config),
     ]
 

@@ -58,8 +58,8 @@ def validation_prototxt(net: NetParameter, config: Config, shape: Sequence[int] 
     del changed.layer[:]
     changed.layer.extend(layers)
     if not any(layer.type == "Accuracy" for layer in filtered.layer):
-        classes = _classes(test, shape)
-        changed.layer.extend(_accuracy(test.scores, label, k) for k in (1, 5) if k <= classes)
+        found = classes(test, shape)
+        changed.layer.extend(_accuracy(test.scores, label, k) for k in (1, 5) if k <= found)
     return changed
 
 
@@ -84,7 +84,7 @@ def _label_blob(net: NetParameter, images: LayerParameter) -> str:
     return next(read, "label")
 
 
-def _classes(test: InferenceNet, shape: Sequence[int] | None) -> int:
+def classes(test: InferenceNet, shape: Sequence[int] | None) -> int:
     """The number of class scores of an image; 0 where there is no such number or it is not known."""
     if shape is None:
         return 0

@@ -43,6 +43,7 @@ from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
 from quantize.host import available_threads, peak_memory, reset_peak_memory, using_threads
 from quantize.job.feeds import calibration_feed, evaluation_images, image_shape, validation_feed
+from quantize.job.labels import with_labels_that_fit
 from quantize.job.output import Files, OutputFolder
 from quantize.job.prototxts import deploy_prototxt, validation_prototxt
 from quantize.job.store import PAGE, REPORT, previous_report, read_report, show_page, write_page, write_report
@@ -394,7 +395,7 @@ def evaluate_run(
         InputError: nothing has been quantized yet, or no images.
     """
     net = read_model_prototxt(config)
-    feed = validation_feed(config, net, images, progress)
+    feed = with_labels_that_fit(validation_feed(config, net, images, progress), net, progress)
     candidates = _candidates(config, net)
     if not without_renorm:
         candidates.pop("without_renorm", None)

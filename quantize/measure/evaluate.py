@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from quantize.arrays import FloatArray
+from quantize.arrays import FloatArray, Labels
 from quantize.caffenet import NetParameter, Weights
 from quantize.data.loader import Images
 from quantize.engines.base import Engine, OpenEngine
@@ -60,11 +60,13 @@ class Evaluation:
 
     Attributes:
         images: how many.
-        accuracy: top-1 and top-5 by candidate, ``{"top1": .., "top5": ..}``; None without labels.
+        labeled: how many of them have a label.
+        accuracy: top-1 and top-5 by candidate over those, ``{"top1": .., "top5": ..}``; None without any.
         closeness: to the first candidate, by the name of every other one.
     """
 
     images: int
+    labeled: int
     accuracy: dict[str, dict[str, float | None]]
     closeness: dict[str, Closeness]
 
@@ -116,6 +118,8 @@ def _compare(
     progress.start("evaluate", len(images))
     for pixels, labels in images.batches(batch):
         full: FloatArray | None = None
+        known = [i for i, label in enumerate(labels) if label is not None]
+        classes = np.array([labels[i] for i in known], np.int64)
         for (name, candidate), runner in zip(candidates, runners, strict=True):
             scores = runner.run({candidate.blob: pixels}).blobs[candidate.scores]
             scores = scores.reshape(len(pixels), -1)
@@ -123,9 +127,8 @@ def _compare(
                 raise LabelfreeError(
                     f"{name}: blob {candidate.scores} is not finite; layers before it overflow"
                 )
-            if labels is not None:
-                for k in TOP_K:
-                    hits[name][k] += count_top_k(scores, labels, k)
+            for k in TOP_K:
+                hits[name][k] += count_top_k(scores[known], classes, k)
             if full is None:
                 full = scores
             elif full.shape == scores.shape:
@@ -134,14 +137,18 @@ def _compare(
                 raise InputError(
                     f"the nets give {full.shape[1]} and {scores.shape[1]} scores per image; quantize again"
                 )
-        labeled += len(pixels) if labels is not None else 0
+        labeled += len(known)
         progress.advance(len(pixels))
     count = len(images)
+    if 0 < labeled < count:
+        progress.note(f"accuracy is that of the {labeled} of {count} images that have a label")
     accuracy = {
-        name: {f"top{k}": 100 * hits[name][k] / count if labeled == count else None for k in TOP_K}
+        name: {f"top{k}": 100 * hits[name][k] / labeled if labeled else None for k in TOP_K}
         for name, _ in candidates
     }
-    return Evaluation(count, accuracy, {name: found.closeness(count) for name, found in sums.items()})
+    return Evaluation(
+        count, labeled, accuracy, {name: found.closeness(count) for name, found in sums.items()}
+    )
 
 
 def check_scores(net: NetParameter, scores: str) -> None:
@@ -205,7 +212,7 @@ def log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return shifted
 
 
-def count_top_k(scores: FloatArray, labels: npt.NDArray[np.int64], k: int) -> int:
+def count_top_k(scores: FloatArray, labels: Labels, k: int) -> int:
     """Images whose label is among the k best, counted as Caffe's accuracy_layer does.
 
     The label is right when fewer than k other classes have a score at least as large: ties count against it.

@@ -10,7 +10,7 @@ import pytest
 
 from quantize.commands.config import load
 from quantize.job.run import Run
-from tests.caffe.test_install_layers import caffe, files, ours  # noqa: F401 - a fixture
+from tests.commands.test_layers import caffe, files, ours  # noqa: F401 - a fixture
 from tests.test_docs import blocks
 
 ROOT = Path(__file__).parents[2]

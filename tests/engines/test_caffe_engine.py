@@ -229,7 +229,7 @@ def test_preload_loads_a_library_or_says_why_not(fake_path):
     [
         (
             "check",
-            r"\(SIGABRT\): Check failed: .* type: ActQuantize \(layer_factory.hpp:81\); .*install_layers",
+            r"\(SIGABRT\): Check failed: .* type: ActQuantize \(layer_factory.hpp:81\); .*labelfree layers",
         ),
         ("killed", r"\(SIGKILL\)"),
         ("hang", r"no answer within 2 s"),
