@@ -15,25 +15,7 @@ from quantize.caffenet import Datum
 from quantize.data.make_lmdb import FIRST_MAP_SIZE, make_datum, make_lmdb, write_lmdb
 from quantize.data.sources import open_source
 from quantize.errors import InputError, LabelfreeError
-from quantize.progress import Progress
-
-
-class Heard(Progress):
-    """What a person would be told."""
-
-    def __init__(self) -> None:
-        self.title = ""
-        self.total = self.done = 0.0
-        self.notes: list[str] = []
-
-    def start(self, title: str, total: float) -> None:
-        self.title, self.total = title, total
-
-    def advance(self, amount: float = 1.0) -> None:
-        self.done += amount
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+from tests.heard import Heard
 
 
 def records(path: Path) -> dict[bytes, Datum]:
