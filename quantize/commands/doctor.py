@@ -166,7 +166,8 @@ def _source(path: Path) -> str:
     source = open_source(path)
     try:
         image = source.read(0)
-        return f"{len(source)} images, the first is {image.pixels.shape}"
+        folders = f"; {source.folders.text}" if source.folders else ""
+        return f"{len(source)} images, the first is {image.pixels.shape}{folders}"
     finally:
         source.close()
 

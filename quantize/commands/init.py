@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantize.caffenet import (
@@ -13,6 +13,7 @@ from quantize.caffenet import (
     TRAIN,
     InferenceNet,
     NetParameter,
+    TransformationParameter,
     Weights,
     data_layer,
     declared_shape,
@@ -20,8 +21,9 @@ from quantize.caffenet import (
     read_prototxt,
 )
 from quantize.data.sources import FileSource, open_source
+from quantize.data.transform import Transform
 from quantize.errors import InputError
-from quantize.job.feeds import RESIZE_PER_CROP
+from quantize.job.feeds import resized_before_crop
 from quantize.job.output import OutputFolder
 
 IMAGENET_MEAN = [104, 117, 123]
@@ -102,7 +104,7 @@ def initial_config(
         calibration=_path(calibration, folder),
         images=images,
         activation_images=min(400, count),
-        transform=_transform(net, files, guesses),
+        transform=_transform(net, prototxt.parent, files, guesses),
         output=json.dumps(f"out/{name}"),
     )
     return Initial(name, text, guesses)
@@ -148,7 +150,7 @@ def _path(path: Path, folder: Path) -> str:
     return json.dumps(str(shown), ensure_ascii=False)
 
 
-def _transform(net: NetParameter, files: bool, guesses: list[str]) -> str:
+def _transform(net: NetParameter, base: Path, files: bool, guesses: list[str]) -> str:
     layer = data_layer(net, TRAIN) or data_layer(net, TEST)
     keys: dict[str, object] = {}
     if layer is not None:
@@ -166,7 +168,13 @@ def _transform(net: NetParameter, files: bool, guesses: list[str]) -> str:
                 f"mean_value {IMAGENET_MEAN}, the usual one: check it against how the net was trained"
             )
     if files and crop:
-        keys["resize_short"] = round(crop * RESIZE_PER_CROP)
-        guesses.append(f"images are resized so that the shorter side is {keys['resize_short']}")
+        param = TransformationParameter() if layer is None else layer.transform_param
+        try:
+            guessed, how = resized_before_crop(replace(Transform.from_proto(param, base), crop_size=crop))
+        except InputError as error:
+            guesses.append(f"nothing about the images' size before the crop, for {error}")
+        else:
+            keys |= {"resize": guessed.resize} if guessed.resize else {"resize_short": guessed.resize_short}
+            guesses.append(how)
     comment = "  # overrides of the prototxt's transform_param" if layer is not None else ""
     return f"  transform: {json.dumps(keys).replace(chr(34), '')}{comment}"

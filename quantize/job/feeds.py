@@ -109,9 +109,8 @@ def _feed(
         and transform.crop_size
         and not (transform.resize or transform.resize_short)
     ):
-        short = round(transform.crop_size * RESIZE_PER_CROP)
-        progress.note(f"{source.path}: resizing the shorter side to {short} (data.transform.resize_short)")
-        transform = replace(transform, resize_short=short)
+        transform, how = resized_before_crop(transform)
+        progress.note(f"{source.path}: {how}")
     source = Selection(source, range(first, len(source))) if first else source
     feed = Images(source, transform, phase, images, config.data.seed, config.threads)
     expected = declared_shape(net, blob)
@@ -121,6 +120,21 @@ def _feed(
             f"is {shape_text(expected)}; set data.transform.crop_size, resize or resize_short"
         )
     return Feed(blob, feed)
+
+
+def resized_before_crop(transform: Transform) -> tuple[Transform, str]:
+    """A transform with a crop and with the resizing of photographs that goes with it, and what that is.
+
+    With a mean image it is the size of that image, which was made of images resized so; else the shorter side
+    becomes a little longer than the crop.
+    """
+    size = transform.mean_size
+    if size is not None:
+        how = f"resizing to {size[0]}x{size[1]}, the size of the mean_file (data.transform.resize)"
+        return replace(transform, resize=size), how
+    short = round(transform.crop_size * RESIZE_PER_CROP)
+    how = f"resizing the shorter side to {short} (data.transform.resize_short)"
+    return replace(transform, resize_short=short), how
 
 
 def image_shape(config: Config, net: NetParameter) -> tuple[int, ...] | None:
