@@ -53,28 +53,24 @@ class FolderLabels:
 def files_in_folder(path: Path) -> tuple[list[ImageFile], FolderLabels | None]:
     """The image files below a folder, and what its subfolders were taken for (None: it has none with images).
 
-    They are in the order of their paths. But where the subfolders are classes the first images of all classes
-    come first, then the second ones, and so on, so that the first thousand show every class.
+    The first images of all folders come first, then the second ones, and so on: whoever takes the first
+    hundred gets some of each folder, which often is of each class.
 
     Raises:
         InputError: there are none.
         OSError: it cannot be read.
     """
-    images = sorted(_walk(str(path)))
     by_folder: dict[str, list[str]] = {}
-    for image in images:
+    for image in sorted(_walk(str(path))):
         by_folder.setdefault(os.path.dirname(os.path.relpath(image, path)), []).append(image)
-    if not images:
+    if not by_folder:
         raise InputError(f"{path}: holds no data.mdb and no images {_what_it_holds(path)}")
     folders = _folder_labels(path, by_folder)
-    if folders is None or not folders.classes:
-        return [ImageFile(image, None, "") for image in images], folders
+    classes = dict(zip(sorted(by_folder), folders.classes if folders else (), strict=False))
     ranked = sorted(
-        (rank, label, image)
-        for label, folder in zip(folders.classes, sorted(by_folder), strict=True)
-        for rank, image in enumerate(by_folder[folder])
+        (rank, folder, image) for folder, images in by_folder.items() for rank, image in enumerate(images)
     )
-    return [ImageFile(image, label, "") for _, label, image in ranked], folders
+    return [ImageFile(image, classes.get(folder), "") for _, folder, image in ranked], folders
 
 
 def _walk(top: str) -> Iterator[str]:

@@ -58,7 +58,7 @@ def test_subfolders_are_the_classes_and_their_first_images_come_first(tmp_path):
 def test_folders_that_are_numbers_are_the_classes_themselves(tmp_path):
     """In the order of their names 10 would be class 1."""
     make(tmp_path, *(f"{number}/a.png" for number in (0, 1, 2, 10)))
-    assert labeled(tmp_path) == [("0/a.png", 0), ("1/a.png", 1), ("2/a.png", 2), ("10/a.png", 10)]
+    assert labeled(tmp_path) == [("0/a.png", 0), ("1/a.png", 1), ("10/a.png", 10), ("2/a.png", 2)]
     assert said(tmp_path).named
     assert "4 folders taken as classes, the numbers that are their names" in said(tmp_path).text
 
@@ -81,9 +81,20 @@ def test_the_same_number_twice_is_no_number(tmp_path):
 def test_folders_that_are_no_classes(tmp_path, names, reason):
     make(tmp_path, *names)
     images = sorted(name for name in names if not name.endswith("/"))
-    assert labeled(tmp_path) == [(name, None) for name in images]
+    assert sorted(labeled(tmp_path)) == [(name, None) for name in images]
     assert said(tmp_path).text.startswith(f"its images are read as unlabeled, for {reason}")
     assert not said(tmp_path).classes
+
+
+def test_the_first_images_are_of_all_folders_even_if_these_are_no_classes(tmp_path):
+    """The first hundred of a thousand airplanes, and no bird, make BatchNorm statistics of airplanes."""
+    make(tmp_path, *(f"train/{kind}/{i}.png" for kind in ("airplane", "bird", "cat") for i in range(3)))
+    assert [name for name, _ in labeled(tmp_path)[:4]] == [
+        "train/airplane/0.png",
+        "train/bird/0.png",
+        "train/cat/0.png",
+        "train/airplane/1.png",
+    ]
 
 
 def test_a_flat_folder_has_nothing_to_be_said(tmp_path):
