@@ -55,8 +55,10 @@ setup(
         "Jinja2>=3.1",
     ],
     extras_require={
+        "hdf5": ["h5py>=3.8"],
         "dev": [
             "grpcio-tools",
+            "h5py>=3.8",
             "hypothesis",
             "mypy",
             "pytest",

@@ -18,16 +18,14 @@ import numpy as np
 from quantize.caffenet import InferenceNet, NetParameter, Weights
 from quantize.commands.config import load
 from quantize.data.feed import Feed
-from quantize.data.loader import Images
-from quantize.data.sources import Selection
 from quantize.engines import engine_opener
 from quantize.job.feeds import calibration_feed, validation_feed
 from quantize.job.run import read_model_prototxt
 from quantize.measure.evaluate import Candidate, Closeness, evaluate
-from quantize.settings import ActivationSettings, Config, WeightSettings
+from quantize.settings import ActivationSettings, Config, StatisticsName, WeightSettings
 from quantize.stages.activations import activations_quan, with_act_quantize
 from quantize.stages.data_aware import Calibration
-from quantize.stages.renorm import renorm
+from quantize.stages.renorm import FullPrecision, renorm
 from quantize.stages.weights import choices, weights_quan, with_alpha_terms
 
 SOLVERS = {
@@ -41,20 +39,19 @@ SOLVERS = {
 class Subject:
     """A net, its images and how it runs."""
 
-    def __init__(self, config: Config, images: int | None) -> None:
+    def __init__(self, config: Config, statistics: StatisticsName, pool: int, images: int | None) -> None:
         self.config = config
+        self.statistics = statistics
         self.net = read_model_prototxt(config)
         self.weights = Weights.read(config.model.weights)
         self.inference = InferenceNet.of(self.net)
-        self.calibration = calibration_feed(config, self.net, config.renorm.images)
-        self.validation = validation_feed(config, self.net, images).images
+        self.calibration = calibration_feed(config, self.net, pool)
+        self.validation = validation_feed(config, self.net, images)
         self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
 
     def feed(self, numbers: list[int]) -> Feed:
         """Calibration images by number."""
-        images = self.calibration.images
-        subset = Selection(images.source, numbers)
-        return Feed(self.calibration.blob, Images(subset, images.transform, images.phase, None, images.seed))
+        return self.calibration.selected(numbers)
 
     def quantized(
         self, solver: str, settings: tuple[WeightSettings, ActivationSettings], numbers: list[int]
@@ -65,15 +62,17 @@ class Subject:
         of_weights, of_activations = SOLVERS[solver]
         chosen = choices(self.inference.net, weight_settings)
         memory = self.config.renorm.memory
+        statistics: StatisticsName = "measured" if solver == "published" else self.statistics
+        full = FullPrecision(self.inference.net, self.weights) if statistics == "paired" else None
         net, weights, _ = weights_quan(
             self.net,
             self.weights,
             chosen,
             of_weights,  # type: ignore[arg-type]
-            calibration=Calibration(self.inference.net, feed, self.open_engine, memory),
+            calibration=Calibration(self.inference.net, feed, self.open_engine, memory, statistics),
         )
         with_terms = InferenceNet.of(with_alpha_terms(self.net, weights)).net
-        weights, _ = renorm(with_terms, weights, feed, self.open_engine, memory)
+        weights, _ = renorm(with_terms, weights, feed, self.open_engine, memory, full=full)
         steps = activation_settings.model_copy(update={"solver": of_activations})
         first = self.feed(numbers[: activation_settings.images])
         found = activations_quan(with_terms, weights, first, steps, self.open_engine)
@@ -82,10 +81,10 @@ class Subject:
     def candidate(self, net: NetParameter, weights: Weights) -> Candidate:
         """A net for `evaluate`."""
         inference = InferenceNet.of(net)
-        return Candidate(inference.net, weights, inference.blob, inference.scores)
+        return Candidate(inference.net, weights, inference.scores)
 
 
-def row(subject: Subject, setting: str, grid: str, subsets: int, share: float) -> str:
+def row(subject: Subject, setting: str, grid: str, subsets: int, count: int) -> str:
     """One line of the table: mean and standard deviation over the subsets."""
     bits, activation_bits = map(int, setting.split("/"))
     general = subject.config.weights.model_dump() | {"bits": bits, "budget": None, "grid": grid, "layers": {}}
@@ -93,13 +92,13 @@ def row(subject: Subject, setting: str, grid: str, subsets: int, share: float) -
         WeightSettings.model_validate(general),
         subject.config.activations.model_copy(update={"bits": activation_bits, "levels": None}),
     )
-    total = len(subject.calibration.images)
+    total = len(subject.calibration)
     top1: dict[str, list[float]] = {name: [] for name in ("fp32", *SOLVERS)}
     close: dict[str, list[Closeness]] = {name: [] for name in SOLVERS}
     seconds = 0.0
     for number in range(subsets):
         drawn = np.random.default_rng([subject.config.data.seed, number]).permutation(total)
-        numbers = drawn[: max(1, round(share * total))].tolist()
+        numbers = drawn[:count].tolist()
         candidates = {"fp32": subject.candidate(subject.net, subject.weights)}
         for solver in SOLVERS:
             start = time.monotonic()
@@ -142,10 +141,25 @@ def checked_settings(_: click.Context, __: click.Parameter, text: str) -> list[s
 )
 @click.option("--grids", default="power_of_two,uniform", show_default=True)
 @click.option("--subsets", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--share", type=click.FloatRange(0.01, 1), default=0.8, help="Of the images, per subset.")
+@click.option("--pool", type=click.IntRange(1), default=1000, help="Images that subsets are drawn from.")
+@click.option("--count", type=click.IntRange(1), default=800, help="Images per subset.")
+@click.option(
+    "--statistics",
+    type=click.Choice(["paired", "measured"]),
+    default="paired",
+    show_default=True,
+    help="Of optimal and data_aware; published has its own.",
+)
 @click.option("--images", type=click.IntRange(1), help="Validation images (default: all).")
 def main(
-    configs: tuple[Path, ...], settings: list[str], grids: str, subsets: int, share: float, images: int | None
+    configs: tuple[Path, ...],
+    settings: list[str],
+    grids: str,
+    subsets: int,
+    pool: int,
+    count: int,
+    statistics: StatisticsName,
+    images: int | None,
 ) -> None:
     """Print the table."""
     top1 = " | ".join(f"{name}, top-1" for name in SOLVERS)
@@ -153,10 +167,10 @@ def main(
     click.echo(f"| net | grid | bits | fp32, top-1 | {top1} | {agreement} | time |")
     click.echo("| --- " * (5 + 2 * len(SOLVERS)) + "|")
     for path in configs:
-        subject = Subject(load(path), images)
+        subject = Subject(load(path), statistics, pool, images)
         for grid in grids.split(","):
             for setting in settings:
-                click.echo(row(subject, setting, grid, subsets, share))
+                click.echo(row(subject, setting, grid, subsets, count))
 
 
 if __name__ == "__main__":

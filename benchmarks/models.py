@@ -54,7 +54,7 @@ def fitted_weights(net: InferenceNet, images: Images, threads: int) -> Weights:
     """Random weights with the BatchNorm statistics of a few images."""
     few = Images(images.source, images.transform, images.phase, STATISTICS_IMAGES, threads=threads)
     opener = engine_opener("onnx", CaffeProcess(), threads)
-    return renorm(net.net, random_weights(net), Feed(net.blob, few), opener, None)[0]
+    return renorm(net.net, random_weights(net), Feed({net.blob: few}), opener, None)[0]
 
 
 def make_images(folder: Path, count: int, photographs: Path | None) -> Path:

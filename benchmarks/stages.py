@@ -123,14 +123,14 @@ def stage(setting: Setting, row: Row) -> Measurement:
     images = setting.feed(row.images, phase_of(row))
     weights = Weights.read(setting.weights("full" if row.stage == "evaluate" else "quantized"))
     test = InferenceNet.of(with_alpha_terms(net, weights))
-    feed = Feed(test.blob, images)
+    feed = Feed({test.blob: images})
     with measured() as found:
         if row.stage == "renorm":
             renorm(test.net, weights, feed, opener, row.memory)
         elif row.stage == "activations":
             activations_quan(test.net, weights, feed, ActivationSettings(), opener)
         else:
-            evaluate({"fp32": Candidate(test.net, weights, test.blob, test.scores)}, images, opener)
+            evaluate({"fp32": Candidate(test.net, weights, test.scores)}, feed, opener)
     return found
 
 

@@ -131,6 +131,36 @@ def complete_stages(_: click.Context, __: click.Parameter, incomplete: str) -> l
     return [CompletionItem(",".join([*given, stage])) for stage in left]
 
 
+def parse_shapes(values: tuple[str, ...]) -> Any:
+    """``3,224,224``, or several such as ``im_info=3``, as the key data.input_shape."""
+    from quantize.settings import parse_shape
+
+    found: dict[str, list[int]] = {}
+    for value in values:
+        name, _equals, text = value.rpartition("=")
+        try:
+            found[name] = parse_shape(text)
+        except ValueError as error:
+            raise click.BadParameter(f"{value}: {error}", param_hint="'--shape'") from None
+    if "" in found and len(found) > 1:
+        several = "name the input of each, as in --shape data=3,224,224 --shape im_info=3"
+        raise click.BadParameter(several, param_hint="'--shape'")
+    return found.get("", found or None)
+
+
+SHAPE = click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="[INPUT=]C,H,W",
+    help="Of one image in an input, where the prototxt does not say it (data.input_shape).",
+)
+STATE = (
+    click.option("--stage", "stages", multiple=True, help="A stage that rules name (model.stages)."),
+    click.option("--level", type=int, default=0, help="For rules with levels (model.level)."),
+)
+
+
 def config_options(command: Command) -> Command:
     """The options that every command with a configuration has."""
     options = [
@@ -142,6 +172,7 @@ def config_options(command: Command) -> Command:
         ),
         click.option("--validation", type=FILE, help="The same with labels (data.validation.source)."),
         click.option("--output", "-o", type=FILE, help="Folder for the results."),
+        SHAPE,
         click.option("--engine", type=click.Choice(["auto", "onnx", "caffe"]), help="What runs the network."),
         THREADS,
         click.option(
@@ -172,6 +203,7 @@ def read_config(given: dict[str, Any]) -> Config:
             "what is to be done? give --config FILE, or --prototxt, --weights, --calibration and --output"
         )
     options = {key: given[option.removeprefix("--")] for key, option in OPTIONS.items()}
+    options["data.input_shape"] = parse_shapes(given["shapes"])
     options["weights.solver"] = QUALITIES.get(given["quality"])
     return load(given["path"], options, given["assignments"])
 
@@ -185,6 +217,16 @@ def command_line(command: str, given: dict[str, Any]) -> str:
             if part is not None:
                 words += [parameter.opts[0], str(part)]
     return shlex.join(words)
+
+
+def read_config_of_results(given: dict[str, Any]) -> Config:
+    """`read_config`; without a YAML file the transform is the one that `quantize` chose."""
+    config = read_config(given)
+    if given["path"] is not None:
+        return config
+    from quantize.job.transforms import with_reported_transform
+
+    return with_reported_transform(config)
 
 
 @contextmanager
@@ -211,7 +253,7 @@ def run_stages(
     from quantize.job.run import Run
 
     with showing_progress() as progress:
-        report = Run(config, progress).quantize(stages, resume, force)
+        report = Run(config, progress, given["path"] is None).quantize(stages, resume, force)
     if as_json:
         click.echo(json.dumps(report))
         return
@@ -275,7 +317,7 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
     Without validation images these are calibration images that no stage has used, where there are any. The
     result is added to report.json and report.html.
     """
-    config = read_config(given)
+    config = read_config_of_results(given)
     from quantize.commands.summary import evaluation_table
     from quantize.job.run import evaluate_run
 
@@ -293,7 +335,7 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
 @click.option("--images", type=click.IntRange(1), help="For --evaluate: the first so many (default: all).")
 def report(evaluating: bool, images: int | None, **given: Any) -> None:
     """Write report.html again from what is in the output folder."""
-    config = read_config(given)
+    config = read_config_of_results(given)
     from quantize.job.run import evaluate_run, report_run
 
     if evaluating:
@@ -309,21 +351,31 @@ def report(evaluating: bool, images: int | None, **given: Any) -> None:
 @click.option("--prototxt", type=PATH, required=True, help="The network's layers.")
 @click.option("--weights", type=PATH, required=True, help="The network's blobs (caffemodel).")
 @click.option("--calibration", type=PATH, required=True, help="LMDB, image folder or list file.")
+@SHAPE
 @CAFFE_PROTO
+@STATE[0]
+@STATE[1]
 @click.option("--config", "-c", "path", type=PATH, help="The YAML file to write (default: NAME.yaml).")
 @click.option("--force", is_flag=True, help="Overwrite it.")
 def init(
     prototxt: Path,
     weights: Path,
     calibration: Path,
+    shapes: tuple[str, ...],
     caffe_proto: Path | None,
+    stages: tuple[str, ...],
+    level: int,
     path: Path | None,
     force: bool,
 ) -> None:
     """Write a commented configuration for a network; guesses are said, nothing is asked."""
     from quantize.commands.init import write_initial
+    from quantize.settings import ModelFiles
 
-    written, guesses = write_initial(prototxt, weights, calibration, path, force, caffe_proto)
+    model = ModelFiles(
+        prototxt=prototxt, weights=weights, caffe_proto=caffe_proto, stages=list(stages), level=level
+    )
+    written, guesses = write_initial(model, calibration, path, force, parse_shapes(shapes))
     for guess in guesses:
         click.echo(f"guessed: {guess}")
     click.echo(f"wrote {written}; next: labelfree quantize --config {written}")
@@ -338,9 +390,9 @@ def doctor(**given: Any) -> None:
 
     process = config.caffe if config is not None and config.engine == "caffe" else None
     well = True
-    for check in examine(config, process):
-        well = well and check.well
-        click.echo(f"{'ok  ' if check.well else 'FAIL'}  {check.what:<24} {check.seen}")
+    for check in examine(config, process, given["path"] is None):
+        well = well and check.state != "FAIL"
+        click.echo(f"{check.state:<4}  {check.what:<24} {check.seen}")
     if not well:
         sys.exit(1)
 
@@ -348,8 +400,10 @@ def doctor(**given: Any) -> None:
 @cli.command()
 @click.argument("prototxt", type=PATH)
 @click.argument("weights", type=PATH, required=False)
-@click.option("--shape", metavar="C,H,W", help="Of an image; default: as the prototxt says.")
+@SHAPE
 @CAFFE_PROTO
+@STATE[0]
+@STATE[1]
 @click.option("--plan", "show_plan", is_flag=True, help="Show how renorm would go through the net.")
 @click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="For --plan.")
 @click.option("--memory", default="2GiB", show_default=True, help="For --plan: renorm.memory.")
@@ -357,8 +411,10 @@ def doctor(**given: Any) -> None:
 def inspect(
     prototxt: Path,
     weights: Path | None,
-    shape: str | None,
+    shapes: tuple[str, ...],
     caffe_proto: Path | None,
+    stages: tuple[str, ...],
+    level: int,
     show_plan: bool,
     images: int,
     memory: str,
@@ -367,7 +423,9 @@ def inspect(
     """Show layers, shapes, parameters, multiply-accumulates and what would be quantized."""
     from quantize.commands import inspect as inspection
 
-    found = inspection.Inspection.of(prototxt, weights, shape, caffe_proto)
+    found = inspection.Inspection.of(prototxt, weights, parse_shapes(shapes), caffe_proto, stages, level)
+    for note in found.notes:
+        click.echo(f"note: {note}", err=True)
     if show_plan:
         click.echo(inspection.plan_text(found, images, memory, as_json))
     else:

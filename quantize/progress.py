@@ -15,5 +15,8 @@ class Progress:
     def note(self, text: str) -> None:
         """Something the user should know: a guess that was made, a layer that was left alone."""
 
+    def warn(self, text: str) -> None:
+        """Something is probably wrong, and the result with it."""
+
 
 SILENT = Progress()

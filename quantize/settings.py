@@ -15,6 +15,11 @@ UNITS = {"": 1, "b": 1} | {
 }
 
 
+MAX_AXES = 31
+"""Of a blob in Caffe, without the batch axis."""
+MAX_AXIS = (1 << 20) - 1
+
+
 def parse_size(value: object) -> int | None:
     """Bytes from ``2GiB``, ``500 MB``, ``123456`` or ``unlimited`` (None).
 
@@ -32,16 +37,62 @@ def parse_size(value: object) -> int | None:
     return size
 
 
-def parse_command(value: object) -> object:
-    """A command as a list; a plain string counts as a list of one."""
+def parse_list(value: object) -> object:
+    """A list of texts, as a command's words; a plain string counts as a list of one."""
     return [value] if isinstance(value, str) else value
+
+
+def parse_values(value: object) -> object:
+    """The values of an input that takes no images: a path, a number, or lists of numbers."""
+    if isinstance(value, bool) or not isinstance(value, str | Path | int | float | list):
+        raise ValueError(
+            "give a folder of .npy files, a .npy, .npz or HDF5 file, a number or a list of numbers"
+        )
+    return value
+
+
+def parse_shape(value: object) -> list[int]:
+    """A shape from ``[3, 224, 224]``, ``3,224,224`` or ``3x224x224``.
+
+    Raises:
+        ValueError: not a shape.
+    """
+    parts = value.replace("x", ",").split(",") if isinstance(value, str) else value
+    if isinstance(parts, list) and 0 < len(parts) <= MAX_AXES:
+        axes = [int(part) if isinstance(part, str) and part.strip().isdecimal() else part for part in parts]
+        if all(type(axis) is int and 0 < axis <= MAX_AXIS for axis in axes):
+            return axes
+    raise ValueError("not a shape without the batch axis; write for example 3,224,224")
+
+
+def parse_shapes(value: object) -> object:
+    """The shape of the images' input, or those of several inputs by name."""
+    if isinstance(value, dict):
+        return {name: parse_shape(shape) for name, shape in value.items()}
+    return value if value is None else parse_shape(value)
+
+
+def check_size(value: object) -> object:
+    """A height and a width."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return value
+    raise ValueError("expected [height, width], as in resize: [256, 256]")
 
 
 Whole = Annotated[int, Strict()]
 """A number; ``true`` is none, although Python counts it as 1."""
 Bytes = Annotated[int | None, BeforeValidator(parse_size)]
-Command = Annotated[list[str], Field(min_length=1), BeforeValidator(parse_command)]
+Command = Annotated[list[str], Field(min_length=1), BeforeValidator(parse_list)]
+Size = Annotated[tuple[Whole, Whole], BeforeValidator(check_size)]
+InputValues = Annotated[float | list[Any] | Path, BeforeValidator(parse_values)]
+"""What goes into an input that takes no images (`data.values.open_values`)."""
+InputShapes = Annotated[list[int] | dict[str, list[int]] | None, BeforeValidator(parse_shapes)]
 GridName = Literal["power_of_two", "fixed_point", "uniform"]
+MEASURED_IMAGES = 1000
+"""What statistics of the images' own take: their noise is all theirs (docs/accuracy.md)."""
+PUBLISHED_IMAGES = 400
+"""What the paper's authors took for the steps of activations."""
+StatisticsName = Literal["paired", "measured"]
 GRID_BITS = {"power_of_two": (2, 5), "fixed_point": (2, 8), "uniform": (2, 8)}
 
 
@@ -57,21 +108,40 @@ class ModelFiles(Section):
     prototxt: Path = Field(description="the network's layers")
     weights: Path = Field(description="the network's trained blobs (caffemodel)")
     caffe_proto: Path | None = Field(None, description="a fork's caffe.proto, where it has fields of its own")
+    stages: Annotated[list[str], BeforeValidator(parse_list)] = Field(
+        [], description="stages that are set, for include and exclude rules that name them"
+    )
+    level: Whole = Field(0, description="the level, for rules with min_level and max_level")
 
 
-class Calibration(Section):
+class Fed(Section):
+    """What goes into the net's inputs."""
+
+    source: Path | None = Field(None, description="the images: LMDB folder, image folder or list file")
+    inputs: dict[str, InputValues] = Field(
+        {},
+        description="values of the inputs that take no images, by name: a folder of .npy files, a .npy, "
+        ".npz or HDF5 file, or numbers that are the same for all images",
+    )
+
+    @model_validator(mode="after")
+    def _feeds_something(self) -> Fed:
+        if self.source is None and not self.inputs:
+            raise ValueError("give source, or inputs for a net that takes no images")
+        return self
+
+
+class Calibration(Fed):
     """The unlabeled images."""
 
-    source: Path = Field(description="LMDB folder, image folder or list file")
     images: Whole | None = Field(
         None, ge=1, description="use the first so many (default: as many as a stage asks)"
     )
 
 
-class Validation(Section):
+class Validation(Fed):
     """The labeled images that `evaluate` and `caffe test` use."""
 
-    source: Path = Field(description="LMDB folder, image folder or list file")
     batch_size: Whole = Field(50, ge=1, description="of the Data layer in NAME_val.prototxt")
 
 
@@ -86,7 +156,7 @@ class TransformKeys(Section):
     force_color: bool | None = Field(None, description="decode images to three channels whatever they have")
     force_gray: bool | None = Field(None, description="decode images to one channel")
     resize_short: Whole | None = Field(None, ge=1, description="resize the shorter side to this first")
-    resize: tuple[int, int] | None = Field(None, description="resize to [height, width] first")
+    resize: Size | None = Field(None, description="resize to [height, width] first")
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +164,17 @@ class TransformKeys(Section):
         if isinstance(values, dict) and isinstance(values.get("mean_value"), int | float):
             return {**values, "mean_value": [values["mean_value"]]}
         return values
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TransformKeys:
+        for one, other in (
+            ("resize", "resize_short"),
+            ("mean_file", "mean_value"),
+            ("force_color", "force_gray"),
+        ):
+            if getattr(self, one) and getattr(self, other):
+                raise ValueError(f"{one} and {other} are both set: keep one")
+        return self
 
 
 class Data(Section):
@@ -106,6 +187,11 @@ class Data(Section):
     validation: Validation | None = Field(None, description="labeled images")
     transform: TransformKeys = Field(
         TransformKeys(), description="overrides of the prototxt's transform_param"
+    )
+    input_shape: InputShapes = Field(
+        None,
+        description="[channels, height, width] of the images' input, or the shape of each by name, where the "
+        "prototxt does not say it or says what is changed at run time",
     )
     seed: Whole = Field(0, ge=0, description="of the random crops and mirrors")
 
@@ -155,7 +241,7 @@ class WeightSettings(GridChoice):
         description="data_aware: what changes each layer's output least on the calibration images; "
         "optimal: the least error of the weights; reference: the paper's iteration",
     )
-    images: Whole = Field(1000, ge=1, description="calibration images, for solver data_aware")
+    images: Whole = Field(1000, ge=1, description="calibration images, for solver data_aware and for budget")
     first_last: GridChoice = Field(
         GridChoice(bits=8, grid="fixed_point"), description="for the first and the last quantized layer"
     )
@@ -193,12 +279,26 @@ class WeightSettings(GridChoice):
 class RenormSettings(Section):
     """Stage 2."""
 
-    images: Whole = Field(1000, ge=1, description="calibration images")
+    statistics: StatisticsName = Field(
+        "paired",
+        description="paired: relative to full precision on the same images; measured: the images' own, as "
+        "in the paper, and the default where weights.solver is reference",
+    )
+    images: Whole = Field(
+        64, ge=1, description=f"calibration images; {MEASURED_IMAGES:,} where statistics are measured"
+    )
     augment: Literal["train", "test"] = Field(
         "train",
         description="train: random crop and mirror as the TRAIN transform says, seeded; test: centre crop",
     )
     memory: Bytes = Field(2 << 30, validate_default=False, description="bound on what the sweep keeps")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _measured_takes_more_images(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("statistics") == "measured":
+            return {"images": MEASURED_IMAGES, **values}
+        return values
 
 
 class ActivationSettings(Section):
@@ -208,8 +308,17 @@ class ActivationSettings(Section):
     levels: Whole | None = Field(
         None, ge=1, le=255, description="the largest code, instead of bits; 255: full byte"
     )
-    images: Whole = Field(400, ge=1, description="calibration images")
+    images: Whole = Field(
+        64, ge=1, description=f"calibration images; {PUBLISHED_IMAGES} with solver reference"
+    )
     solver: Literal["optimal", "reference"] = Field("optimal", description="reference: the paper's iteration")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_takes_more_images(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("solver") == "reference":
+            return {"images": PUBLISHED_IMAGES, **values}
+        return values
 
     @property
     def largest_code(self) -> int:
@@ -234,3 +343,16 @@ class Config(Section):
         None, ge=1, le=1024, description="default: the processors this process may use"
     )
     output: Path = Field(description="folder for everything that is written")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reference_is_the_paper(cls, values: Any) -> Any:
+        """Who asks for the published solver means the published method."""
+        weights, renorm = (
+            (values.get(key) or {}) if isinstance(values, dict) else None for key in ("weights", "renorm")
+        )
+        if not (isinstance(weights, dict) and isinstance(renorm, dict)):
+            return values
+        if weights.get("solver") != "reference":
+            return values
+        return {**values, "renorm": {"statistics": "measured", **renorm}}

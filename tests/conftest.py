@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from quantize.caffenet import InferenceNet
@@ -20,6 +21,10 @@ from tests.nets import CROPPED, RESIDUAL, parse, random_weights, write_images
 # A shell that starts the tests in the background has them ignore Ctrl-C; so would the commands they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# How long an example takes says nothing on a machine that does other work as well.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
+
 EXPECTED_SKIPS = ("no GPU", "nvcc is not installed", "nobody may mount here")
 YAML = """
 name: residual
@@ -27,6 +32,7 @@ model: {prototxt: net.prototxt, weights: net.caffemodel}
 data:
   calibration: {source: train_lmdb}
   validation: {source: test_lmdb, batch_size: 5}
+weights: {images: 20}
 renorm: {images: 20}
 activations: {images: 12}
 output: out

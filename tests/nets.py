@@ -5,9 +5,13 @@ from pathlib import Path
 import numpy as np
 from google.protobuf import text_format
 
-from quantize.caffenet import NetParameter, Weights, infer_shapes
+from quantize.caffenet import InferenceNet, NetParameter, Weights, infer_shapes
 from quantize.data import Images, Transform, open_source
+from quantize.data.feed import Feed
 from quantize.data.make_lmdb import make_datum, write_lmdb
+from quantize.engines import engine_opener
+from quantize.settings import CaffeProcess
+from quantize.stages.renorm import renorm
 
 RESIDUAL = """
 name: "residual"
@@ -47,6 +51,41 @@ layer { name: "fc2" type: "InnerProduct" bottom: "fc1" top: "fc2" inner_product_
 layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc2" bottom: "label" top: "loss" }
 layer { name: "top1" type: "Accuracy" bottom: "fc2" bottom: "label" top: "top1" include { phase: TEST } }
 """
+SEVERAL = """
+name: "several"
+layer { name: "target" type: "Input" top: "target" input_param { shape { dim: [1, 2, 9, 9] } } }
+layer { name: "image" type: "Input" top: "image" input_param { shape { dim: [1, 3, 9, 9] } } }
+layer { name: "info" type: "Input" top: "info" input_param { shape { dim: [1, 3] } } }
+layer { name: "conv_t" type: "Convolution" bottom: "target" top: "conv_t"
+  convolution_param { num_output: 6 kernel_size: 3 } }
+layer { name: "relu_t" type: "ReLU" bottom: "conv_t" top: "conv_t" }
+layer { name: "conv_i" type: "Convolution" bottom: "image" top: "conv_i"
+  convolution_param { num_output: 6 kernel_size: 3 } }
+layer { name: "bn_i" type: "BatchNorm" bottom: "conv_i" top: "conv_i" }
+layer { name: "relu_i" type: "ReLU" bottom: "conv_i" top: "conv_i" }
+layer { name: "both" type: "Concat" bottom: "conv_t" bottom: "conv_i" top: "both" }
+layer { name: "fc1" type: "InnerProduct" bottom: "both" top: "fc1" inner_product_param { num_output: 10 } }
+layer { name: "bn_1" type: "BatchNorm" bottom: "fc1" top: "fc1" }
+layer { name: "fc_info" type: "InnerProduct" bottom: "info" top: "fc_info"
+  inner_product_param { num_output: 4 } }
+layer { name: "join" type: "Concat" bottom: "fc1" bottom: "fc_info" top: "join" }
+layer { name: "relu_j" type: "ReLU" bottom: "join" top: "join" }
+layer { name: "fc2" type: "InnerProduct" bottom: "join" top: "fc2" inner_product_param { num_output: 7 } }
+layer { name: "prob" type: "Softmax" bottom: "fc2" top: "prob" }
+"""
+"""Images, what goes with each of them, and numbers that are the same for all."""
+SEVERAL_YAML = """
+name: several
+model: {prototxt: net.prototxt, weights: net.caffemodel}
+data:
+  calibration: {source: train_lmdb, inputs: {target: targets, info: [0.5, -1, 2]}}
+  validation: {source: test_lmdb, inputs: {target: test_targets.npz, info: [0.5, -1, 2]}}
+  transform: {scale: 0.02, mean_value: 100}
+renorm: {images: 20}
+activations: {images: 20}
+output: out
+"""
+SEVERAL_SHAPES = {"target": (2, 9, 9), "image": (3, 9, 9), "info": (3,)}
 IMAGE = (3, 11, 11)
 CROPPED = (3, 9, 9)
 
@@ -82,6 +121,45 @@ def write_images(path: Path, count: int, shape: tuple[int, ...] = IMAGE, seed: i
         records.append((f"{index:08d}", make_datum(np.ascontiguousarray(pixels), index % 7)))
     write_lmdb(records, path)
     return path
+
+
+def write_several(folder: Path) -> Path:
+    """A job for the net of several inputs: 20 calibration and 12 validation images; its YAML file."""
+    (folder / "net.prototxt").write_text(SEVERAL)
+    weights = random_weights(InferenceNet.of(parse(SEVERAL)).net, SEVERAL_SHAPES)
+    with open(folder / "net.caffemodel", "wb") as file:
+        weights.write(file)
+    write_images(folder / "train_lmdb", 20, SEVERAL_SHAPES["image"])
+    write_images(folder / "test_lmdb", 12, SEVERAL_SHAPES["image"], seed=1)
+    rng = np.random.default_rng(2)
+    (folder / "targets").mkdir()
+    for number in range(20):
+        np.save(folder / f"targets/{number:02}.npy", rng.normal(size=SEVERAL_SHAPES["target"]))
+    np.savez(folder / "test_targets.npz", target=rng.normal(size=(12, *SEVERAL_SHAPES["target"])))
+    (folder / "config.yaml").write_text(SEVERAL_YAML)
+    return folder / "config.yaml"
+
+
+def write_photos(path: Path, count: int, shape: tuple[int, int] = IMAGE[1:], seed: int = 0) -> Path:
+    """An LMDB of color images whose channels go together and have the means and deviations of photographs."""
+    rng = np.random.default_rng(seed)
+    height, width = shape
+    coarse = (-(-height // 3), -(-width // 3))
+    records = []
+    for index in range(count):
+        light = rng.normal(0, 40) + np.kron(rng.normal(0, 50, coarse), np.ones((3, 3)))
+        tint = np.kron(rng.normal(0, 12, (3, *coarse)), np.ones((1, 3, 3)))
+        pixels = (light + tint)[:, :height, :width] + rng.normal(0, 5, (3, height, width))
+        pixels += np.array([104, 117, 123]).reshape(3, 1, 1)
+        records.append((f"{index:08d}", make_datum(pixels.clip(0, 255).astype(np.uint8), index % 7)))
+    write_lmdb(records, path)
+    return path
+
+
+def trained_statistics(net: NetParameter, weights: Weights, feed: Feed) -> Weights:
+    """The blobs with the BatchNorm statistics that training on these images would have left."""
+    opener = engine_opener("onnx", CaffeProcess(), 1)
+    return renorm(net, weights, feed, opener, None)[0]
 
 
 def images_of(path: Path, transform: Transform, phase: int, count: int | None = None) -> Images:

@@ -216,7 +216,8 @@ def test_the_tab_key(line: str, offered: list[str]) -> None:
 def test_the_next_command_is_named_and_does_it(job: Job, labelfree: Labelfree) -> None:
     """From stage to stage, with the options that were given."""
     out = job.folder / "my results"
-    options = ["--config", str(job.yaml), "-o", str(out), "-j", "1", "--set", "weights.bits=3"]
+    options = ["--config", str(job.yaml), "-o", str(out), "-j", "1", "--shape", "3,9,9"]
+    options += ["--set", "weights.bits=3"]
     command = ["weights-quan", *options]
     seen = []
     for _ in range(4):
@@ -227,7 +228,10 @@ def test_the_next_command_is_named_and_does_it(job: Job, labelfree: Labelfree) -
         command = shlex.split(following[1]) if following else []
         assert command[1:] in (
             [],
-            ["--config", str(job.yaml), "--output", str(out), "--threads", "1", *options[-2:]],
+            [
+                *("--config", str(job.yaml), "--output", str(out), "--shape", "3,9,9"),
+                *("--threads", "1", "--set", "weights.bits=3"),
+            ],
         )
     assert seen == ["weights-quan", "renorm", "activations-quan", "evaluate"]
     assert command == []
@@ -371,6 +375,58 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not job.out.is_dir() or not list(job.out.iterdir())
 
 
+def bad_unknown_layer(job: Job) -> None:
+    text = (job.folder / "net.prototxt").read_text()
+    (job.folder / "net.prototxt").write_text(text.replace('type: "Eltwise"', 'type: "ShuffleChannel"'))
+
+
+def bad_mean_file(job: Job) -> None:
+    text = (job.folder / "net.prototxt").read_text()
+    (job.folder / "net.prototxt").write_text(text.replace("mean_value: 100", 'mean_file: "mean.binaryproto"'))
+    (job.folder / "mean.binaryproto").write_bytes(b"no blob")
+
+
+def bad_input_shape(job: Job) -> None:
+    job.yaml.write_text(job.yaml.read_text().replace("data:\n", "data:\n  input_shape: [3, 12, 12]\n"))
+
+
+def bad_budget(job: Job) -> None:
+    job.yaml.write_text(job.yaml.read_text() + "weights: {budget: 2.1}\n")
+
+
+def bad_memory(job: Job) -> None:
+    job.yaml.write_text(job.yaml.read_text().replace("{images: 20}", "{images: 20, memory: 1kB}"))
+
+
+def bad_validation(job: Job) -> None:
+    shutil.rmtree(job.folder / "test_lmdb")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        *(spoil for spoil, _ in BAD),
+        *(bad_unknown_layer, bad_mean_file, bad_input_shape, bad_budget, bad_memory, bad_validation),
+    ],
+)
+def test_doctor_finds_what_quantize_refuses(
+    job: Job, labelfree: Labelfree, spoil: Callable[[Job], None]
+) -> None:
+    """Both make the same checks: what one refuses the other names, in the same words."""
+    spoil(job)
+    examined = labelfree("doctor", "--config", job.yaml)
+    assert examined.code == 1, examined.out
+    assert not job.out.is_dir()
+    refused = labelfree("quantize", "--config", job.yaml)
+    assert_one_line(refused)
+    faults = [line for line in examined.out.splitlines() if line.startswith("FAIL  ")]
+    if spoil is bad_output_is_a_file:
+        assert faults[-1].startswith("FAIL  output")
+    else:
+        message = refused.err.splitlines()[-1].removeprefix("labelfree: ")
+        assert any(fault.endswith(f" {message}") for fault in faults), (message, faults)
+
+
 @pytest.mark.parametrize("removed", ["BatchNorm", "ReLU"])
 def test_a_net_without_a_kind_of_layer_says_so(job: Job, labelfree: Labelfree, removed: str) -> None:
     lines = (job.folder / "net.prototxt").read_text().splitlines()
@@ -459,7 +515,8 @@ def test_init_writes_a_configuration_that_runs(job: Job, labelfree: Labelfree) -
     ]
     done = labelfree(*arguments)
     assert done.code == 0, done.err
-    assert "guessed: the transform is that of the prototxt's layer data" in done.out
+    assert "guessed: data.transform: as the prototxt says; mean 100, scale 1/50: means" in done.out
+    assert "guessed: data.calibration.images 16: the other 4 are for evaluate" in done.out
     assert labelfree("quantize", "--config", path).code == 0
     assert_one_line(labelfree(*arguments), "there already")
 
@@ -472,3 +529,21 @@ def test_doctor_finds_what_is_wrong(job: Job, labelfree: Labelfree) -> None:
     ill = labelfree("doctor", "--config", job.yaml)
     assert ill.code == 1
     assert "FAIL  model.weights" in ill.out
+
+
+def test_a_norm_whose_statistics_are_ignored_is_named(job: Job, labelfree: Labelfree) -> None:
+    path = job.folder / "net.caffemodel"
+    weights = Weights.read(path)
+    mean, variance, factor = weights["bn_left"]
+    weights.replace("bn_left", [mean, variance, 0 * factor])
+    with open(path, "wb") as file:
+        weights.write(file)
+    line = "BatchNorm bn_left: the third blob is 0"
+    inspected = labelfree("inspect", job.folder / "net.prototxt", path)
+    assert (inspected.code, inspected.err.count(line)) == (0, 1)
+    as_json = json.loads(labelfree("inspect", job.folder / "net.prototxt", path, "--json").out)
+    assert sum(line in note for note in as_json["notes"]) == 1
+    ill = labelfree("doctor", "--config", job.yaml)
+    assert (ill.code, ill.out.count(line)) == (1, 1)
+    done = labelfree("quantize", "--config", job.yaml)
+    assert (done.code, done.err.count(line)) == (0, 1)

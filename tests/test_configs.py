@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quantize import caffenet
-from quantize import settings as config
+from quantize.commands import config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -219,7 +219,7 @@ def test_learned_parameters_and_multiply_accumulates(name):
 @pytest.mark.parametrize("name", NETS)
 def test_images_and_scores_are_found(name):
     net = caffenet.filter_net(read(name), caffenet.TEST)
-    assert caffenet.data_blobs(net)[0] == "data"
+    assert caffenet.input_blobs(net) == ("data",)
     assert caffenet.scores_blob(net) == SCORES[name]
 
 

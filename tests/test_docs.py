@@ -95,7 +95,7 @@ def user_files(folder: Path) -> None:
     The network is that of the digits, made to look at the sum of three colors.
     """
     config = load(ROOT / "configs/digits.yaml")
-    net = deploy_prototxt(read_prototxt(config.model.prototxt), (3, 8, 8))
+    net = deploy_prototxt(read_prototxt(config.model.prototxt), {"data": (3, 8, 8)})
     net.name = "net"
     (folder / "net.prototxt").write_text(format_prototxt(net))
     weights = Weights.read(config.model.weights)

@@ -10,7 +10,10 @@ from tests.conftest import Job
 
 CAFFE_PROTO = Path(__file__).parents[1] / "quantize" / "caffenet" / "caffe.proto"
 OURS = "message ConvolutionParameter {\n"
-FIELD = "sparse_ratio: 0.5"
+FIELD = 'conv_algos_override: "1, 1, 1"'
+"""Without effect on the results."""
+CHANGING = "sparse_ratio: 0.5"
+"""What it does to them nobody knows."""
 
 
 @pytest.fixture
@@ -18,7 +21,10 @@ def fork_job(job: Job) -> Job:
     schema = CAFFE_PROTO.read_text()
     assert schema.count(OURS) == 1
     (job.folder / "fork.proto").write_text(
-        schema.replace(OURS, OURS + "  optional float sparse_ratio = 9000;\n")
+        schema.replace(
+            OURS,
+            OURS + "  optional string conv_algos_override = 9000;\n  optional float sparse_ratio = 9001;\n",
+        )
     )
     net = job.folder / "net.prototxt"
     net.write_text(net.read_text().replace("num_output: 6", f"num_output: 6 {FIELD}"))
@@ -26,7 +32,6 @@ def fork_job(job: Job) -> Job:
 
 
 def labelfree(job: Job, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """In a process of its own: a process knows the schema of one Caffe."""
     command = [sys.executable, "-m", "quantize.cli", *arguments]
     return subprocess.run(command, cwd=job.folder, capture_output=True, text=True, check=False)
 
@@ -36,7 +41,7 @@ def test_without_the_schema_the_error_names_field_line_and_remedy(fork_job: Job)
         done = labelfree(fork_job, *command)
         assert done.returncode == 2
         assert "net.prototxt: line 10, column" in done.stderr
-        assert "sparse_ratio" in done.stderr
+        assert "conv_algos_override" in done.stderr
         assert "model.caffe_proto" in done.stderr
 
 
@@ -52,5 +57,23 @@ def test_with_the_schema_the_field_is_kept(fork_job: Job) -> None:
         assert FIELD in path.read_text()
     done = labelfree(fork_job, "evaluate", "--config", "new.yaml", "-o", "out")
     assert done.returncode == 0, done.stderr
-    shown = labelfree(fork_job, "inspect", "out/residual_deploy.prototxt", "--caffe-proto", "fork.proto")
+    shown = labelfree(fork_job, "inspect", "net.prototxt", "--caffe-proto", "fork.proto")
     assert shown.returncode == 0, shown.stderr
+
+
+def test_a_field_that_may_change_the_results_stops_every_command(fork_job: Job) -> None:
+    net = fork_job.folder / "net.prototxt"
+    net.write_text(net.read_text().replace(FIELD, CHANGING))
+    where = "(Convolution): convolution_param.sparse_ratio is a field of a fork of Caffe"
+    config = fork_job.yaml.read_text().replace("net.caffemodel}", "net.caffemodel, caffe_proto: fork.proto}")
+    fork_job.yaml.write_text(config)
+    skip = ["--set", "weights.layers.conv1.skip=true"]
+    for command in (
+        ["quantize", "--config", "config.yaml"],
+        ["quantize", "--config", "config.yaml", *skip],
+        ["inspect", "net.prototxt", "--caffe-proto", "fork.proto"],
+    ):
+        done = labelfree(fork_job, *command)
+        assert done.returncode == 2, done.stdout
+        assert done.stderr.splitlines()[-1].startswith("labelfree: layer 'conv1")
+        assert where in done.stderr

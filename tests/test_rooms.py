@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    ("arrays", "errors", "progress", "host"),
+    ("arrays", "errors", "files", "progress", "host"),
     ("settings", "record"),
     ("numerics",),
     ("caffenet",),

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from quantize.job.run import Run
 from tests.conftest import Job
 from tests.nets import write_images
 
+CAFFE_PROTO = Path(cli.__file__).with_name("caffenet") / "caffe.proto"
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 ENTRY = re.compile(r"<!-- (\w+) -->\n\n    \$ labelfree ([^\n]*)\n((?:    [^\n]*\n)+)")
 
@@ -127,6 +129,29 @@ def files_swapped(job: Job) -> None:
 
 
 @mistake
+def lfs_pointer(job: Job) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943\nsize 4727\n"
+    (job.folder / "net.caffemodel").write_text(pointer)
+
+
+@mistake
+def missing_brace(job: Job) -> None:
+    replace(job.folder / "net.prototxt", "stride: 2 bias_term: false } }", "stride: 2 bias_term: false }")
+
+
+@mistake
+def misspelt_field(job: Job) -> None:
+    replace(job.folder / "net.prototxt", "kernel_size: 1 stride: 2", "kernal_size: 1 stride: 2")
+
+
+@mistake
+def no_input(job: Job) -> None:
+    path = job.folder / "net.prototxt"
+    text = path.read_text()
+    path.write_text('name: "residual"\n' + text[text.index('layer { name: "conv1"') :])
+
+
+@mistake
 def another_net(job: Job) -> None:
     replace(job.folder / "net.prototxt", "num_output: 12", "num_output: 10")
 
@@ -134,6 +159,16 @@ def another_net(job: Job) -> None:
 @mistake
 def renamed_layer(job: Job) -> None:
     replace(job.folder / "net.prototxt", 'name: "right_b"', 'name: "conv_right_b"')
+
+
+@mistake
+def one_name_twice(job: Job) -> None:
+    replace(job.folder / "net.prototxt", 'name: "right_b"', 'name: "right_a"')
+
+
+@mistake
+def quantized_before(job: Job) -> None:
+    Run(job.config()).quantize(("weights",))
 
 
 @mistake
@@ -149,6 +184,14 @@ def fork_field(job: Job) -> None:
     replace(
         job.folder / "net.prototxt", "kernel_size: 1 stride: 2", "kernel_size: 1 stride: 2 sparse_ratio: 0.5"
     )
+
+
+@mistake
+def fork_arithmetic(job: Job) -> None:
+    fork_field(job)
+    shutil.copyfile(CAFFE_PROTO, job.folder / "fork.proto")
+    message = "message ConvolutionParameter {"
+    replace(job.folder / "fork.proto", message, message + " optional float sparse_ratio = 9000;")
 
 
 @mistake

@@ -1,19 +1,30 @@
 """Caffe's file formats: nets as prototxt, weights as caffemodel, and what a net implies."""
 
+from quantize.caffenet.fork import (
+    Schema,
+    empty_like,
+    foreign_field_text,
+    foreign_fields,
+    load_schema,
+    schema_of,
+)
+from quantize.caffenet.norms import doubtful_norms, stored_statistics
 from quantize.caffenet.phases import (
     TRANSFORMING_TYPES,
     InferenceNet,
+    at_state,
     check_net,
-    data_blobs,
     data_layer,
     declared_shape,
+    dependents,
     filter_net,
     inference_net,
+    input_blobs,
     is_data_layer,
     is_measure,
     scores_blob,
 )
-from quantize.caffenet.prototxt import format_prototxt, load_schema, read_prototxt
+from quantize.caffenet.prototxt import format_prototxt, read_net, read_prototxt
 from quantize.caffenet.schema import (
     TEST,
     TRAIN,
@@ -29,6 +40,7 @@ from quantize.caffenet.schema import (
 )
 from quantize.caffenet.shape_rules import LayerShapes
 from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
+from quantize.caffenet.sharing import BlobId, check_sharing, load_weights, loaded, owners, sharers, users
 from quantize.caffenet.surgery import (
     insert_after,
     layer_index,
@@ -44,6 +56,7 @@ __all__ = [
     "TEST",
     "TRAIN",
     "TRANSFORMING_TYPES",
+    "BlobId",
     "BlobProto",
     "BlobShape",
     "Datum",
@@ -54,19 +67,27 @@ __all__ = [
     "NetState",
     "NetStateRule",
     "PoolingParameter",
+    "Schema",
     "Shapes",
     "TransformationParameter",
     "Weights",
     "all_finite",
+    "at_state",
     "check_net",
+    "check_sharing",
     "check_weights",
-    "data_blobs",
     "data_layer",
     "declared_shape",
+    "dependents",
+    "doubtful_norms",
+    "empty_like",
     "filter_net",
+    "foreign_field_text",
+    "foreign_fields",
     "format_prototxt",
     "infer_shapes",
     "inference_net",
+    "input_blobs",
     "insert_after",
     "is_data_layer",
     "is_measure",
@@ -74,10 +95,18 @@ __all__ = [
     "layer_index",
     "live_blobs",
     "load_schema",
+    "load_weights",
+    "loaded",
     "needed_layers",
+    "owners",
+    "read_net",
     "read_prototxt",
     "remove_layer",
     "replace_layer",
+    "schema_of",
     "scores_blob",
+    "sharers",
     "single_assignment",
+    "stored_statistics",
+    "users",
 ]

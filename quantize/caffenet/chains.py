@@ -13,6 +13,8 @@ LINEAR = frozenset({"BatchNorm", "Scale", "Bias"})
 def followers(net: NetParameter, name: str, types: Collection[str]) -> list[LayerParameter]:
     """The layers right behind layer ``name``, as long as each is the only reader and one of ``types``.
 
+    Behind a layer of several tops those behind its first.
+
     Args:
         net: with every blob name assigned once (``caffenet.single_assignment``).
     """
@@ -24,7 +26,7 @@ def followers(net: NetParameter, name: str, types: Collection[str]) -> list[Laye
     layer = next(layer for layer in net.layer if layer.name == name)
     while True:
         behind = readers.get(layer.top[0], [])
-        if len(layer.top) != 1 or len(behind) != 1 or behind[0].type not in types:
+        if len(behind) != 1 or behind[0].type not in types:
             return found
         layer = behind[0]
         found.append(layer)

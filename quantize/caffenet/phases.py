@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from quantize.caffenet.schema import TEST, LayerParameter, NetParameter, NetStateRule
+from quantize.caffenet.schema import TEST, TRAIN, LayerParameter, NetParameter, NetStateRule
+from quantize.caffenet.text_faults import did_you_mean
 from quantize.errors import InputError
 
+NAMESAKE = "#"
+"""Between the name that several layers have and the number that tells them apart."""
+NO_INPUT = (
+    '; the net has no input in this phase: put layer { name: "data" type: "Input" top: "data" input_param { '
+    "shape { dim: 1 dim: 3 dim: 224 dim: 224 } } }, with its own size, in front"
+)
 TRANSFORMING_TYPES = ("Data", "ImageData", "MemoryData", "WindowData")
+PLAIN_INPUTS = ("Input", "HDF5Data")
+"""Data layers whose tops may be anything; what others make beside the images are labels."""
+TYPES_WITH_WEIGHTS = frozenset(
+    (
+        *("Convolution", "ConvolutionDepthwise", "DepthwiseConvolution", "Deconvolution", "InnerProduct"),
+        *("BatchNorm", "Scale", "Bias", "PReLU", "Embed", "LSTM", "RNN", "Recurrent"),
+    )
+)
+MEASURES = ("Loss", "Accuracy", "Evaluate")
+"""In the name of every type that compares with labels, those of forks included."""
+IMAGE_AXES = 3
+"""Channels, height, width."""
 
 
 @dataclass(frozen=True)
@@ -17,14 +36,19 @@ class InferenceNet:
     """A net as it runs in the TEST phase.
 
     Attributes:
-        net: the layers that images alone determine.
-        blob: the input blob.
+        net: the layers that the inputs determine: all but losses and what needs labels.
+        inputs: the blobs that have to be fed, those that images can go into first (see ``input_blobs``).
         scores: the blob with one score per class.
     """
 
     net: NetParameter
-    blob: str
+    inputs: tuple[str, ...]
     scores: str
+
+    @property
+    def blob(self) -> str:
+        """The input that images go into."""
+        return self.inputs[0]
 
     @classmethod
     def of(cls, net: NetParameter) -> InferenceNet:
@@ -34,8 +58,59 @@ class InferenceNet:
             InputError: nothing feeds the net.
         """
         filtered = filter_net(net, TEST)
-        blobs = data_blobs(filtered)
-        return cls(inference_net(filtered, blobs[:1]), blobs[0], scores_blob(filtered))
+        inputs = input_blobs(filtered)
+        if not inputs:
+            raise InputError(
+                f"net {net.name!r} has no input in the TEST phase: no Input or Data layer that another reads"
+            )
+        _check_rows(filtered, inputs)
+        return cls(inference_net(filtered, inputs), inputs, scores_blob(filtered))
+
+
+def at_state(net: NetParameter, stages: Sequence[str], level: int) -> NetParameter:
+    """The net with only the layers that some stages and a level include; rules about phases stay.
+
+    So nobody need know stages and level from here on, not even who runs what is written.
+
+    Args:
+        net: the net as read; the stages in its ``state`` count too, as in Caffe.
+        stages: the stages that are set.
+        level: the level.
+
+    Raises:
+        InputError: no rule names a stage, or what is left in the TEST phase is no sound net.
+    """
+    rules = [rule for layer in net.layer for rule in (*layer.include, *layer.exclude)]
+    named = ", ".join(sorted({stage for rule in rules for stage in (*rule.stage, *rule.not_stage)}))
+    for stage in stages:
+        if stage not in named.split(", "):
+            raise InputError(
+                f"net {net.name!r}: no rule names the stage {stage!r}; named are: {named or 'none'}"
+            )
+    if not any(map(_names_state, rules)):
+        return net
+    given = {*net.state.stage, *stages}
+    chosen = _without_layers(net)
+    for layer in net.layer:
+        if not any(_names_state(rule) for rule in (*layer.include, *layer.exclude)):
+            chosen.layer.add().CopyFrom(layer)
+            continue
+        met = [rule for rule in layer.include or layer.exclude if _meets_state(rule, given, level)]
+        always = any(not rule.HasField("phase") for rule in met)
+        if (layer.include and not met) or (layer.exclude and always):
+            continue
+        kept = chosen.layer.add()
+        kept.CopyFrom(layer)
+        remaining = kept.include if layer.include else kept.exclude
+        del remaining[:]
+        remaining.extend(NetStateRule(phase=rule.phase) for rule in met if not always)
+    name_apart(chosen)
+    try:
+        filter_net(chosen, TEST)
+    except InputError as error:
+        remedy = f"the stages {named}: choose with model.stages" if named else "levels: choose model.level"
+        raise InputError(f"{error}; the net's rules name {remedy}") from None
+    return chosen
 
 
 def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level: int = 0) -> NetParameter:
@@ -50,22 +125,55 @@ def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level:
     Raises:
         InputError: a layer has include as well as exclude rules, or what is left is no sound net.
     """
-    state = (phase, set(stages), level)
     kept = _without_layers(net)
+    left_out: list[LayerParameter] = []
     for layer in net.layer:
         if layer.include and layer.exclude:
             raise InputError(
                 f"{_where(net, layer)} has include and exclude rules; Caffe allows one kind only"
             )
-        rules = layer.include or layer.exclude
-        if not rules or any(_meets(rule, *state) for rule in rules) == bool(layer.include):
+        if exists(layer, phase, set(stages), level):
             kept.layer.add().CopyFrom(layer)
-    check_net(kept)
+        else:
+            left_out.append(layer)
+    check_net(kept, left_out)
     return kept
 
 
-def check_net(net: NetParameter) -> None:
+def name_apart(net: NetParameter) -> None:
+    """Give every layer of a phase a name of its own, in place: "crop", "crop#2", "crop#3".
+
+    Caffe allows one name for several layers. It looks for a layer of the net by each name in the caffemodel,
+    and takes the first. So the first of the TEST phase keeps its name, and with it what the caffemodel holds;
+    those behind it have no blobs, or share them. TRAIN-only layers give way.
+
+    Args:
+        net: the net with all its phases, no stages set.
+    """
+    found = [
+        (layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase, set(), 0)]) for layer in net.layer
+    ]
+    taken = {layer.name for layer in net.layer}
+    used: dict[int, set[str]] = {TEST: set(), TRAIN: set()}
+    numbers: Counter[str] = Counter()
+    for layer, phases in sorted(found, key=lambda each: TEST not in each[1]):
+        name = layer.name
+        while any(layer.name in used[phase] for phase in phases) or (
+            layer.name != name and layer.name in taken
+        ):
+            numbers[name] += 1
+            layer.name = f"{name}{NAMESAKE}{numbers[name] + 1}"
+        taken.add(layer.name)
+        for phase in phases:
+            used[phase].add(layer.name)
+
+
+def check_net(net: NetParameter, left_out: Iterable[LayerParameter] = ()) -> None:
     """Check that a filtered net hangs together: names, bottoms that exist, tops with one source each.
+
+    Args:
+        net: the net.
+        left_out: the layers that were filtered out.
 
     Raises:
         InputError: naming the layer and the blob.
@@ -84,7 +192,12 @@ def check_net(net: NetParameter) -> None:
             )
         for bottom in layer.bottom:
             if bottom not in known:
-                raise InputError(f"{_where(net, layer)} reads {bottom!r}, which no layer before it makes")
+                hint = _hint(bottom, left_out)
+                if not hint:
+                    hint = did_you_mean(bottom, known) if any(map(is_data_layer, net.layer)) else NO_INPUT
+                raise InputError(
+                    f"{_where(net, layer)} reads {bottom!r}, which no layer before it makes{hint}"
+                )
         for index, top in enumerate(layer.top):
             in_place = index < len(layer.bottom) and layer.bottom[index] == top
             if (top in known and not in_place) or top in layer.top[:index]:
@@ -95,10 +208,10 @@ def check_net(net: NetParameter) -> None:
 
 
 def inference_net(net: NetParameter, inputs: Collection[str]) -> NetParameter:
-    """The part of a filtered net that can be computed from the blobs ``inputs`` (the images).
+    """The part of a filtered net that can be computed from the blobs ``inputs``.
 
     Left out are layers that feed data, losses and Accuracy, layers without tops, and whatever needs a blob
-    that is then missing, such as the labels. DummyData beside the images stays: it is the same for all.
+    that is then missing, such as the labels. DummyData beside the inputs stays: it is the same for all.
     """
     kept = _without_layers(net)
     known = set(inputs)
@@ -113,18 +226,59 @@ def inference_net(net: NetParameter, inputs: Collection[str]) -> NetParameter:
     return kept
 
 
-def data_blobs(net: NetParameter) -> list[str]:
-    """The blobs that feed a filtered net, images first: the tops of its data layers.
+def input_blobs(net: NetParameter) -> tuple[str, ...]:
+    """The blobs that a filtered net has to be fed with: the tops of its data layers that others read.
 
-    Blobs that are only read as labels (the second or a later bottom of a loss or of Accuracy), and blobs
-    that nobody reads, come after the others; among their like, DummyData comes last.
+    Labels are none of them: what a loss or Accuracy reads behind its first bottom, and what a data layer
+    makes behind its first top (but for Input and HDF5Data, whose tops may be anything), unless a layer with
+    weights depends on it. DummyData feeds itself; its blobs are inputs only where there are no others.
+
+    Returns:
+        In the order of the net, but those first that images can go into: of three axes, or of unknown shape.
     """
-    layers = sorted(filter(is_data_layer, net.layer), key=lambda layer: layer.type == "DummyData")
-    tops = [top for layer in layers for top in layer.top]
-    images: set[str] = set()
+    origins: dict[str, set[str]] = {}
+    """By blob the data blobs that it depends on."""
+    read: set[str] = set()
+    weighted: set[str] = set()
+    labels: set[str] = set()
     for layer in net.layer:
-        images.update(layer.bottom[:1] if is_measure(layer) else layer.bottom)
-    return sorted(tops, key=lambda top: top not in images)
+        if is_data_layer(layer):
+            origins.update((top, {top}) for top in layer.top)
+            labels.update(layer.top[1:] if layer.type not in PLAIN_INPUTS else ())
+            continue
+        own = set().union(*(origins[bottom] for bottom in layer.bottom))
+        origins.update(dict.fromkeys(layer.top, own))
+        if layer.type in TYPES_WITH_WEIGHTS:
+            weighted |= own
+        if is_measure(layer):
+            labels.update(*(origins[bottom] for bottom in layer.bottom[1:]))
+        elif layer.top:
+            read |= own
+    data = [layer for layer in net.layer if is_data_layer(layer)]
+    needed = read - (labels - weighted)
+    fed = [(layer, top) for layer in data if layer.type != "DummyData" for top in layer.top if top in needed]
+    if not fed:
+        fed = [(layer, top) for layer in data for top in layer.top if top in needed]
+    fed.sort(key=lambda pair: not takes_images(_declared(*pair)))
+    return tuple(top for _, top in fed)
+
+
+def takes_images(shape: tuple[int, ...] | None) -> bool:
+    """Whether images can go into an input of this shape, which may be unknown."""
+    return shape is None or len(shape) == IMAGE_AXES
+
+
+def dependents(net: NetParameter, blob: str) -> list[str]:
+    """The names of the layers that need a blob, which no layer makes, directly or through others."""
+    reached = {blob}
+    found = []
+    for layer in net.layer:
+        if reached.intersection(layer.bottom):
+            found.append(layer.name)
+            reached.update(layer.top)
+        else:
+            reached.difference_update(layer.top)
+    return found
 
 
 def scores_blob(net: NetParameter) -> str:
@@ -158,33 +312,87 @@ def is_data_layer(layer: LayerParameter) -> bool:
 
 
 def is_measure(layer: LayerParameter) -> bool:
-    """Whether the layer is a loss or Accuracy."""
-    return layer.type.endswith(("Loss", "Accuracy"))
+    """Whether the layer compares with labels: a loss, Accuracy, or what has a weight as a loss."""
+    return any(name in layer.type for name in MEASURES) or any(layer.loss_weight)
 
 
 def data_layer(net: NetParameter, phase: int) -> LayerParameter | None:
     """The layer with a transform that feeds the net in a phase, if there is one."""
-    return next((layer for layer in filter_net(net, phase).layer if layer.type in TRANSFORMING_TYPES), None)
+    included = (layer for layer in net.layer if exists(layer, phase, set(), 0))
+    return next((layer for layer in included if layer.type in TRANSFORMING_TYPES), None)
 
 
 def declared_shape(net: NetParameter, blob: str) -> tuple[int, ...] | None:
     """The shape of one image that an Input layer declares for ``blob``, if one does."""
     for layer in filter_net(net, TEST).layer:
-        if layer.type == "Input" and blob in layer.top and layer.input_param.shape:
-            shapes = layer.input_param.shape
-            return tuple(shapes[min(list(layer.top).index(blob), len(shapes) - 1)].dim[1:])
+        if blob in layer.top:
+            return _declared(layer, blob)
     return None
+
+
+def _check_rows(net: NetParameter, inputs: Sequence[str]) -> None:
+    """Check that Input layers declare as many rows for every input: one for each image.
+
+    Raises:
+        InputError: they do not.
+    """
+    rows = {}
+    for layer in net.layer:
+        for number, top in enumerate(layer.top):
+            shapes = layer.input_param.shape
+            if layer.type == "Input" and top in inputs and shapes:
+                rows[top] = shapes[min(number, len(shapes) - 1)].dim[:1]
+    if len(set(map(tuple, rows.values()))) > 1:
+        shown = ", ".join(f"{top!r} {dim[0] if dim else 'none'}" for top, dim in rows.items())
+        raise InputError(
+            f"net {net.name!r}: its inputs have different numbers of rows ({shown}); labelfree runs images "
+            "in batches, with one row of every input for each: declare them so"
+        )
+
+
+def _declared(layer: LayerParameter, top: str) -> tuple[int, ...] | None:
+    """The shape of one image that an Input layer declares for its top."""
+    shapes = layer.input_param.shape
+    if layer.type != "Input" or not shapes:
+        return None
+    return tuple(shapes[min(list(layer.top).index(top), len(shapes) - 1)].dim[1:])
 
 
 def _meets(rule: NetStateRule, phase: int, stages: set[str], level: int) -> bool:
     """``Net::StateMeetsRule``."""
+    return (not rule.HasField("phase") or rule.phase == phase) and _meets_state(rule, stages, level)
+
+
+def _meets_state(rule: NetStateRule, stages: set[str], level: int) -> bool:
+    """What a rule says about stages and level."""
     return (
-        (not rule.HasField("phase") or rule.phase == phase)
-        and (not rule.HasField("min_level") or level >= rule.min_level)
+        (not rule.HasField("min_level") or level >= rule.min_level)
         and (not rule.HasField("max_level") or level <= rule.max_level)
         and stages.issuperset(rule.stage)
         and stages.isdisjoint(rule.not_stage)
     )
+
+
+def _names_state(rule: NetStateRule) -> bool:
+    """Whether a rule is about stages or levels."""
+    return bool(rule.stage or rule.not_stage) or rule.HasField("min_level") or rule.HasField("max_level")
+
+
+def _hint(blob: str, left_out: Iterable[LayerParameter]) -> str:
+    """Which layer would make a blob, had it not been left out."""
+    for layer in left_out:
+        if blob in layer.top:
+            return (
+                f"; layer {layer.name!r}, which makes it, is left out by its include or exclude rules: "
+                "labelfree reads the TEST phase, so give a prototxt with a data layer or an Input layer there"
+            )
+    return ""
+
+
+def exists(layer: LayerParameter, phase: int, stages: set[str], level: int) -> bool:
+    """Whether a layer is there in a state (``Net::FilterNet``)."""
+    rules = layer.include or layer.exclude
+    return not rules or any(_meets(rule, phase, stages, level) for rule in rules) == bool(layer.include)
 
 
 def _without_layers(net: NetParameter) -> NetParameter:

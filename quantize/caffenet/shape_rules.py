@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from quantize.arrays import Shape
 from quantize.caffenet.schema import ConvolutionParameter, LayerParameter, PoolingParameter
+from quantize.caffenet.text_faults import did_you_mean
 
 
 class ShapeError(Exception):
@@ -73,8 +74,8 @@ def layer_shapes(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     registered = _rules.get(layer.type)
     if registered is None:
         raise ShapeError(
-            "this layer type is not supported (engine: caffe runs what your Caffe knows); supported are: "
-            f"{', '.join(sorted(_rules))}"
+            f"this layer type is not supported{did_you_mean(layer.type, _rules)} (engine: caffe runs what "
+            f"your Caffe knows); supported are: {', '.join(sorted(_rules))}"
         )
     if not registered.least_bottoms <= len(bottoms) <= registered.most_bottoms:
         raise ShapeError(f"{len(bottoms)} bottoms; the type does not take so many or so few")
@@ -361,7 +362,7 @@ def _pooled(param: PoolingParameter, shape: Shape) -> Shape:
         pad[0] < kernel[0] and pad[1] < kernel[1],
         f"pooling_param: pad {pad} must be less than kernel {kernel}",
     )
-    floor = param.round_mode == param.FLOOR
+    floor = _rounds_down(param)
     out = []
     for size, k, s, p in zip(sizes, kernel, stride, pad, strict=True):
         reach = size + 2 * p - k
@@ -371,6 +372,18 @@ def _pooled(param: PoolingParameter, shape: Shape) -> Shape:
         _require(count > 0, f"pooling_param: a kernel of {k} on {size} pixels with stride {s} and pad {p}")
         out.append(count)
     return (*shape[:2], *out)
+
+
+def _rounds_down(param: PoolingParameter) -> bool:
+    """``round_mode: FLOOR``, or as many forks have it ``ceil_mode: false``."""
+    floor = param.round_mode == param.FLOOR
+    if not param.HasField("ceil_mode"):
+        return floor
+    _require(
+        not param.HasField("round_mode") or floor != param.ceil_mode,
+        "pooling_param: round_mode and ceil_mode say different things; give one of them",
+    )
+    return not param.ceil_mode
 
 
 def height_and_width(param: PoolingParameter, name: str, h: str = "", w: str = "") -> Shape:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from quantize.arrays import FloatArray, Shape
-from quantize.caffenet.phases import is_data_layer
+from quantize.caffenet.fork import foreign_field_text, foreign_fields
+from quantize.caffenet.phases import NAMESAKE, is_data_layer
 from quantize.caffenet.schema import LayerParameter, NetParameter
 from quantize.caffenet.shape_rules import LayerShapes, ShapeError, has_rule, layer_shapes
+from quantize.caffenet.sharing import BlobId, check_sharing, permissive_blobs
 from quantize.caffenet.weights import MAX_AXES, Weights
 from quantize.errors import InputError
 
@@ -35,13 +37,16 @@ class Shapes:
 
 
 def known_part(net: NetParameter, inputs: Collection[str]) -> NetParameter:
-    """The layers of types that have a shape rule, fed by ``inputs`` and such layers only."""
+    """The layers that have a shape rule, fed by ``inputs`` and such layers only.
+
+    A layer with a field of a fork that may change what it computes has none, whatever its type.
+    """
     known = NetParameter()
     known.CopyFrom(net)
     del known.layer[:]
     made = set(inputs)
-    for layer in net.layer:
-        if has_rule(layer.type) and made.issuperset(layer.bottom):
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+        if has_rule(layer.type) and foreign is None and made.issuperset(layer.bottom):
             made.update(layer.top)
             known.layer.append(layer)
         else:
@@ -58,22 +63,29 @@ def infer_shapes(
         net: a filtered net, or a part of one.
         inputs: shapes, with the batch, of the blobs that come from outside; they win over what an Input layer
             or another data layer of the net says about its tops.
-        told: by layer name, what is known of layers whose types have no rule.
+        told: by layer name, what is known of layers that have no rule.
 
     Raises:
-        InputError: naming the layer: its type is unknown, or its bottoms or parameters are impossible.
+        InputError: naming the layer: its type is unknown, it has a field of a fork that may change what it
+            computes, its bottoms or parameters are impossible, or a blob that it shares has another shape
+            elsewhere.
     """
     shapes = Shapes(blobs={name: tuple(shape) for name, shape in inputs.items()})
-    for layer in net.layer:
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
         try:
-            unknown = told is not None and layer.name in told and not has_rule(layer.type)
-            result = told[layer.name] if told and unknown else _infer_layer(layer, shapes.blobs, inputs)
+            if told and layer.name in told and not (has_rule(layer.type) and foreign is None):
+                result = told[layer.name]
+            elif foreign is not None:
+                raise ShapeError(f"{foreign_field_text(foreign)}; or use engine: caffe with that fork")
+            else:
+                result = _infer_layer(layer, shapes.blobs, inputs)
             _check(layer, result)
         except ShapeError as error:
             raise InputError(f"layer {layer.name!r} ({layer.type}): {error}") from None
         shapes.blobs.update(zip(layer.top, result.tops, strict=True))
         shapes.params[layer.name] = list(result.params)
         shapes.macs[layer.name] = result.macs
+    check_sharing(net, shapes.params)
     return shapes
 
 
@@ -87,34 +99,57 @@ def check_weights(net: NetParameter, weights: Weights, shapes: Shapes) -> None:
         InputError: naming the layer: it is missing in the caffemodel, or a blob is missing, has another
             shape, or holds a NaN or an infinity.
     """
+    held: dict[str, list[list[FloatArray]]] = {}
+    for name, blobs in weights.entries():
+        held.setdefault(name, []).append(blobs)
+    permissive = permissive_blobs(net)
     for layer in net.layer:
         expected = shapes.params[layer.name]
-        where = f"layer {layer.name!r} ({layer.type})"
-        if layer.name not in weights:
+        if layer.name not in held:
             if expected:
-                raise InputError(
-                    f"{where} has no weights in the caffemodel; it belongs to another net, or the layer was "
-                    "renamed"
-                )
+                raise InputError(f"layer {layer.name!r} ({layer.type}) {no_weights(layer.name)}")
             continue
-        blobs = weights[layer.name]
-        if len(blobs) != len(expected):
-            raise InputError(
-                f"{where} needs {len(expected)} blobs but has {len(blobs)} in the caffemodel; it belongs to "
-                "another net, or bias_term differs"
-            )
-        for index, (blob, shape) in enumerate(zip(blobs, expected, strict=True)):
-            if blob.shape != shape and blob.shape != (1,) * (4 - len(shape)) + shape:
-                raise InputError(
-                    f"{where}: blob {index} must have the shape {shape} but has {blob.shape} in the "
-                    "caffemodel; it belongs to another net, or the images have other channels or another size"
-                )
-            if not all_finite(blob):
-                raise InputError(
-                    f"{where}: blob {index} holds a NaN or an infinity; the training of it has diverged"
-                )
-        if [blob.shape for blob in blobs] != expected:
+        for blobs in held[layer.name]:  # of several layers of one name Caffe copies all
+            _check_blobs(layer, blobs, expected, permissive)
+        if [blob.shape for blob in weights[layer.name]] != expected:
             weights.reshape(layer.name, expected)
+
+
+def no_weights(name: str) -> str:
+    """Why a caffemodel may have nothing for a layer that needs weights, and what to do."""
+    first, _, number = name.rpartition(NAMESAKE)
+    if number.isdecimal():
+        return (
+            f"has no weights: it is number {number} of the layers called {first!r}, and Caffe gives what a "
+            "caffemodel has under a name to the first of them only; share its weights by name (param), or "
+            "rename it in the prototxt and the caffemodel"
+        )
+    return "has no weights in the caffemodel; it belongs to another net, or the layer was renamed"
+
+
+def _check_blobs(
+    layer: LayerParameter,
+    blobs: Sequence[FloatArray],
+    expected: Sequence[Shape],
+    permissive: Collection[BlobId],
+) -> None:
+    where = f"layer {layer.name!r} ({layer.type})"
+    if len(blobs) != len(expected):
+        raise InputError(
+            f"{where} needs {len(expected)} blobs but has {len(blobs)} in the caffemodel; it belongs to "
+            "another net, or bias_term differs"
+        )
+    for index, (blob, shape) in enumerate(zip(blobs, expected, strict=True)):
+        fits = blob.shape in (shape, (1,) * (4 - len(shape)) + shape)
+        if not fits and not (BlobId(layer.name, index) in permissive and blob.size == math.prod(shape)):
+            raise InputError(
+                f"{where}: blob {index} must have the shape {shape} but has {blob.shape} in the "
+                "caffemodel; it belongs to another net, or the images have other channels or another size"
+            )
+        if not all_finite(blob):
+            raise InputError(
+                f"{where}: blob {index} holds a NaN or an infinity; the training of it has diverged"
+            )
 
 
 def all_finite(blob: FloatArray) -> bool:

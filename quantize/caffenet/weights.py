@@ -1,9 +1,10 @@
 """A ``.caffemodel`` in memory: the blobs of every layer as numpy arrays, the rest as the bytes of the file.
 
 A caffemodel is a ``NetParameter`` in protobuf's wire format. Parsing half a gigabyte of it with protobuf
-would copy every weight twice, so the file is read once and only its records are walked: blobs become views
-of its bytes, and whatever was not touched is written back byte for byte. Every size that the file claims is
-checked against the bytes that are there before anything is made of it, and nothing here recurses.
+would copy every weight twice, so the file is read once and its records are walked: a blob's data become a
+view of its bytes, protobuf parses what is said about them, and whatever was not touched is written back byte
+for byte. Every size that the file claims is checked against the bytes that are there before anything is made
+of it, and nothing here recurses.
 
 The file is not mapped: a mapped file that another program shortens, or whose disk fails, kills the process.
 """
@@ -12,34 +13,42 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from quantize.arrays import FloatArray
-from quantize.caffenet.schema import LayerParameter, V1LayerParameter
+from quantize.caffenet.other_formats import FIRST_BYTES, is_text, not_but, other_format
+from quantize.caffenet.schema import BlobProto, BlobShape, LayerParameter, V1LayerParameter
+from quantize.caffenet.strings import to_bytes, to_text
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_v1_layer
 from quantize.errors import InputError, LabelfreeError
+from quantize.files import open_file
 
 MAX_BYTES = 2**31 - 1
 """The largest message that protobuf, and so Caffe, reads or writes."""
 
+MAX_NAME = 1 << 16
 MAX_AXES = 32
 """``kMaxBlobAxes`` in Caffe's ``blob.hpp``."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 are groups, which Caffe never used
+_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _NET_NAME, _NET_LAYERS, _NET_LAYER = 1, 2, 100  # field numbers in caffe.proto
 _LAYER_NAME, _LAYER_BLOBS = 1, 7
-_V1_NAME, _V1_BLOBS, _V1_V0_LAYER = 4, 6, 1
-_BLOB_LEGACY_SHAPE = (1, 2, 3, 4)
-_BLOB_DATA, _BLOB_SHAPE, _BLOB_DOUBLE_DATA = 5, 7, 8
-_SHAPE_DIM = 1
+_V1_NAME, _V1_BLOBS = 4, 6
+_BLOB_DATA, _BLOB_DOUBLE_DATA = 5, 8
+_BLOB_SHAPES = (1, 2, 3, 4, 7)
+_LEGACY_SHAPE = ("num", "channels", "height", "width")
+Parsed = TypeVar("Parsed", bound=Message)
+_NAMES = {_NET_LAYER: _LAYER_NAME, _NET_LAYERS: _V1_NAME}
 
 
 class _DamagedError(Exception):
@@ -52,7 +61,6 @@ class _Field:
 
     number: int
     wire: int
-    value: int
     tag: int
     start: int
     end: int
@@ -78,6 +86,9 @@ class _Layer:
 class Weights:
     """The layers of a caffemodel, in the order of the file.
 
+    Several layers of a file may have one name; what goes by it are the blobs of the last one that has any, as
+    Caffe copies them all into the net's first layer of that name (``Net::CopyTrainedLayersFrom``).
+
     Attributes:
         name: the net's name.
     """
@@ -98,20 +109,33 @@ class Weights:
             InputError: the file cannot be read, or is damaged, truncated, not a caffemodel, or V0.
         """
         buffer = _read_file(path)
-        if bytes(buffer[:4]) == b"\x89HDF":
-            raise InputError(f"{path}: an HDF5 snapshot; give the .caffemodel (snapshot_format: BINARYPROTO)")
         weights = cls()
-        try:
+        with _told(path, buffer):
             weights._scan(buffer)
-        except _DamagedError as error:
-            raise InputError(
-                f"{path}: damaged or not a caffemodel: {error}; copy or download it again"
-            ) from None
-        except UnsupportedLayerError as error:
-            raise InputError(f"{path}: {error}") from None
-        if not weights._layers:
-            raise InputError(f"{path}: not a caffemodel, or one without layers")
+            if not weights._layers:
+                raise _DamagedError("it has no layers")
         return weights
+
+    @staticmethod
+    def names(path: str | Path) -> set[str]:
+        """The names of a caffemodel's layers; blobs are not read, and so not checked.
+
+        Raises:
+            InputError: as `read`.
+        """
+        found = set()
+        with open_file(path, "caffemodel") as file:
+            buffer = _OnDisk(file)
+            with _told(path, buffer):
+                for layer in _fields(buffer, 0, len(buffer)):
+                    if layer.number in _NAMES:
+                        _expect(layer, _BYTES)
+                        inner = _fields(buffer, layer.start, layer.end)
+                        names = [f for f in inner if f.number == _NAMES[layer.number]]
+                        found.add(_text(buffer, names[-1]) if names else "")
+                if not found:
+                    raise _DamagedError("it has no layers")
+        return found
 
     def copy(self) -> Weights:
         """A Weights that can be changed without changing this one; the arrays are shared."""
@@ -123,7 +147,11 @@ class Weights:
 
     def layers(self) -> list[str]:
         """The names of the layers, in the order of the file."""
-        return [layer.name for layer in self._layers]
+        return list(dict.fromkeys(layer.name for layer in self._layers))
+
+    def entries(self) -> list[tuple[str, list[FloatArray]]]:
+        """Every layer of the file with its blobs, in the order of the file: a name may come again."""
+        return [(layer.name, [blob.array for blob in layer.blobs]) for layer in self._layers]
 
     def __contains__(self, layer: object) -> bool:
         return any(each.name == layer for each in self._layers)
@@ -145,6 +173,7 @@ class Weights:
         index = self._index(layer)
         old = self._layers[index]
         self._layers[index] = _Layer(old.name, old.rest, _blobs(blobs))
+        self._layers[:index] = [each for each in self._layers[:index] if each.name != layer]
 
     def reshape(self, layer: str, shapes: Sequence[tuple[int, ...]]) -> None:
         """See the layer's blobs in other shapes of the same sizes; the layer still counts as untouched.
@@ -187,30 +216,30 @@ class Weights:
             file.write(piece)
 
     def _index(self, layer: str) -> int:
-        for index, each in enumerate(self._layers):
-            if each.name == layer:
+        for index in reversed(range(len(self._layers))):
+            if self._layers[index].name == layer:
                 return index
         raise KeyError(layer)
 
     def _scan(self, buffer: memoryview) -> None:
-        new: dict[str, _Layer] = {}
-        v1: dict[str, _Layer] = {}
+        new: list[_Layer] = []
+        v1: list[_Layer] = []
         for field in _fields(buffer, 0, len(buffer)):
             if field.number == _NET_NAME:
                 self.name = _text(buffer, field)
             elif field.number == _NET_LAYER:
-                _keep(new, _read_layer(buffer, field))
+                new.append(_read_layer(buffer, field))
             elif field.number == _NET_LAYERS:
-                _keep(v1, _read_v1_layer(buffer, field))
+                v1.append(_read_v1_layer(buffer, field))
             else:
                 self._rest.append(buffer[field.tag : field.end])
         if v1 and new:
             raise _DamagedError("it holds both old ('layers') and new ('layer') layers")
-        self._layers = list((new or v1).values())
+        self._layers = _without_empty_namesakes(new or v1)
 
     def _pieces(self) -> Iterator[bytes | memoryview]:
         if self.name:
-            name = self.name.encode()
+            name = to_bytes(self.name)
             yield _header(_NET_NAME, len(name)) + name
         yield from self._rest
         for layer in self._layers:
@@ -228,7 +257,14 @@ class Weights:
 def _new_layer(new: LayerParameter, blobs: Iterable[npt.ArrayLike]) -> _Layer:
     bare = LayerParameter.FromString(new.SerializeToString())
     bare.ClearField("blobs")
-    return _Layer(new.name, (memoryview(bare.SerializeToString()),), _blobs(blobs))
+    return _Layer(new.name, (_named(bare, new.name),), _blobs(blobs))
+
+
+def _named(layer: LayerParameter, name: str) -> memoryview:
+    """The fields of a layer, with a name that need not be UTF-8 (see ``strings``)."""
+    layer.ClearField("name")
+    encoded = to_bytes(name)
+    return memoryview(_header(_LAYER_NAME, len(encoded)) + encoded + layer.SerializeToString())
 
 
 def _blobs(arrays: Iterable[npt.ArrayLike]) -> tuple[_Blob, ...]:
@@ -254,12 +290,10 @@ def _header(number: int, size: int) -> bytes:
 def _blob_pieces(blob: _Blob) -> list[memoryview]:
     if blob.raw is not None:
         return [memoryview(_header(_LAYER_BLOBS, len(blob.raw))), blob.raw]
-    dims = b"".join(_varint_bytes(size) for size in blob.array.shape)
-    shape = _header(_SHAPE_DIM, len(dims)) + dims if dims else b""
     little_endian = np.ascontiguousarray(blob.array, "<f4")
     data = little_endian.reshape(-1).view(np.uint8).data
     head = _header(_BLOB_DATA, len(data))
-    tail = _header(_BLOB_SHAPE, len(shape)) + shape
+    tail = BlobProto(shape=BlobShape(dim=blob.array.shape)).SerializeToString()
     whole = _header(_LAYER_BLOBS, len(head) + len(data) + len(tail))
     return [memoryview(whole + head), data, memoryview(tail)]
 
@@ -269,33 +303,63 @@ def _blob_pieces(blob: _Blob) -> list[memoryview]:
 
 def _read_file(path: str | Path) -> memoryview:
     """The whole file, read-only; its kind and size are checked before memory is taken."""
-    try:
-        # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path}: not a file; a caffemodel was expected")
-            if not status.st_size:
-                raise InputError(f"{path}: the file is empty; a caffemodel was expected")
-            if status.st_size > MAX_BYTES:
-                raise InputError(
-                    f"{path}: {status.st_size} bytes; Caffe's format ends at 2 GiB, so this is no caffemodel"
-                )
-            data = np.empty(status.st_size, np.uint8).data
-            done = 0
-            while done < len(data):
-                count = file.readinto(data[done:])
-                if not count:
-                    raise InputError(f"{path}: became shorter while it was read; let its writer finish first")
-                done += count
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the caffemodel: {error.strerror or error}") from None
-    except ValueError:
-        raise InputError(f"{str(path)!r}: not a path") from None
+    with open_file(path, "caffemodel") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            raise InputError(f"{path}: the file is empty; a caffemodel was expected")
+        if size > MAX_BYTES:
+            raise InputError(f"{path}: {size} bytes; Caffe's format ends at 2 GiB, so this is no caffemodel")
+        data = np.empty(size, np.uint8).data
+        done = 0
+        while done < len(data):
+            count = file.readinto(data[done:])
+            if not count:
+                raise InputError(f"{path}: became shorter while it was read; let its writer finish first")
+            done += count
     return data.toreadonly()
 
 
-def _varint(buffer: memoryview, pos: int, end: int) -> tuple[int, int]:
+class _OnDisk(Sequence[int]):
+    """The bytes of a file, read where they are looked at."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._size = os.fstat(file.fileno()).st_size
+        self._file = BufferedReader(file)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, place: Any) -> Any:
+        self._file.seek(place)
+        byte = self._file.read(1)
+        if not byte:
+            raise _DamagedError("it became shorter while it was read")
+        return byte[0]
+
+
+@contextmanager
+def _told(path: str | Path, buffer: Sequence[int]) -> Iterator[None]:
+    """Say which file something is wrong with, or what it seems to be instead of a caffemodel."""
+    try:
+        yield
+    except UnsupportedLayerError as error:
+        raise InputError(f"{path}: {error}") from None
+    except _DamagedError as error:
+        start = bytes(buffer[place] for place in range(min(FIRST_BYTES, len(buffer))))
+        other = other_format(start)
+        if other is not None:
+            what = not_but("a caffemodel", other)
+        elif is_text(start):
+            what = (
+                "text, not a caffemodel; if it is the net's prototxt, model.prototxt and model.weights have "
+            )
+            what += "changed places"
+        else:
+            what = f"damaged or not a caffemodel: {error}; copy or download it again"
+        raise InputError(f"{path}: {what}") from None
+
+
+def _varint(buffer: Sequence[int], pos: int, end: int) -> tuple[int, int]:
     """The varint at ``pos`` and the place behind it."""
     value = 0
     for shift in range(0, 70, 7):
@@ -305,48 +369,39 @@ def _varint(buffer: memoryview, pos: int, end: int) -> tuple[int, int]:
         pos += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value & 0xFFFF_FFFF_FFFF_FFFF, pos
+            return value, pos
     raise _DamagedError(f"a number of more than 64 bits at byte {pos}")
 
 
-def _fields(buffer: memoryview, pos: int, end: int) -> Iterator[_Field]:
-    """Walk the records of the message ``buffer[pos:end]``."""
-    while pos < end:
-        field = _field(buffer, pos, end)
-        yield field
-        pos = field.end
+def _fields(buffer: Sequence[int], tag: int, end: int) -> Iterator[_Field]:
+    """Walk the records of the message ``buffer[tag:end]``."""
+    while tag < end:
+        key, start = _varint(buffer, tag, end)
+        number, wire = key >> 3, key & 7
+        if not 1 <= number < 1 << 29:
+            raise _DamagedError(f"field number {number} at byte {tag}")
+        if wire == _VARINT:
+            stop = _varint(buffer, start, end)[1]
+        elif wire == _BYTES:
+            size, start = _varint(buffer, start, end)
+            stop = start + size
+        elif wire in _SIZES:
+            stop = start + _SIZES[wire]
+        else:
+            raise _DamagedError(f"wire type {wire} at byte {tag}")
+        if stop > end:
+            raise _DamagedError(
+                f"the record at byte {tag} claims to reach byte {stop} but its message ends at byte {end}"
+            )
+        yield _Field(number, wire, tag, start, stop)
+        tag = stop
 
 
-def _field(buffer: memoryview, tag: int, end: int) -> _Field:
-    key, start = _varint(buffer, tag, end)
-    number, wire = key >> 3, key & 7
-    value = 0
-    if not 1 <= number < 1 << 29:
-        raise _DamagedError(f"field number {number} at byte {tag}")
-    if wire == _VARINT:
-        value, stop = _varint(buffer, start, end)
-    elif wire == _FIXED64:
-        stop = start + 8
-    elif wire == _FIXED32:
-        stop = start + 4
-    elif wire == _BYTES:
-        size, start = _varint(buffer, start, end)
-        stop = start + size
-    else:
-        raise _DamagedError(f"wire type {wire} at byte {tag}")
-    if stop > end:
-        raise _DamagedError(
-            f"the record at byte {tag} claims to reach byte {stop} but its message ends at byte {end}"
-        )
-    return _Field(number, wire, value, tag, start, stop)
-
-
-def _text(buffer: memoryview, field: _Field) -> str:
+def _text(buffer: Sequence[int], field: _Field) -> str:
     _expect(field, _BYTES)
-    try:
-        return str(buffer[field.start : field.end], "utf-8")
-    except UnicodeDecodeError:
-        raise _DamagedError(f"the name at byte {field.start} is not UTF-8") from None
+    if field.end - field.start > MAX_NAME:
+        raise _DamagedError(f"a name of {field.end - field.start} bytes at byte {field.tag}")
+    return to_text(bytes(buffer[place] for place in range(field.start, field.end)))
 
 
 def _expect(field: _Field, *wires: int) -> None:
@@ -373,13 +428,13 @@ def _split(
     return text, [piece for piece in rest if len(piece)], found
 
 
-def _keep(layers: dict[str, _Layer], layer: _Layer) -> None:
-    """Of the layers of one name at most one can have blobs; that one goes by the name."""
-    old = layers.setdefault(layer.name, layer)
-    if old is not layer and layer.blobs:
-        if old.blobs:
-            raise _DamagedError(f"two layers are called {layer.name!r} and both have weights")
-        layers[layer.name] = layer
+def _without_empty_namesakes(layers: list[_Layer]) -> list[_Layer]:
+    """Of the layers of one name those with blobs; the first, where none has any."""
+    kept = {layer.name: layer for layer in reversed(layers)}
+    filled = {layer.name for layer in layers if layer.blobs}
+    return [
+        layer for layer in layers if layer.blobs or (layer.name not in filled and kept[layer.name] is layer)
+    ]
 
 
 def _read_blobs(buffer: memoryview, layer: str, records: list[_Field]) -> tuple[_Blob, ...]:
@@ -402,101 +457,67 @@ def _read_layer(buffer: memoryview, layer: _Field) -> _Layer:
 def _read_v1_layer(buffer: memoryview, layer: _Field) -> _Layer:
     name, rest, records = _split(buffer, layer, _V1_NAME, _V1_BLOBS)
     blobs = _read_blobs(buffer, name, records)
-    try:
-        old = V1LayerParameter.FromString(b"".join(rest))
-    except DecodeError:
-        raise _DamagedError(f"layer {name!r} cannot be parsed") from None
+    old = _parsed(V1LayerParameter, b"".join(rest))
+    old.ClearField("name")
     new = LayerParameter()
-    upgrade_v1_layer(old, new)
-    return _Layer(name, (memoryview(new.SerializeToString()),), blobs)
+    try:
+        upgrade_v1_layer(old, new)
+    except ValueError:  # strings that are not UTF-8; of a caffemodel Caffe reads no more than names and blobs
+        new = LayerParameter()
+    return _Layer(name, (_named(new, name),), blobs)
 
 
 def _read_blob(buffer: memoryview, blob: _Field) -> FloatArray:
-    """A BlobProto's data as ``Blob::FromProto`` sees it: double_data wins over data, num over shape."""
-    dims: list[int] = []
-    legacy = dict.fromkeys(_BLOB_LEGACY_SHAPE, 0)
-    is_legacy = False
-    floats: list[npt.NDArray[np.floating]] = []
-    doubles: list[npt.NDArray[np.floating]] = []
-    pos = blob.start
-    while pos < blob.end:
-        field = _field(buffer, pos, blob.end)
-        pos = field.end
-        if field.number == _BLOB_DATA:
-            values, pos = _values(buffer, field, blob.end, np.dtype("<f4"), _FIXED32)
-            floats.append(values)
-        elif field.number == _BLOB_DOUBLE_DATA:
-            values, pos = _values(buffer, field, blob.end, np.dtype("<f8"), _FIXED64)
-            doubles.append(values)
-        elif field.number == _BLOB_SHAPE:
-            _expect(field, _BYTES)
-            dims += _read_dims(buffer, field)
-        elif field.number in legacy:
-            _expect(field, _VARINT)
-            legacy[field.number] = field.value
-            is_legacy = True
-    shape = tuple(legacy.values()) if is_legacy else tuple(dims)
-    held = doubles if any(part.size for part in doubles) else floats
-    count = sum(part.size for part in held)
-    if any(size > 2**31 - 1 for size in shape):
+    """A BlobProto's data as ``Blob::FromProto`` sees it: double_data wins over data, num over shape.
+
+    Data in one packed record, as Caffe has written them since 2013, are a view; others protobuf has to parse.
+    """
+    data = _only_data(buffer, blob)
+    if data is None:
+        message = _parsed(BlobProto, buffer[blob.start : blob.end])
+        held = message.double_data or message.data
+        values = np.fromiter(held, np.float64 if message.double_data else np.float32, len(held))
+    else:
+        shapes = [f for f in _fields(buffer, blob.start, blob.end) if f.number in _BLOB_SHAPES]
+        message = _parsed(BlobProto, b"".join(buffer[field.tag : field.end] for field in shapes))
+        values = _view(buffer, data)
+    legacy = [name for name in _LEGACY_SHAPE if message.HasField(name)]
+    if len(message.shape.dim) > MAX_AXES and not legacy:
+        raise _DamagedError(f"a shape of {len(message.shape.dim)} dimensions; Caffe has at most {MAX_AXES}")
+    shape = tuple(getattr(message, name) for name in _LEGACY_SHAPE) if legacy else tuple(message.shape.dim)
+    if any(not 0 <= size < 2**31 for size in shape):
         raise _DamagedError(f"the shape {shape} has a negative or impossible dimension")
-    if math.prod(shape) != count:
-        raise _DamagedError(f"the shape {shape} does not stand for the {count} values that the file holds")
-    data = held[0] if len(held) == 1 else np.concatenate([*held, np.empty(0, np.float32)])
+    if math.prod(shape) != len(values):
+        raise _DamagedError(
+            f"the shape {shape} does not stand for the {len(values)} values that the file holds"
+        )
     with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, which check_weights refuses
-        array = data.astype(np.float32, copy=False).reshape(shape)
+        array = values.astype(np.float32, copy=False).reshape(shape)
     array.flags.writeable = False
     return array
 
 
-def _read_dims(buffer: memoryview, shape: _Field) -> list[int]:
-    dims = []
-    for field in _fields(buffer, shape.start, shape.end):
-        if field.number != _SHAPE_DIM:
-            continue
-        _expect(field, _VARINT, _BYTES)
-        if field.wire == _VARINT:
-            dims.append(field.value)
-            continue
-        pos = field.start
-        while pos < field.end and len(dims) <= MAX_AXES:
-            size, pos = _varint(buffer, pos, field.end)
-            dims.append(size)
-    if len(dims) > MAX_AXES:
-        raise _DamagedError(f"a shape of {len(dims)} or more dimensions; Caffe has at most {MAX_AXES}")
-    return dims
+def _only_data(buffer: memoryview, blob: _Field) -> _Field | None:
+    """The record that has all of a blob's data, if there is just one and it is packed."""
+    found = None
+    for field in _fields(buffer, blob.start, blob.end):
+        if field.number in (_BLOB_DATA, _BLOB_DOUBLE_DATA):
+            if found is not None or field.wire != _BYTES:
+                return None
+            found = field
+    return found
 
 
-def _values(
-    buffer: memoryview, field: _Field, end: int, dtype: np.dtype[np.floating], fixed: int
-) -> tuple[npt.NDArray[np.floating], int]:
-    """The numbers at a data field (a packed record or a run of single-number records), the place behind."""
-    _expect(field, _BYTES, fixed)
-    size = field.end - field.start
-    if field.wire == _BYTES:
-        if size % dtype.itemsize:
-            raise _DamagedError(
-                f"packed data of {size} bytes at byte {field.tag} is no whole number of values"
-            )
-        if not size:
-            return np.empty(0, dtype), field.end
-        return np.frombuffer(buffer, dtype, size // dtype.itemsize, field.start), field.end
-    if field.start != field.tag + 1:  # an overlong tag: valid, and never seen
-        return np.frombuffer(buffer, dtype, 1, field.start), field.end
-    step = 1 + dtype.itemsize
-    records = np.frombuffer(buffer, np.uint8, (end - field.tag) // step * step, field.tag).reshape(-1, step)
-    count = _run_length(records[:, 0])
-    values = np.ascontiguousarray(records[:count, 1:]).view(dtype).reshape(-1)
-    return values, field.tag + count * step
+def _view(buffer: memoryview, data: _Field) -> npt.NDArray[np.floating]:
+    dtype = np.dtype("<f4" if data.number == _BLOB_DATA else "<f8")
+    size = data.end - data.start
+    if size % dtype.itemsize:
+        raise _DamagedError(f"packed data of {size} bytes at byte {data.tag} is no whole number of values")
+    return np.frombuffer(buffer[data.start : data.end], dtype)
 
 
-def _run_length(tags: npt.NDArray[np.uint8]) -> int:
-    """How many entries from the first on are equal to the first."""
-    count, chunk = 1, 64
-    while count < len(tags):
-        different = np.flatnonzero(tags[count : count + chunk] != tags[0])
-        if different.size:
-            return count + int(different[0])
-        count = min(count + chunk, len(tags))
-        chunk = min(2 * chunk, 1 << 20)
-    return count
+def _parsed(message: type[Parsed], data: bytes | memoryview) -> Parsed:
+    try:
+        return message.FromString(bytes(data))
+    except DecodeError:
+        raise _DamagedError("it cannot be parsed") from None

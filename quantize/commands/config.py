@@ -16,7 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from quantize.errors import InputError
-from quantize.settings import Config, LayerChoice, WeightSettings
+from quantize.files import read_file
+from quantize.settings import Config, LayerChoice
 
 MAX_YAML_BYTES = 1 << 20
 OPTIONS = {
@@ -59,13 +60,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: missing, unreadable, not YAML, or not a mapping.
     """
+    data = read_file(path, "configuration", MAX_YAML_BYTES)
     try:
-        size = path.stat().st_size
-        if size > MAX_YAML_BYTES:
-            raise InputError(f"{path}: {size} bytes is too long for a configuration; give the YAML file")
-        content = yaml.load(path.read_bytes(), Loader=_Loader)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the configuration: {error.strerror}") from error
+        content = yaml.load(data, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise InputError(f"{path}: not valid YAML: {_yaml_fault(error)}") from error
     if not isinstance(content, dict):
@@ -91,11 +88,14 @@ def load(
     tree: dict[str, Any] = read_yaml(path) if path else {}
     _resolve_paths(tree, path.parent if path else Path(), where)
     for key, value in (options or {}).items():
+        if value == "":
+            raise InputError(f"{where}: {key} is empty; give it a value or leave the option out")
         if value is not None:
             _assign(tree, key, value, where)
     for text in assignments:
         key, equals, value = text.partition("=")
-        if not equals:
+        key = key.strip()
+        if not equals or not all(key.split(".")):
             raise InputError(f"--set {text}: expected key=value, for example --set weights.bits=3")
         try:
             parsed = yaml.load(value, Loader=_Loader)
@@ -131,7 +131,9 @@ PATH_KEYS = (
     "model.weights",
     "model.caffe_proto",
     "data.calibration.source",
+    "data.calibration.inputs.*",
     "data.validation.source",
+    "data.validation.inputs.*",
     "data.transform.mean_file",
     "output",
 )
@@ -143,8 +145,10 @@ def _resolve_paths(tree: dict[str, Any], base: Path, where: str) -> None:
         node: Any = tree
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
-        if isinstance(node, dict) and isinstance(node.get(last), str):
-            node[last] = str(base / expand(node[last], f"{where}: {key}"))
+        if isinstance(node, dict):
+            for name in list(node) if last == "*" else [last]:
+                if isinstance(node.get(name), str):
+                    node[name] = str(base / expand(node[name], f"{where}: {key.replace('*', str(name))}"))
 
 
 def expand(text: str, where: str) -> Path:
@@ -219,23 +223,55 @@ def _first_line(error: ValidationError, where: str) -> str:
         close = difflib.get_close_matches(location[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{where}: {key}: unknown key; {hint}"
+    value = first["input"]
+    if value is None:
+        leave = "" if _is_required(location) else " or leave it out"
+        return f"{where}: {key} is empty; give it a value{leave}"
+    if first["type"] == "dict_type":
+        return f"{where}: {key} is a section with names as keys, as in fc8: {{...}}, not {str(value)[:40]!r}"
+    if first["type"] in ("model_type", "model_attributes_type"):
+        return f"{where}: {key} is a section{_section_hint(location, value)}"
+    if first["type"] == "path_type":
+        what = "a section" if isinstance(value, dict) else "a list" if isinstance(value, list) else value
+        return f"{where}: {key}: expected a path, not {what}; write {location[-1]}: path/to/it"
     message = first["msg"].removeprefix("Value error, ")
-    value = repr(first["input"])
-    shown = value if len(value) <= 80 else value[:77] + "..."
+    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     return f"{where}: {key or 'configuration'}: {shown}: {message[0].lower()}{message[1:]}"
 
 
+def _section_hint(location: Sequence[str], value: object) -> str:
+    """What a section holds that something else was given for, and where a path given for it belongs."""
+    keys = f" with the keys {', '.join(_keys_at(location))}"
+    if isinstance(value, str) and location[-1] in ("data", "calibration", "validation"):
+        source = f"{{source: {value}}}"
+        right = f"{{calibration: {source}}}" if location[-1] == "data" else source
+        return f"{keys}; write {location[-1]}: {right}"
+    return f"{keys}, not {str(value)[:40]!r}"
+
+
+def _is_required(location: Sequence[str]) -> bool:
+    """Whether a key has no default."""
+    section = _section(location[:-1])
+    field = section.model_fields.get(location[-1]) if section is not None else None
+    return field is not None and field.is_required()
+
+
 def _keys_at(location: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Config
+    section = _section(location)
+    return sorted(section.model_fields) if section is not None else []
+
+
+def _section(location: Sequence[str]) -> type[BaseModel] | None:
+    """The section of the schema at a place; None where that is no section."""
+    section: type[BaseModel] = Config
     for name in location:
-        field = model.model_fields.get(name)
-        candidates = [] if field is None else _models_in(field.annotation)
-        if not candidates:
-            if name not in model.model_fields and model is WeightSettings:
-                continue
-            return sorted(LayerChoice.model_fields) if "layers" in location else []
-        model = candidates[0]
-    return sorted(model.model_fields)
+        field = section.model_fields.get(name)
+        inner = _models_in(field.annotation) if field is not None else []
+        if inner:
+            section = inner[0]
+        elif section is not LayerChoice:  # whose place is layers.NAME
+            return None
+    return section
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

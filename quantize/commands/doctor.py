@@ -9,30 +9,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from quantize.caffenet import (
-    TRAIN,
-    InferenceNet,
-    LayerParameter,
-    NetParameter,
-    Weights,
-    check_weights,
-    infer_shapes,
-    known_part,
-)
-from quantize.data.sources import open_source
+from quantize.caffenet import TRAIN, InferenceNet, LayerParameter, NetParameter, Weights, doubtful_norms
 from quantize.data.transform import Transform
 from quantize.engines import engine_opener
 from quantize.engines.caffe.engine import Worker
 from quantize.errors import LabelfreeError
 from quantize.host import available_threads
-from quantize.job.feeds import effective_transform, image_shape
-from quantize.job.run import LIBRARIES, read_model_prototxt
+from quantize.job.feeds import effective_transform
+from quantize.job.run import LIBRARIES, Run
+from quantize.progress import Progress
 from quantize.settings import CaffeProcess, Config
 
 REPORT_LIBRARIES = ("matplotlib", "Jinja2")
@@ -43,42 +34,53 @@ PROBE = np.array([[[[-1.0, 0.24, 0.26, 99.0]]]], np.float32)
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was looked at, whether it is well, and what was seen (with the remedy if not)."""
+    """One finding: what was looked at, how it is, and what was seen (with the remedy if it is not well).
+
+    ``FAIL`` is what `quantize` would stop at, ``warn`` what it would go on with.
+    """
 
     what: str
-    well: bool
+    state: Literal["ok", "warn", "FAIL"]
     seen: str
 
 
-def examine(config: Config | None, process: CaffeProcess | None) -> Iterator[Check]:
+def _check(what: str, well: bool, seen: str) -> Check:
+    return Check(what, "ok" if well else "FAIL", seen)
+
+
+def examine(
+    config: Config | None, process: CaffeProcess | None, choose_transform: bool = False
+) -> Iterator[Check]:
     """All checks, one after another.
 
     Args:
         config: the job to check, if any.
         process: how to start pycaffe, where the Caffe engine is to be checked.
+        choose_transform: see `Run`.
     """
-    yield Check(
+    yield _check(
         "python", sys.version_info >= (3, 10), f"{platform.python_version()} (3.10 or newer is needed)"
     )
     for name in (*LIBRARIES, *REPORT_LIBRARIES):
         yield _library(name)
-    yield Check("processors", True, f"{available_threads()} usable")
+    yield Check("processors", "ok", f"{available_threads()} usable")
     yield _memory(config)
     yield _attempt("onnx engine", lambda: _engine("onnx", CaffeProcess()))
     if process is not None:
         worker = _attempt("caffe worker", lambda: _caffe_worker(process))
         yield worker
-        if worker.well:
+        if worker.state == "ok":
             yield _attempt("caffe plug-in", lambda: _engine("caffe", process))
     if config is not None:
-        yield from _job(config)
+        yield from _job(config, choose_transform)
+        yield _output(config.output)
 
 
 def _library(name: str) -> Check:
     try:
-        return Check(name, True, version(name))
+        return Check(name, "ok", version(name))
     except PackageNotFoundError:
-        return Check(name, False, f"not installed: pip install {name}")
+        return Check(name, "FAIL", f"not installed: pip install {name}")
 
 
 def _memory(config: Config | None) -> Check:
@@ -86,19 +88,19 @@ def _memory(config: Config | None) -> Check:
         fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
-        return Check("memory", True, "unknown")
+        return Check("memory", "ok", "unknown")
     needed = (config.renorm.memory if config else None) or 0
     shown = f"{available / 2**30:.1f} GiB available"
     if needed > available:
-        return Check("memory", False, f"{shown}, renorm.memory allows {needed / 2**30:.1f} GiB: lower it")
-    return Check("memory", True, shown)
+        return Check("memory", "FAIL", f"{shown}, renorm.memory allows {needed / 2**30:.1f} GiB: lower it")
+    return Check("memory", "ok", shown)
 
 
 def _attempt(what: str, work: Callable[[], str]) -> Check:
     try:
-        return Check(what, True, work())
+        return Check(what, "ok", work())
     except (LabelfreeError, OSError) as error:
-        return Check(what, False, " ".join(str(error).split()))
+        return Check(what, "FAIL", " ".join(str(error).split()))
 
 
 def _engine(name: str, process: CaffeProcess) -> str:
@@ -125,51 +127,55 @@ def _caffe_worker(process: CaffeProcess) -> str:
         return ", ".join(f"{name} {number}" for name, number in worker.versions.items())
 
 
-def _job(config: Config) -> Iterator[Check]:
-    nets: list[NetParameter] = []
+class _Notes(Progress):
+    """Keeps what a run would say about its guesses."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        if text not in self.texts:
+            self.texts.append(text)
+
+
+def _job(config: Config, choose_transform: bool) -> Iterator[Check]:
+    """What `quantize` would look at before it begins."""
+    notes = _Notes()
+    runs: list[Run] = []
 
     def prototxt() -> str:
-        net = read_model_prototxt(config)
-        test = InferenceNet.of(net)
-        nets.append(net)
-        return f"{len(test.net.layer)} layers from {test.blob} to {test.scores}"
-
-    def weights() -> str:
-        found = Weights.read(config.model.weights)
-        shape = image_shape(config, nets[0])
-        if shape is None:
-            return f"{len(found.layers())} layers (not checked against the net: the image shape is unknown)"
-        test = InferenceNet.of(nets[0])
-        known = known_part(test.net, [test.blob])
-        check_weights(known, found, infer_shapes(known, {test.blob: (1, *shape)}))
-        return f"{len(found.layers())} layers, they fit the net"
+        run = Run(config, notes, choose_transform)
+        test = InferenceNet.of(run.net)
+        runs.append(run)
+        return f"{len(test.net.layer)} layers from {', '.join(test.inputs)} to {test.scores}"
 
     yield _attempt("model.prototxt", prototxt)
-    if nets:
-        yield _attempt("model.weights", weights)
-        yield _attempt("transform", lambda: _transform(effective_transform(nets[0], TRAIN, config)))
-    for name in ("calibration", "validation"):
-        given = getattr(config.data, name)
-        if given is not None:
-            yield _attempt(f"data.{name}", partial(_source, given.source))
-    yield _output(config.output)
+    if not runs:
+        return
+    found = [_attempt(what, look) for what, look in runs[0].checks()]
+    yield from found
+    if found[0].state == "ok":
+        norms = doubtful_norms(InferenceNet.of(runs[0].net).net, runs[0].model_weights)
+        yield from (Check("BatchNorm", "FAIL", line) for line in norms)
+    if all(check.state == "ok" for check in found):
+        yield _transform(runs[0])
+    yield from (Check("note", "ok", text) for text in notes.texts)
 
 
-def _transform(transform: Transform) -> str:
-    """What is not at its default."""
+def _transform(run: Run) -> Check:
+    """What is not at its default, and how the images then fit the net's statistics of training."""
+    try:
+        run.choose_transform()
+        transform = effective_transform(run.net, TRAIN, run.config)
+        check = run.transform_check()
+    except LabelfreeError as error:
+        return Check("transform", "FAIL", str(error))
     chosen = {field.name: getattr(transform, field.name) for field in fields(transform)}
     shown = [f"{key} {value}" for key, value in chosen.items() if value != getattr(Transform(), key)]
-    return ", ".join(shown) or "none: pixels as they are"
-
-
-def _source(path: Path) -> str:
-    source = open_source(path)
-    try:
-        image = source.read(0)
-        folders = f"; {source.folders.text}" if source.folders else ""
-        return f"{len(source)} images, the first is {image.pixels.shape}{folders}"
-    finally:
-        source.close()
+    said = [", ".join(shown) or "none: pixels as they are"]
+    if check is not None:
+        said += [check.finding, check.remedy] if check.doubtful else [check.finding]
+    return Check("transform", "warn" if check and check.doubtful else "ok", "; ".join(said))
 
 
 def _output(path: Path) -> Check:
@@ -178,5 +184,5 @@ def _output(path: Path) -> Check:
     free = shutil.disk_usage(existing).free
     shown = f"{free / 1e9:.1f} GB free at {existing}"
     if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
-        return Check("output", False, f"cannot write to {existing}: choose another folder")
-    return Check("output", free > 1 << 30, shown if free > 1 << 30 else f"{shown}: make room")
+        return Check("output", "FAIL", f"cannot write to {existing}: choose another folder")
+    return _check("output", free > 1 << 30, shown if free > 1 << 30 else f"{shown}: make room")

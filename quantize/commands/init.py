@@ -5,40 +5,44 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from quantize.arrays import Shape
 from quantize.caffenet import (
-    TEST,
     TRAIN,
     InferenceNet,
     NetParameter,
-    TransformationParameter,
-    Weights,
-    data_layer,
-    declared_shape,
-    load_schema,
-    read_prototxt,
+    load_weights,
+    read_net,
 )
-from quantize.data.sources import FileSource, open_source
-from quantize.data.transform import Transform
+from quantize.caffenet.phases import takes_images
+from quantize.data.sources import Source, open_source
+from quantize.data.transform import shape_text
 from quantize.errors import InputError
-from quantize.job.feeds import resized_before_crop
+from quantize.job.feeds import effective_transform, resized_before_crop
+from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.output import OutputFolder
+from quantize.job.transforms import ARITHMETIC, has_data_layer, with_chosen_transform, with_transform
+from quantize.settings import ActivationSettings, Config, ModelFiles, RenormSettings, TransformKeys
 
-IMAGENET_MEAN = [104, 117, 123]
-"""Blue, green, red: what most published Caffe networks subtract."""
+FILL_IN = "VALUES"
+"""Stands where only the user knows what goes into an input."""
+MOST_IMAGES = 1000
+KEPT_SHARE = 5
+"""One image in so many is kept back for evaluate."""
 
 TEMPLATE = """\
 # {name}: written by `labelfree init`. Paths are relative to this file; ~ and $VARS expand.
 name: {name}                          # prefix of every output file
 model:
   prototxt: {prototxt}
-  weights: {weights}{schema}
+  weights: {weights}{model}
 data:
-  calibration: {{source: {calibration}, images: {images}}}  # unlabeled
+  calibration: {{source: {calibration}, images: {images}{inputs}}}  # unlabeled; {kept}
   # validation: {{source: /path/to/labeled_lmdb, batch_size: 50}}    # for evaluate and `caffe test`
-{transform}
+{transform}{shapes}
   seed: 0                             # of random crops and mirrors
 weights:
   bits: 4                             # 2 to 5 on the power_of_two grid; or `budget: 3.5`, on average
@@ -47,12 +51,12 @@ weights:
   first_last: {{bits: 8, grid: fixed_point}}
   # layers: {{some_layer: {{bits: 8, grid: fixed_point}}, other_layer: {{skip: true}}}}
 renorm:
-  images: {images}
+  # images: {renorm_images}                        # the default; relative to full precision on the same ones
   augment: train                      # random crops and mirrors as in training; test: centre crops
   memory: 2GiB                        # bound on what the sweep keeps
 activations:
   bits: 8                             # codes 0..127; `levels: 255` uses the full byte
-  images: {activation_images}
+  # images: 400
 output: {output}
 """
 
@@ -67,56 +71,105 @@ class Initial:
 
 
 def initial_config(
-    net: NetParameter,
-    prototxt: Path,
-    weights: Path,
-    calibration: Path,
-    folder: Path,
-    caffe_proto: Path | None = None,
+    net: NetParameter, model: ModelFiles, calibration: Path, folder: Path, shapes: GivenShapes = None
 ) -> Initial:
     """A configuration for a net.
 
     Args:
-        net: the network in ``prototxt``.
-        prototxt: its file.
-        weights: its caffemodel.
+        net: the network.
+        model: its files, and how they are read.
         calibration: LMDB, image folder or list file.
         folder: where the YAML file will be; paths are written relative to it.
-        caffe_proto: the schema of the fork of Caffe that the net is for, if any.
+        shapes: of its inputs, where the prototxt does not say them.
 
     Raises:
-        InputError: the net or the images cannot be read.
+        InputError: the net or the images cannot be read, or images cannot go into the net.
     """
     guesses: list[str] = []
+    told = shapes_of_inputs(net, shapes, "--shape")
+    blob, *others = InferenceNet.of(net).inputs
+    if not takes_images(told.get(blob)):
+        raise InputError(
+            f"{model.prototxt}: input {blob!r} of shape {shape_text(told[blob])} takes no images; write the "
+            "configuration by hand, with data.calibration.inputs"
+        )
+    if shapes is None and blob in told and is_placeholder(told[blob]):
+        guesses.append(placeholder_text(blob, told[blob], "--shape, data.input_shape"))
+    if others:
+        names = ", ".join(others)
+        guesses.append(
+            f"images go into input {blob}; say in the file what goes into {names}, instead of {FILL_IN}"
+        )
+    name = re.sub(r"[^\w.+-]+", "_", net.name or model.prototxt.stem).strip("_.+-") or "net"
+    data = {"calibration": {"source": calibration}, "input_shape": shapes}
+    config = Config.model_validate({"name": name, "model": model, "data": data, "output": f"out/{name}"})
     source = open_source(calibration)
-    count = len(source)
-    files = isinstance(source, FileSource)
-    source.close()
-    name = re.sub(r"[^\w.+-]+", "_", net.name or prototxt.stem).strip("_.+-") or "net"
-    images = min(1000, count)
-    if count < 1000:
-        guesses.append(f"renorm uses all {count} images; about 1,000 are usual")
+    try:
+        count = len(source)
+        keys = _geometry(net, config, source, told.get(blob), guesses)
+    finally:
+        source.close()
+    images = min(MOST_IMAGES, count - count // KEPT_SHARE)
+    kept = f"the other {count - images} are for evaluate" if count > images else "none are left for evaluate"
+    guesses.append(f"data.calibration.images {images}: {kept}")
+    config = with_transform(config, TransformKeys.model_validate(keys))
+    config, why = with_chosen_transform(config, net, load_weights(model.weights, net))
+    guesses.append(f"data.transform: {why}")
+    shown = json.dumps({**keys, **_arithmetic(config.data.transform)}).replace('"', "")
+    comment = "  # overrides of the prototxt's transform_param" if has_data_layer(net) else ""
     text = TEMPLATE.format(
         name=name,
-        prototxt=_path(prototxt, folder),
-        weights=_path(weights, folder),
-        schema=f"\n  caffe_proto: {_path(caffe_proto, folder)}" if caffe_proto else "",
+        prototxt=_path(model.prototxt, folder),
+        weights=_path(model.weights, folder),
+        model=_more_of_the_model(model, folder),
+        inputs=_inputs(others),
+        shapes=f"\n  input_shape: {json.dumps(shapes)}" if shapes else "",
         calibration=_path(calibration, folder),
         images=images,
-        activation_images=min(400, count),
-        transform=_transform(net, prototxt.parent, files, guesses),
+        kept=kept,
+        renorm_images=RenormSettings().images,
+        activation_images=min(ActivationSettings().images, images),
+        transform=f"  transform: {shown}{comment}",
         output=json.dumps(f"out/{name}"),
     )
     return Initial(name, text, guesses)
 
 
+def _geometry(
+    net: NetParameter, config: Config, source: Source, shape: Shape | None, guesses: list[str]
+) -> dict[str, object]:
+    """The keys of data.transform that say how large images become, as far as the prototxt does not."""
+    keys: dict[str, object] = {}
+    transform = effective_transform(net, TRAIN, config)
+    if not has_data_layer(net) and transform.crop_size:
+        keys["crop_size"] = transform.crop_size
+        guesses.append(f"crop_size {transform.crop_size} from the shape of the input")
+    elif not has_data_layer(net) and shape is not None:
+        keys["resize"] = list(shape[1:])
+        guesses.append(f"images are resized to {shape_text(shape[1:])}, the input's height and width")
+    try:
+        resized = resized_before_crop(source, transform)
+    except InputError as error:
+        guesses.append(f"nothing about the images' size before the crop, for {error}")
+        return keys
+    if resized is not None:
+        guessed, how = resized
+        keys |= {"resize": guessed.resize} if guessed.resize else {"resize_short": guessed.resize_short}
+        guesses.append(how)
+    return keys
+
+
+def _arithmetic(transform: TransformKeys) -> dict[str, object]:
+    """The keys of data.transform that say what happens to the values of pixels."""
+    if not ARITHMETIC & transform.model_fields_set:
+        return {}
+    mean = [float(f"{value:.7g}") for value in transform.mean_value or []]
+    keys: dict[str, object] = {"mean_value": [int(value) if value.is_integer() else value for value in mean]}
+    return keys if transform.scale == 1 else {**keys, "scale": float(f"{transform.scale:.7g}")}
+
+
 def write_initial(
-    prototxt: Path,
-    weights: Path,
-    calibration: Path,
-    path: Path | None,
-    force: bool,
-    caffe_proto: Path | None = None,
+    model: ModelFiles, calibration: Path, path: Path | None, force: bool, shapes: GivenShapes = None
 ) -> tuple[Path, list[str]]:
     """Write the configuration to ``path`` (default: NAME.yaml here).
 
@@ -126,10 +179,9 @@ def write_initial(
     Raises:
         InputError: bad input, or the file is there and ``force`` is not set.
     """
-    net = read_prototxt(prototxt, load_schema(caffe_proto) if caffe_proto else None)
-    Weights.read(weights)
+    net = read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
     folder = path.parent if path is not None else Path()
-    initial = initial_config(net, prototxt, weights, calibration, folder, caffe_proto)
+    initial = initial_config(net, model, calibration, folder, shapes)
     target = path if path is not None else Path(f"{initial.name}.yaml")
     if target.exists() and not force:
         raise InputError(f"{target}: there already; choose another --config or give --force")
@@ -147,34 +199,21 @@ def _path(path: Path, folder: Path) -> str:
     absolute = Path(os.path.abspath(path))
     base = Path(os.path.abspath(folder))
     shown = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
-    return json.dumps(str(shown), ensure_ascii=False)
+    return _text(str(shown))
 
 
-def _transform(net: NetParameter, base: Path, files: bool, guesses: list[str]) -> str:
-    layer = data_layer(net, TRAIN) or data_layer(net, TEST)
-    keys: dict[str, object] = {}
-    if layer is not None:
-        guesses.append(f"the transform is that of the prototxt's layer {layer.name}")
-        crop = layer.transform_param.crop_size
-    else:
-        shape = declared_shape(net, InferenceNet.of(net).blob)
-        crop = shape[-1] if shape is not None and len(shape) == 3 else 0
-        if crop:
-            keys["crop_size"] = crop
-            guesses.append(f"crop_size {crop} from the shape of the input")
-        if shape is not None and shape[0] == len(IMAGENET_MEAN):
-            keys["mean_value"] = IMAGENET_MEAN
-            guesses.append(
-                f"mean_value {IMAGENET_MEAN}, the usual one: check it against how the net was trained"
-            )
-    if files and crop:
-        param = TransformationParameter() if layer is None else layer.transform_param
-        try:
-            guessed, how = resized_before_crop(replace(Transform.from_proto(param, base), crop_size=crop))
-        except InputError as error:
-            guesses.append(f"nothing about the images' size before the crop, for {error}")
-        else:
-            keys |= {"resize": guessed.resize} if guessed.resize else {"resize_short": guessed.resize_short}
-            guesses.append(how)
-    comment = "  # overrides of the prototxt's transform_param" if layer is not None else ""
-    return f"  transform: {json.dumps(keys).replace(chr(34), '')}{comment}"
+def _text(text: str) -> str:
+    """A text as YAML."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _inputs(names: Sequence[str]) -> str:
+    """What is to be filled in for the inputs that take no images."""
+    return f", inputs: {{{', '.join(f'{_text(name)}: {FILL_IN}' for name in names)}}}" if names else ""
+
+
+def _more_of_the_model(model: ModelFiles, folder: Path) -> str:
+    """The lines about the model that most networks do not need."""
+    schema = f"\n  caffe_proto: {_path(model.caffe_proto, folder)}" if model.caffe_proto else ""
+    stages = f"\n  stages: {json.dumps(model.stages, ensure_ascii=False)}" if model.stages else ""
+    return schema + stages + (f"\n  level: {model.level}" if model.level else "")

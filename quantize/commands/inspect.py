@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from quantize.arrays import Shape
 from quantize.caffenet import (
     TEST,
+    BlobId,
     InferenceNet,
     NetParameter,
+    Shapes,
     Weights,
     check_weights,
     data_layer,
-    declared_shape,
+    doubtful_norms,
     infer_shapes,
-    load_schema,
-    read_prototxt,
+    known_part,
+    load_weights,
+    owners,
+    read_net,
 )
+from quantize.caffenet.shape_rules import has_rule
 from quantize.commands.summary import table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
+from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.settings import WeightSettings, parse_size
 from quantize.stages.activations import plain_relus
-from quantize.stages.renorm import sweep_net
-from quantize.stages.weights import QUANTIZED_TYPES, choices
+from quantize.stages.renorm import Tour
+from quantize.stages.weights import QUANTIZED_TYPES, choices, unquantizable, weight_users
 from quantize.sweep.plan import Costs, Route, Step, plan
 
 COLOR_CHANNELS = 3
@@ -34,28 +41,36 @@ COLOR_CHANNELS = 3
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer: its first top's shape without the batch, its parameters and multiply-accumulates per image,
-    and what the tool would do with it.
+    """One layer: its first top's shape without the batch, its parameters (those that it shares with layers
+    before it aside) and multiply-accumulates per image, and what the tool would do with it. Behind a layer of
+    an unknown type the three are None.
     """
 
     name: str
     type: str
-    shape: tuple[int, ...]
-    parameters: int
-    macs: int
+    shape: tuple[int, ...] | None
+    parameters: int | None
+    macs: int | None
     plan: str
 
 
-def inspect_net(net: NetParameter, shape: Sequence[int], settings: WeightSettings) -> list[LayerRow]:
-    """The layers of a net as they run in the TEST phase on images of ``shape``."""
+def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: WeightSettings) -> list[LayerRow]:
+    """The layers of a net as they run in the TEST phase on inputs of these shapes for one image."""
     test = InferenceNet.of(net)
-    shapes = infer_shapes(test.net, {test.blob: (1, *shape)})
+    shapes = shapes_of(test.net, inputs)
     chosen = choices(test.net, settings)
+    first_user = {user: name for name, users in weight_users(test.net).items() for user in users}
+    left_out = unquantizable(test.net)
+    shared = owners(test.net)
     relus = plain_relus(test.net)
     rows = []
     for layer in test.net.layer:
-        if layer.name in chosen:
-            what = f"weights: {chosen[layer.name].bits} bits {chosen[layer.name].grid}"
+        first = first_user.get(layer.name, layer.name)
+        if first in chosen:
+            same = "" if first == layer.name else f", those of {first}"
+            what = f"weights: {chosen[first].bits} bits {chosen[first].grid}{same}"
+        elif layer.name in left_out:
+            what = f"kept: {left_out[layer.name]}"
         elif layer.type in QUANTIZED_TYPES:
             what = "kept: weights.layers says skip"
         elif layer.type == "BatchNorm":
@@ -64,61 +79,88 @@ def inspect_net(net: NetParameter, shape: Sequence[int], settings: WeightSetting
             what = "becomes ActQuantize"
         elif layer.type == "ReLU":
             what = "kept: it has a negative slope"
-        elif shapes.params[layer.name]:
+        elif not has_rule(layer.type):
+            what = f"kept: type {layer.type} is unknown here, engine: caffe may run it"
+        elif shapes.params.get(layer.name):
             what = f"kept: weights of type {layer.type} are not quantized"
         else:
             what = ""
+        known = layer.name in shapes.params
+        blobs = enumerate(shapes.params.get(layer.name, ()))
+        own = [math.prod(blob) for index, blob in blobs if BlobId(layer.name, index) not in shared]
         rows.append(
             LayerRow(
                 layer.name,
                 layer.type,
-                tuple(shapes.blobs[layer.top[0]][1:]),
-                sum(math.prod(blob) for blob in shapes.params[layer.name]),
-                shapes.macs.get(layer.name, 0),
+                tuple(shapes.blobs[layer.top[0]][1:]) if known else None,
+                sum(own) if known else None,
+                shapes.macs.get(layer.name, 0) if known else None,
                 what,
             )
         )
     return rows
 
 
+def shapes_of(net: NetParameter, inputs: Mapping[str, Shape]) -> Shapes:
+    """What the layers of known types imply, and that have only such layers before them."""
+    one = {blob: (1, *shape) for blob, shape in inputs.items()}
+    return infer_shapes(known_part(net, one), one)
+
+
 @dataclass(frozen=True)
 class Inspection:
-    """A network to look at: its prototxt and the shape (channels, height, width) of its images."""
+    """A network to look at: its prototxt and, by input, the shape of one image's values.
+
+    Attributes:
+        net: the network.
+        inputs: the shapes.
+        notes: what should be said about them.
+    """
 
     net: NetParameter
-    shape: tuple[int, ...]
+    inputs: dict[str, Shape]
+    notes: list[str]
 
     @classmethod
     def of(
-        cls, prototxt: Path, weights: Path | None, shape: str | None, caffe_proto: Path | None = None
+        cls,
+        prototxt: Path,
+        weights: Path | None,
+        shapes: GivenShapes,
+        caffe_proto: Path | None = None,
+        stages: Sequence[str] = (),
+        level: int = 0,
     ) -> Inspection:
         """Read a network; with ``weights`` check them against it.
 
         Raises:
             InputError: bad files, weights that do not fit, or a shape that is not known.
         """
-        net = read_prototxt(prototxt, load_schema(caffe_proto) if caffe_proto else None)
+        net = read_net(prototxt, caffe_proto, stages, level)
         test = InferenceNet.of(net)
-        found = parse_shape(shape) if shape is not None else declared_shape(net, test.blob) or _cropped(net)
-        if found is None:
-            raise InputError(
-                f"{prototxt}: the shape of the images is not in it; give --shape, as in --shape 3,224,224"
-            )
+        found = shapes_of_inputs(net, shapes, "--shape")
+        cropped = _cropped(net)
+        if test.blob not in found and cropped is not None:
+            found[test.blob] = cropped
+        for name in test.inputs:
+            if name not in found:
+                example = "3,224,224" if len(test.inputs) == 1 else f"{name}=3,224,224"
+                raise InputError(
+                    f"{prototxt}: the shape of its input {name!r} is not in it; give --shape, as in --shape "
+                    f"{example}"
+                )
+        notes = [
+            placeholder_text(name, shape, "--shape, data.input_shape")
+            for name, shape in found.items()
+            if shapes is None and is_placeholder(shape)
+        ]
         if weights is not None:
-            check_weights(test.net, Weights.read(weights), infer_shapes(test.net, {test.blob: (1, *found)}))
-        return cls(net, found)
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """``3,224,224`` as numbers.
-
-    Raises:
-        InputError: not numbers above zero.
-    """
-    parts = text.replace("x", ",").split(",")
-    if not all(part.strip().isdecimal() and 0 < int(part) < 1 << 20 for part in parts):
-        raise InputError(f"--shape {text}: expected channels, height and width, as in 3,224,224")
-    return tuple(int(part) for part in parts)
+            one = {blob: (1, *shape) for blob, shape in found.items()}
+            known = known_part(test.net, one)
+            given = load_weights(weights, net)
+            check_weights(known, given, infer_shapes(known, one))
+            notes += doubtful_norms(test.net, given)
+        return cls(net, found, notes)
 
 
 def _cropped(net: NetParameter) -> tuple[int, ...] | None:
@@ -132,19 +174,23 @@ def _cropped(net: NetParameter) -> tuple[int, ...] | None:
 
 def layers_text(found: Inspection, as_json: bool) -> str:
     """The layers as a table or as JSON."""
-    rows = inspect_net(found.net, found.shape, WeightSettings())
-    parameters, macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
+    rows = inspect_net(found.net, found.inputs, WeightSettings())
+    parameters, macs = sum(row.parameters or 0 for row in rows), sum(row.macs or 0 for row in rows)
     if as_json:
         layers = [asdict(row) for row in rows]
-        return json.dumps({"layers": layers, "parameters": parameters, "macs": macs})
+        return json.dumps({"layers": layers, "parameters": parameters, "macs": macs, "notes": found.notes})
     cells = [("layer", "type", "shape", "parameters", "MMACs", "plan")]
-    cells += [
-        (r.name, r.type, shape_text(r.shape), f"{r.parameters:,}", f"{r.macs / 1e6:,.1f}", r.plan)
-        for r in rows
-    ]
-    return (
-        f"{table(cells)}\n\ntotal: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates"
-    )
+    cells += [(row.name, row.type, *_sizes(row), row.plan) for row in rows]
+    unknown = sum(row.shape is None for row in rows)
+    behind = f", without {unknown} layers of unknown size" if unknown else ""
+    total = f"total: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates{behind}"
+    return f"{table(cells)}\n\n{total}"
+
+
+def _sizes(row: LayerRow) -> tuple[str, str, str]:
+    if row.shape is None or row.parameters is None or row.macs is None:
+        return "?", "?", "?"
+    return shape_text(row.shape), f"{row.parameters:,}", f"{row.macs / 1e6:,.1f}"
 
 
 def plan_text(found: Inspection, images: int, memory: str, as_json: bool) -> str:
@@ -156,8 +202,10 @@ def plan_text(found: Inspection, images: int, memory: str, as_json: bool) -> str
     test = InferenceNet.of(found.net)
     if not any(layer.type == "BatchNorm" for layer in test.net.layer):
         raise InputError("the net has no BatchNorm layer: renorm has nothing to do")
-    net, _, steps, _ = sweep_net(test.net, Weights())
-    costs = Costs.of(net, infer_shapes(net, {test.blob: (1, *found.shape)}), [test.blob], ())
+    tour = Tour.of(test.net, Weights())
+    net, steps = tour.net, tour.steps
+    one = {blob: (1, *shape) for blob, shape in found.inputs.items()}
+    costs = Costs.of(net, infer_shapes(net, one), list(one), (), steps)
     chosen = plan(costs, steps, images, bound)
     if as_json:
         return json.dumps({**asdict(chosen), "kept_bytes": chosen.kept_bytes, "work": chosen.work})

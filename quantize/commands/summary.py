@@ -12,6 +12,7 @@ import click
 
 from quantize.commands.terminal import is_wide
 from quantize.measure.evaluate import Evaluation
+from quantize.measure.plausible import doubt
 from quantize.settings import Config
 
 KILOBYTE = 1000
@@ -77,7 +78,10 @@ def _below(report: dict[str, Any], config: Config, following: str) -> list[str]:
     sizes = report["sizes"]
     page = config.output / "report.html"
     outputs = {name for record in report["stages"].values() for name in record["outputs"]}
+    transform = report.get("transform") or {}
+    doubt = [f"warning: {transform['finding']}; {transform['remedy']}"] if transform.get("doubtful") else []
     return [
+        *(["", *doubt] if doubt else []),
         "",
         f"size: {_size(sizes['model'])} as given, {_size(sizes['packed'])} packed "
         f"({sizes['model'] / sizes['packed']:.1f}x smaller)",
@@ -118,9 +122,10 @@ def _caffe_test(report: dict[str, Any], config: Config) -> list[str]:
     from quantize.job.output import Files
     from quantize.job.prototxts import validation_lmdb
 
-    if config.data.validation is None or validation_lmdb(config) is None:
+    lmdb = validation_lmdb(config)
+    if config.data.validation is None or lmdb is None:
         return []
-    source = open_source(config.data.validation.source)
+    source = open_source(lmdb)
     images = len(source)
     source.close()
     files = Files.of(config.name)
@@ -158,6 +163,9 @@ def _meaning(found: Evaluation, labeled: bool) -> str:
     final = list(found.accuracy.values())[-1]
     if labeled:
         full = found.accuracy["fp32"]
+        reason = doubt(full["top1"], final["top1"], found.agreement, found.labeled, found.classes)
+        if reason:
+            return f"on {found.images} images: agreement {found.agreement:.2f} %\nwarning: {reason}"
         lost = (full["top1"] or 0.0) - (final["top1"] or 0.0)
         change = (
             f"{abs(lost):.2f} points of top-1 {'lost' if lost > 0 else 'won'}" if lost else "no top-1 lost"

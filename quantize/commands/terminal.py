@@ -78,9 +78,16 @@ class Lines(Progress):
 
     def note(self, text: str) -> None:
         """Show a line; what several stages say is shown once."""
+        self._say_once(f"note: {text}")
+
+    def warn(self, text: str) -> None:
+        """Show a warning."""
+        self._say_once(f"warning: {text}")
+
+    def _say_once(self, text: str) -> None:
         if text not in self._notes:
             self._notes.add(text)
-            self._say(f"note: {text}")
+            self._say(text)
 
     def stop(self) -> None:
         """Say how long the work took and how fast it was."""
@@ -143,13 +150,20 @@ class Bars(Progress):
 
     def note(self, text: str) -> None:
         """Show a line above the bar; what several stages say is shown once."""
+        self._say_once(f"note: {text}")
+
+    def warn(self, text: str) -> None:
+        """Show a warning above the bar."""
+        self._say_once(f"warning: {text}")
+
+    def _say_once(self, text: str) -> None:
         if text in self._notes:
             return
         self._notes.add(text)
         if self._bars is None:
-            print(f"note: {text}", file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
         else:
-            self._bars.console.print(f"note: {text}", markup=False, highlight=False)
+            self._bars.console.print(text, markup=False, highlight=False)
 
     def stop(self) -> None:
         """Leave the terminal as it was."""

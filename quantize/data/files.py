@@ -22,6 +22,7 @@ OTHER_SUFFIXES = frozenset({".heic", ".heif", ".avif", ".gif", ".jxl", ".jp2"})
 LABEL = re.compile(r"[+-]?[0-9]{1,18}$")
 CLASS_NUMBER = re.compile(r"[0-9]{1,9}")
 """A folder's name that is its class."""
+MAX_LIST_BYTES = 256 << 20
 INT32 = np.iinfo(np.int32)
 LIST_LINE = "a line is `path [label]`, the label a whole number"
 
@@ -142,9 +143,12 @@ def files_in_list(path: Path) -> Iterator[ImageFile]:
     ``#`` is a comment. Relative paths start at the list's folder.
 
     Raises:
-        InputError: a label that does not fit 32 bits, something that is no path, or no images.
+        InputError: a label that does not fit 32 bits, something that is no path, no images, or a file too
+            large for a list.
         OSError: it cannot be read.
     """
+    if path.stat().st_size > MAX_LIST_BYTES:
+        raise InputError(f"{path}: larger than {MAX_LIST_BYTES >> 20} MiB; is this a list of images?")
     empty = True
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 
 from quantize.arrays import FloatArray
-from quantize.data.sources import Source
+from quantize.data.sources import Selection, Source
 from quantize.data.transform import ImageShape, Transform, shape_text
 from quantize.errors import InputError
 from quantize.host import available_threads, pool
@@ -113,6 +113,16 @@ class Images:
                 yield batch.images, batch.labels
         finally:
             executor.shutdown(cancel_futures=True)
+
+    def selected(self, numbers: Sequence[int]) -> Images:
+        """Some of the images, by number; the random crop and mirror of each is that of its new number."""
+        chosen = Selection(self.source, numbers)
+        return Images(chosen, self.transform, self.phase, None, self.seed, self.threads)
+
+    def unlabeled(self) -> Images:
+        """The same images, of which none has a label."""
+        chosen = Selection(self.source, range(len(self)), labeled=False)
+        return Images(chosen, self.transform, self.phase, None, self.seed, self.threads)
 
     def _begin(self, executor: Executor, start: int, stop: int) -> _Batch:
         batch = _Batch(np.empty((stop - start, *self.shape), np.float32), [None] * (stop - start), [])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from quantize.caffenet import Datum
-from quantize.data.decode import decode
+from quantize.data.decode import decode, image_size
 from quantize.data.files import (
     IMAGE_SUFFIXES,
     LIST_LINE,
@@ -25,9 +25,11 @@ from quantize.data.files import (
 )
 from quantize.data.lmdb_file import LmdbFile, is_lmdb_file
 from quantize.errors import InputError
+from quantize.files import read_file
 
 HDF5_SUFFIXES = frozenset({".h5", ".hdf5"})
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+MAX_IMAGE_BYTES = 1 << 30
 MAKE_LMDB = "make an LMDB from the images with `labelfree make-lmdb IMAGES LMDB`"
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
@@ -182,14 +184,30 @@ class FileSource(Source):
         """Read and decode file ``index``; see Source.read."""
         file = self._files[index]
         try:
-            with open(file.path, "rb") as stream:
-                data = stream.read()
+            data = read_file(file.path, "image", MAX_IMAGE_BYTES)
+        except InputError as error:
+            raise InputError(f"{file.origin}{error}") from None
+        try:
             pixels = decode(data, color is not False)
-        except OSError as error:
-            raise InputError(f"{file.origin}{printable(file.path)}: {error.strerror}") from error
         except InputError as error:
             raise InputError(f"{file.origin}{printable(file.path)}: {error}") from error
         return Image(pixels, file.label)
+
+    def sizes(self, count: int) -> list[tuple[int, int]]:
+        """(height, width) of at most ``count`` files, spread evenly, from their headers: nothing is decoded.
+
+        Files that are no images or cannot be read are left out; `read` says what is wrong with them.
+        """
+        found = []
+        for number in range(min(count, len(self))):
+            try:
+                with open(self._files[len(self) * number // min(count, len(self))].path, "rb") as stream:
+                    size = image_size(stream.read())
+            except OSError:
+                continue
+            if size is not None:
+                found.append(size)
+        return found
 
     def check(self, count: int) -> None:
         """Raise InputError if one of the first ``count`` files is missing."""

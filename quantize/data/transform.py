@@ -15,11 +15,15 @@ from google.protobuf.message import DecodeError
 
 from quantize.arrays import FloatArray
 from quantize.caffenet import TRAIN, BlobProto, TransformationParameter
+from quantize.caffenet.other_formats import other_format
+from quantize.caffenet.strings import to_path
 from quantize.data.decode import MAX_PIXELS
 from quantize.data.sources import Pixels
 from quantize.errors import InputError
+from quantize.files import read_file
 
 ImageShape = tuple[int, int, int]
+MAX_MEAN_BYTES = 256 << 20
 MAX_CHANNELS = 512
 """OpenCV's limit (CV_CN_MAX), which resizing has."""
 
@@ -81,7 +85,7 @@ class Transform:
             mirror=param.mirror,
             scale=param.scale,
             mean_value=tuple(param.mean_value),
-            mean_file=base / param.mean_file if param.HasField("mean_file") else None,
+            mean_file=base / to_path(param.mean_file) if param.HasField("mean_file") else None,
             force_color=param.force_color,
             force_gray=param.force_gray,
         )
@@ -218,11 +222,18 @@ def read_mean(path: Path) -> FloatArray:
         InputError: the file is missing or damaged, or its blob is not one image.
     """
     try:
-        blob = BlobProto.FromString(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: the mean_file cannot be read: {error.strerror}") from error
+        data = read_file(path, "mean_file", MAX_MEAN_BYTES)
+    except InputError as error:
+        raise InputError(
+            f"{error} (a relative mean_file of a prototxt starts at the prototxt's folder; "
+            "data.transform.mean_file replaces it)"
+        ) from None
+    try:
+        blob = BlobProto.FromString(data)
     except DecodeError as error:
-        raise InputError(f"{path}: the mean_file is not a BlobProto (binaryproto)") from error
+        other = other_format(data)
+        what = f"but {other.what}; give the BlobProto, or mean_value" if other else "(binaryproto)"
+        raise InputError(f"{path}: the mean_file is not a BlobProto {what}") from error
     shape = (
         tuple(blob.shape.dim)
         if blob.HasField("shape")

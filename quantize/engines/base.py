@@ -13,7 +13,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantize.arrays import FloatArray, Shape
-from quantize.caffenet import LayerShapes, NetParameter, Shapes, Weights, infer_shapes
+from quantize.caffenet import (
+    BlobId,
+    LayerShapes,
+    NetParameter,
+    Shapes,
+    Weights,
+    infer_shapes,
+    loaded,
+    sharers,
+)
 from quantize.numerics.moments import Moments
 
 
@@ -61,7 +70,8 @@ class Engine(ABC):
     Args:
         net: the layers to run: no data layers, no layers that need labels, phase already filtered
             (see ``caffenet.inference_net``).
-        weights: their blobs; checked against the shapes the layers imply.
+        weights: their blobs; checked against the shapes the layers imply. Blobs that layers share by name
+            (``param``) are one, as in Caffe.
         inputs: shape of each input blob for one image, without the batch axis.
         told: shapes of layers whose types have no shape rule, where the engine knows them.
 
@@ -77,7 +87,8 @@ class Engine(ABC):
         told: Mapping[str, LayerShapes] | None = None,
     ) -> None:
         self.net = net
-        self.weights = weights.copy()
+        self.weights = loaded(net, weights).copy()
+        self._sharers = sharers(net)
         self.inputs = dict(inputs)
         self.shapes: Shapes = infer_shapes(net, {name: (1, *shape) for name, shape in inputs.items()}, told)
         self.per_image = _computed_from(net, inputs)
@@ -88,8 +99,16 @@ class Engine(ABC):
         return (first * images if self.per_image[name] else first, *rest)
 
     def set_blobs(self, layer: str, blobs: Sequence[FloatArray]) -> None:
-        """Replace a layer's blobs for the ranges compiled (onnx) or run (caffe) from now on."""
+        """Replace a layer's blobs for the ranges compiled (onnx) or run (caffe) from now on.
+
+        Layers that share some of them get those, too.
+        """
         self.weights.replace(layer, blobs)
+        for index, blob in enumerate(blobs):
+            for other in self._sharers.get(BlobId(layer, index), ()):
+                own = self.weights[other.layer]
+                own[other.index] = blob.reshape(own[other.index].shape)
+                self.weights.replace(other.layer, own)
 
     @abstractmethod
     def compile(

@@ -5,27 +5,85 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from quantize.arrays import Shape
 from quantize.caffenet import (
     TEST,
     TRAIN,
+    TRANSFORMING_TYPES,
     InferenceNet,
     NetParameter,
     TransformationParameter,
     data_layer,
-    declared_shape,
+    foreign_fields,
 )
+from quantize.caffenet.strings import from_path
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import FileSource, Selection, Source, open_source
 from quantize.data.transform import Transform, shape_text
+from quantize.data.values import Values, open_values
 from quantize.errors import InputError
+from quantize.job.inputs import (
+    check_counts,
+    check_inputs,
+    image_input,
+    images_present,
+    is_placeholder,
+    placeholder_text,
+    told_shapes,
+)
 from quantize.progress import SILENT, Progress
-from quantize.settings import Config
+from quantize.settings import Config, Fed
 
 ImagesFrom = Literal["validation", "held_out", "calibration"]
+Stage = Literal["weights", "renorm", "activations"]
 RESIZE_PER_CROP = 256 / 224
 """Photographs of any size are resized so that the shorter side is this much longer than the crop, the common
 convention of ImageNet training."""
+SIZES_LOOKED_AT = 32
+"""Image files whose size decides whether images are resized at all."""
+
+
+def stage_feed(config: Config, net: NetParameter, stage: Stage, progress: Progress = SILENT) -> Feed:
+    """The calibration images that a stage looks at: as many as it asks for, or all where there are fewer.
+
+    Raises:
+        InputError: as `calibration_feed`, or there are fewer images than the user has asked for.
+    """
+    return calibration_feed(config, net, stage_images(config, stage, progress), progress)
+
+
+def stage_images(config: Config, stage: Stage, progress: Progress = SILENT) -> int:
+    """How many calibration images a stage looks at.
+
+    Raises:
+        InputError: fewer are there than the user has asked for; defaults ask for nothing.
+    """
+    settings, calibration = getattr(config, stage), config.data.calibration
+    present = calibration_images(config)
+    if calibration is None:
+        return int(settings.images)
+    where = calibration.source or "data.calibration.inputs"
+    cure = f"set data.calibration.images={present}, which holds for all stages, or give more images"
+    if (calibration.images or 0) > present:
+        raise InputError(
+            f"{where}: data.calibration.images asks for {calibration.images} images but it "
+            f"holds {present}: {cure}"
+        )
+    available = calibration.images or present
+    if settings.images > available and calibration.images is None:
+        if "images" in settings.model_fields_set:
+            raise InputError(
+                f"{where}: {stage}.images asks for {settings.images} images but it holds {present}: {cure}"
+            )
+        progress.note(f"{where} holds {present} images: all of them are used")
+    return int(min(settings.images, available))
+
+
+def calibration_images(config: Config) -> int:
+    """How many calibration images there are."""
+    given = config.data.calibration
+    return 0 if given is None else images_present(given, "data.calibration")
 
 
 def calibration_feed(config: Config, net: NetParameter, images: int, progress: Progress = SILENT) -> Feed:
@@ -43,8 +101,7 @@ def calibration_feed(config: Config, net: NetParameter, images: int, progress: P
     if calibration.images is not None:
         images = min(images, calibration.images)
     phase = TRAIN if config.renorm.augment == "train" else TEST
-    source = open_source(calibration.source)
-    return _feed(config, net, source, images, phase, progress)
+    return _feed(config, net, "calibration", images, phase, progress)
 
 
 def validation_feed(
@@ -59,24 +116,23 @@ def validation_feed(
         InputError: neither source, or as `calibration_feed`.
     """
     if config.data.validation is not None:
-        return _feed(config, net, open_source(config.data.validation.source), images, TEST, progress)
+        return _feed(config, net, "validation", images, TEST, progress)
     if config.data.calibration is None:
         raise InputError(
             "data.validation.source is missing: evaluate needs images; give an LMDB or a list file"
         )
-    source = open_source(config.data.calibration.source)
     used = images_used(config)
-    if len(source) > used:
+    if calibration_images(config) > used:
         progress.note(f"no validation images: measuring on calibration images from number {used} on, unused")
-        return _feed(config, net, source, images, TEST, progress, first=used)
+        return _feed(config, net, "calibration", images, TEST, progress, first=used)
     progress.note("no validation images: measuring on calibration images, which the net has been fitted to")
-    return _feed(config, net, source, images, TEST, progress)
+    return _feed(config, net, "calibration", images, TEST, progress)
 
 
 def images_used(config: Config) -> int:
     """How many calibration images, counted from the first, the stages look at."""
     used = max(config.renorm.images, config.activations.images)
-    if config.weights.solver == "data_aware":
+    if config.weights.solver == "data_aware" or config.weights.budget is not None:
         used = max(used, config.weights.images)
     calibration = config.data.calibration
     return used if calibration is None or calibration.images is None else min(used, calibration.images)
@@ -86,67 +142,120 @@ def evaluation_images(config: Config) -> ImagesFrom:
     """Which images `validation_feed` gives."""
     if config.data.validation is not None or config.data.calibration is None:
         return "validation"
-    source = open_source(config.data.calibration.source)
-    try:
-        return "held_out" if len(source) > images_used(config) else "calibration"
-    finally:
-        source.close()
+    return "held_out" if calibration_images(config) > images_used(config) else "calibration"
+
+
+def input_shapes(config: Config, net: NetParameter) -> dict[str, Shape]:
+    """By input the shape of one image's values, as far as net, configuration and images tell."""
+    told = told_shapes(config, net)
+    if told.keys() >= set(InferenceNet.of(net).inputs):
+        return told
+    if config.data.calibration is not None:
+        return calibration_feed(config, net, 1).shapes
+    if config.data.validation is not None:
+        return validation_feed(config, net, 1).shapes
+    return told
 
 
 def _feed(
     config: Config,
     net: NetParameter,
-    source: Source,
+    section: Literal["calibration", "validation"],
     images: int | None,
     phase: int,
     progress: Progress,
     first: int = 0,
 ) -> Feed:
-    blob = InferenceNet.of(net).blob
+    """What one section of the data feeds, from image ``first`` on; ``images`` of them, None: all."""
+    fed: Fed | None = getattr(config.data, section)
+    assert fed is not None
+    key = f"data.{section}"
+    blob = image_input(config, net) if fed.source is not None else None
+    test = InferenceNet.of(net)
+    check_inputs(test, fed, blob, key)
+    told = told_shapes(config, net)
+    values = {
+        name: open_values(given, name, told.get(name), f"{key}.inputs.{name}")
+        for name, given in fed.inputs.items()
+    }
+    check_counts(values, fed, key)
+    inputs: dict[str, Images | Values] = {}
+    if fed.source is not None and blob is not None:
+        inputs[blob] = _images(config, net, open_source(fed.source), first, images, phase, progress)
+        images = len(inputs[blob])
+    else:
+        present = images_present(fed, key) - first
+        images = present if images is None else images
+        if images > present:
+            raise InputError(f"{key}: {images} images asked for but there are {present}: ask for fewer")
+    chosen = range(first, first + images)
+    inputs |= {name: given.selected(chosen) for name, given in values.items()}
+    return Feed({name: inputs[name] for name in test.inputs}, config.data.seed)
+
+
+def _images(
+    config: Config,
+    net: NetParameter,
+    source: Source,
+    first: int,
+    images: int | None,
+    phase: int,
+    progress: Progress,
+) -> Images:
+    blob = image_input(config, net)
     transform = effective_transform(net, phase, config)
-    if (
-        isinstance(source, FileSource)
-        and transform.crop_size
-        and not (transform.resize or transform.resize_short)
-    ):
-        transform, how = resized_before_crop(transform)
+    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+        if layer.type in TRANSFORMING_TYPES and foreign is not None:
+            progress.note(
+                f"layer {layer.name!r}: {foreign} is a field of a fork of Caffe and is not applied; say in "
+                "data.transform what the images need"
+            )
+    resized = resized_before_crop(source, transform)
+    if resized is not None:
+        transform, how = resized
         progress.note(f"{source.path}: {how}")
     source = Selection(source, range(first, len(source))) if first else source
     feed = Images(source, transform, phase, images, config.data.seed, config.threads)
-    expected = declared_shape(net, blob)
+    expected = told_shapes(config, net).get(blob or "")
     if expected is not None and expected != feed.shape:
         raise InputError(
             f"{source.path}: images are {shape_text(feed.shape)} when transformed but input {blob} "
-            f"is {shape_text(expected)}; set data.transform.crop_size, resize or resize_short"
+            f"is {shape_text(expected)}; set data.transform.crop_size, resize or resize_short, or "
+            "data.input_shape where the net takes any size"
         )
-    return Feed(blob, feed)
+    told = config.data.input_shape is not None or expected is None
+    if not told and is_placeholder(feed.shape) and source.read(0).pixels.shape[1:] != feed.shape[1:]:
+        progress.note(placeholder_text(blob or "", feed.shape, "data.input_shape"))
+    return feed
 
 
-def resized_before_crop(transform: Transform) -> tuple[Transform, str]:
-    """A transform with a crop and with the resizing of photographs that goes with it, and what that is.
+def resized_before_crop(source: Source, transform: Transform) -> tuple[Transform, str] | None:
+    """The transform with a resizing of image files that nobody has said, and what that is.
 
-    With a mean image it is the size of that image, which was made of images resized so; else the shorter side
-    becomes a little longer than the crop.
+    With a mean image they get its size, as the images had that it is the mean of; else the shorter side
+    becomes a little longer than the crop. None where something is said, where images come from an LMDB, made
+    for a net, and where image files have the size that the mean or the crop needs: these are taken as they
+    are.
+
+    Raises:
+        InputError: the mean image cannot be read.
     """
-    size = transform.mean_size
-    if size is not None:
-        how = f"resizing to {size[0]}x{size[1]}, the size of the mean_file (data.transform.resize)"
-        return replace(transform, resize=size), how
-    short = round(transform.crop_size * RESIZE_PER_CROP)
-    how = f"resizing the shorter side to {short} (data.transform.resize_short)"
+    crop = transform.crop_size
+    if not isinstance(source, FileSource) or not crop or transform.resize or transform.resize_short:
+        return None
+    mean = transform.mean_size
+    if all(size == (mean or (crop, crop)) for size in source.sizes(SIZES_LOOKED_AT)):
+        return None
+    if mean is not None:
+        shown = f"{mean[0]}x{mean[1]}"
+        how = f"images are not all {shown} as the mean_file is: resizing to {shown} (data.transform.resize)"
+        return replace(transform, resize=mean), how
+    short = round(crop * RESIZE_PER_CROP)
+    how = (
+        f"images are not all {crop}x{crop} as the net wants them: resizing the shorter side to {short} "
+        "(data.transform.resize_short)"
+    )
     return replace(transform, resize_short=short), how
-
-
-def image_shape(config: Config, net: NetParameter) -> tuple[int, ...] | None:
-    """(channels, height, width) of an input image, as far as net and configuration tell."""
-    declared = declared_shape(net, InferenceNet.of(net).blob)
-    if declared is not None:
-        return declared
-    if config.data.calibration is not None:
-        return calibration_feed(config, net, 1).images.shape
-    if config.data.validation is not None:
-        return validation_feed(config, net, 1).images.shape
-    return None
 
 
 def effective_transform(net: NetParameter, phase: int, config: Config) -> Transform:
@@ -158,7 +267,11 @@ def effective_transform(net: NetParameter, phase: int, config: Config) -> Transf
     layer = data_layer(net, phase) or data_layer(net, TRAIN + TEST - phase)
     base = config.model.prototxt.parent
     param = layer.transform_param if layer is not None else TransformationParameter()
-    transform = Transform.from_proto(param, base)
+    try:
+        transform = Transform.from_proto(param, base)
+    except InputError as error:
+        name = layer.name if layer is not None else ""
+        raise InputError(f"{config.model.prototxt}: transform_param of layer {name!r}: {error}") from error
     if layer is not None and layer.type == "ImageData" and layer.image_data_param.new_height:
         size = (layer.image_data_param.new_height, layer.image_data_param.new_width)
         transform = replace(transform, resize=size)
@@ -167,12 +280,26 @@ def effective_transform(net: NetParameter, phase: int, config: Config) -> Transf
         given |= {"mean_value": tuple(given["mean_value"]), "mean_file": given.get("mean_file")}
     elif "mean_file" in given:
         given["mean_value"] = ()
-    shape = declared_shape(net, InferenceNet.of(net).blob)
+    # What data.transform says replaces also what it excludes.
+    if "resize_short" in given:
+        transform = replace(transform, resize=None)
+    if given.get("force_color") or given.get("force_gray"):
+        transform = replace(transform, force_color=False, force_gray=False)
+    shape = told_shapes(config, net).get(image_input(config, net) or "")
     if not (transform.crop_size or "crop_size" in given or "resize" in given) and shape is not None:
         given["crop_size"] = shape[-1] if len(shape) == 3 and shape[1] == shape[2] else 0
     if not (transform.force_color or {"force_color", "force_gray"} & given.keys()):
         given["force_gray"] = transform.force_gray or (shape is not None and shape[0] == 1)
-    return replace(transform, **given)
+    try:
+        transform = replace(transform, **given)
+    except InputError as error:
+        raise InputError(f"data.transform: {error}") from error
+    if transform.scale == 0:
+        raise InputError(
+            "scale is 0, which makes every pixel 0; leave it out, or give the net's factor "
+            "(data.transform.scale)"
+        )
+    return transform
 
 
 def to_proto(transform: Transform) -> TransformationParameter:
@@ -186,7 +313,7 @@ def to_proto(transform: Transform) -> TransformationParameter:
         param.scale = transform.scale
     param.mean_value.extend(transform.mean_value)
     if transform.mean_file is not None:
-        param.mean_file = str(transform.mean_file.resolve())
+        param.mean_file = from_path(transform.mean_file.resolve())
     if transform.force_color:
         param.force_color = True
     if transform.force_gray:

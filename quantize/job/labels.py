@@ -6,7 +6,6 @@ from quantize.caffenet import InferenceNet, NetParameter
 from quantize.data.feed import Feed
 from quantize.data.files import FolderLabels
 from quantize.data.loader import Images
-from quantize.data.sources import Selection
 from quantize.job.prototxts import classes
 from quantize.progress import SILENT, Progress
 
@@ -16,17 +15,25 @@ def with_labels_that_fit(feed: Feed, net: NetParameter, progress: Progress = SIL
 
     What the subfolders were taken for is noted.
     """
-    images, folders = feed.images, feed.images.source.folders
-    if folders is None:
+    found = folders_as_classes(feed, net)
+    if found is None:
         return feed
-    fault = _fault(folders, classes(InferenceNet.of(net), images.shape))
-    progress.note(f"{images.source.path}: {folders.text}{f'; but {fault}' if fault else ''}")
-    if fault is None:
-        return feed
-    unlabeled = Selection(images.source, range(len(images)), labeled=False)
-    return Feed(
-        feed.blob, Images(unlabeled, images.transform, images.phase, None, images.seed, images.threads)
-    )
+    text, fit = found
+    progress.note(text)
+    return feed if fit else feed.unlabeled()
+
+
+def folders_as_classes(feed: Feed, net: NetParameter) -> tuple[str, bool] | None:
+    """What the subfolders of images were taken for, and whether they can be the net's classes.
+
+    None where the images lie in no subfolders.
+    """
+    for images in feed.inputs.values():
+        if isinstance(images, Images) and images.source.folders is not None:
+            folders = images.source.folders
+            fault = _fault(folders, classes(InferenceNet.of(net), feed.shapes))
+            return f"{images.source.path}: {folders.text}{f'; but {fault}' if fault else ''}", fault is None
+    return None
 
 
 def _fault(folders: FolderLabels, known: int) -> str | None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+from quantize.arrays import Shape
 from quantize.caffenet import (
     TEST,
     TRANSFORMING_TYPES,
     InferenceNet,
     LayerParameter,
     NetParameter,
+    empty_like,
     filter_net,
     infer_shapes,
     is_data_layer,
@@ -20,37 +22,40 @@ from quantize.caffenet import (
     known_part,
 )
 from quantize.caffenet.schema import DataParameter
+from quantize.caffenet.strings import from_path
 from quantize.data.sources import LmdbSource, open_source
 from quantize.job.feeds import effective_transform, to_proto
 from quantize.settings import Config
 
 
-def validation_prototxt(net: NetParameter, config: Config, shape: Sequence[int] | None) -> NetParameter:
+def validation_prototxt(net: NetParameter, config: Config, shapes: Mapping[str, Shape]) -> NetParameter:
     """The net with a TEST Data layer that reads the validation LMDB, for ``caffe test``.
 
     It takes the place of whatever makes the images in the TEST phase: a Data layer, or the Input layer of a
     deploy prototxt. A net without Accuracy layers then gets them, as far as its scores are one per class.
-    Without a validation LMDB the net's own data layers stay as they are.
+    Without a validation LMDB the net's own data layers stay as they are; so they do where the net has other
+    inputs beside the images, which a Data layer could not feed.
 
     Args:
         net: the net with all its phases.
         config: the settings.
-        shape: (channels, height, width) of an image; None where it is not known.
+        shapes: by input the shape of one image's values, where it is known.
     """
     changed = with_stored_statistics(net)
     source = validation_lmdb(config)
-    if source is None:
+    test = InferenceNet.of(changed)
+    if source is None or len(test.inputs) > 1:
         return changed
     filtered = filter_net(changed, TEST)
-    test = InferenceNet.of(changed)
     feeding = [layer for layer in filtered.layer if is_data_layer(layer)]
     images = next(layer for layer in feeding if test.blob in layer.top)
     label = _label_blob(filtered, images)
-    data = LayerParameter(name=images.name if images.type in TRANSFORMING_TYPES else "data", type="Data")
+    name = images.name if images.type in TRANSFORMING_TYPES else _unused(test.net, "data")
+    data = LayerParameter(name=name, type="Data")
     data.top.extend([test.blob, label])
     data.include.add().phase = TEST
     data.transform_param.CopyFrom(to_proto(effective_transform(net, TEST, config)))
-    data.data_param.source = str(source)
+    data.data_param.source = from_path(source)
     data.data_param.batch_size = config.data.validation.batch_size if config.data.validation else 1
     data.data_param.backend = DataParameter.LMDB
     replaced = [images, *(layer for layer in feeding if list(layer.top) == [label])]
@@ -58,8 +63,8 @@ def validation_prototxt(net: NetParameter, config: Config, shape: Sequence[int] 
     del changed.layer[:]
     changed.layer.extend(layers)
     if not any(layer.type == "Accuracy" for layer in filtered.layer):
-        found = classes(test, shape)
-        changed.layer.extend(_accuracy(test.scores, label, k) for k in (1, 5) if k <= found)
+        known = classes(test, shapes)
+        changed.layer.extend(_accuracy(test.scores, label, k) for k in (1, 5) if k <= known)
     return changed
 
 
@@ -84,29 +89,24 @@ def _label_blob(net: NetParameter, images: LayerParameter) -> str:
     return next(read, "label")
 
 
-def classes(test: InferenceNet, shape: Sequence[int] | None) -> int:
+def classes(test: InferenceNet, shapes: Mapping[str, Shape]) -> int:
     """The number of class scores of an image; 0 where there is no such number or it is not known."""
-    if shape is None:
-        return 0
-    shapes = infer_shapes(known_part(test.net, [test.blob]), {test.blob: (1, *shape)})
-    batch, *scores = shapes.blobs.get(test.scores, (1,))
+    one = {blob: (1, *shape) for blob, shape in shapes.items()}
+    batch, *scores = infer_shapes(known_part(test.net, one), one).blobs.get(test.scores, (1,))
     return scores[0] if batch == 1 and scores[:1] and math.prod(scores) == scores[0] else 0
 
 
-def deploy_prototxt(net: NetParameter, shape: Sequence[int] | None) -> NetParameter:
-    """The TEST net with an Input layer for one image and without layers that need labels.
+def deploy_prototxt(net: NetParameter, shapes: Mapping[str, Shape]) -> NetParameter:
+    """The TEST net with an Input layer for each input of one image, and without layers that need labels.
 
     Args:
-        shape: (channels, height, width) of an image; None where it is not known: the net's own data
-            layers' tops then have no shape and the Input layer declares none.
+        shapes: by input the shape of one image's values.
     """
     test = InferenceNet.of(with_stored_statistics(net))
-    deploy = NetParameter(name=net.name)
-    data = LayerParameter(name=test.blob, type="Input")
-    data.top.append(test.blob)
-    if shape is not None:
-        data.input_param.shape.add().dim.extend([1, *shape])
-    deploy.layer.append(data)
+    deploy = empty_like(net)
+    for blob in test.inputs:
+        data = deploy.layer.add(name=_unused(test.net, blob), type="Input", top=[blob])
+        data.input_param.shape.add().dim.extend([1, *shapes[blob]])
     for layer in test.net.layer:
         deploy.layer.append(layer)
         del deploy.layer[-1].include[:]
@@ -115,15 +115,24 @@ def deploy_prototxt(net: NetParameter, shape: Sequence[int] | None) -> NetParame
 
 
 def validation_lmdb(config: Config) -> Path | None:
-    """The absolute path of the validation LMDB; None where there is none."""
-    if config.data.validation is None:
+    """The absolute path of the validation LMDB; None where there is none, or not all comes from it."""
+    validation = config.data.validation
+    if validation is None or validation.source is None or validation.inputs:
         return None
-    path = config.data.validation.source
+    path = validation.source
     source = open_source(path)
     try:
         return Path(os.path.abspath(path)) if isinstance(source, LmdbSource) else None
     finally:
         source.close()
+
+
+def _unused(net: NetParameter, name: str) -> str:
+    """``name``, made unlike those of all layers: the first layer of a name is the one that gets its blobs."""
+    taken = {layer.name for layer in net.layer}
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _accuracy(scores: str, label: str, top_k: int) -> LayerParameter:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,38 +29,57 @@ from pydantic import BaseModel
 
 from quantize import __version__
 from quantize.caffenet import (
+    TEST,
+    BlobId,
     InferenceNet,
     NetParameter,
     Weights,
     check_weights,
+    doubtful_norms,
+    filter_net,
     format_prototxt,
     infer_shapes,
     known_part,
-    load_schema,
+    load_weights,
+    owners,
+    read_net,
     read_prototxt,
+    schema_of,
 )
+from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
+from quantize.files import open_file
 from quantize.host import available_threads, peak_memory, reset_peak_memory, using_threads
-from quantize.job.feeds import calibration_feed, evaluation_images, image_shape, validation_feed
+from quantize.job.checks import Checks
+from quantize.job.feeds import (
+    calibration_feed,
+    calibration_images,
+    evaluation_images,
+    input_shapes,
+    stage_feed,
+    validation_feed,
+)
 from quantize.job.labels import with_labels_that_fit
 from quantize.job.output import Files, OutputFolder
 from quantize.job.prototxts import deploy_prototxt, validation_prototxt
 from quantize.job.store import PAGE, REPORT, previous_report, read_report, show_page, write_page, write_report
+from quantize.job.transforms import says_transform, transform_check, with_chosen_transform
 from quantize.measure.evaluate import Candidate, Evaluation, evaluate
 from quantize.measure.sqnr import Version, images_to_measure, output_sqnr
+from quantize.measure.transform_check import TransformCheck
 from quantize.progress import SILENT, Progress
 from quantize.settings import Config
 from quantize.stages.activations import QuantizedActivation, activations_quan, plain_relus, with_act_quantize
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
-from quantize.stages.renorm import renorm
+from quantize.stages.renorm import FullPrecision, renorm
 from quantize.stages.weights import (
-    ALPHA_SUFFIX,
     QUANTIZED_TYPES,
     check_kernels,
     choices,
+    unquantizable,
     weights_quan,
     with_alpha_terms,
 )
@@ -78,16 +98,23 @@ class Run:
     Args:
         config: the settings.
         progress: what hears how far it is.
+        choose_transform: where neither they nor the prototxt say what happens to the values of pixels, take
+            the transform that fits the net's statistics of training.
     """
 
-    def __init__(self, config: Config, progress: Progress = SILENT) -> None:
+    def __init__(self, config: Config, progress: Progress = SILENT, choose_transform: bool = False) -> None:
         self.config = config
         self.progress = progress
         self.files = Files.of(config.name)
         self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
         self.net = read_model_prototxt(config)
+        self.may_choose = choose_transform
+        self.chosen: str | None = None
         self.inputs: dict[str, str] = {"prototxt": sha256(config.model.prototxt)}
+        if config.model.stages or config.model.level:
+            self.inputs["state"] = json.dumps([sorted(config.model.stages), config.model.level])
         self.report: dict[str, Any] = {}
+        self.transform: dict[str, Any] | None = None
 
     def quantize(
         self, stages: Sequence[str] = STAGES, resume: bool = False, force: bool = False
@@ -107,71 +134,106 @@ class Run:
             InputError: bad input, or a stage before the first one asked for has not been run.
             LabelfreeError: the work failed.
         """
+        with using_threads(self.config.threads):
+            for _, look in self.checks(stages):
+                look()
+            self.choose_transform()
+            with closing(OutputFolder(self.config.output)) as self.folder:
+                self._run([s for s in STAGES if s in stages], resume and not force)
+        return self.report
+
+    def _run(self, stages: Sequence[str], resume: bool) -> None:
+        """Run stages in their order, but for those whose results are there."""
         works: dict[str, Callable[[], dict[str, Any]]] = {
             "weights": self._weights,
             "renorm": self._renorm,
             "activations": self._activations,
         }
-        self._check_before_work(stages)
-        with (
-            using_threads(self.config.threads),
-            closing(OutputFolder(self.config.output)) as self.folder,
-        ):
-            self.report = previous_report(self.config.output, self.config.name, self.progress)
-            for stage in (s for s in STAGES if s in stages):
-                key = self._key(stage)
-                if resume and not force and self._is_done(stage, key):
-                    self.progress.note(f"{stage}: skipped, its results fit the inputs and settings")
-                    continue
-                reset_peak_memory()
-                start = time.monotonic()
-                record = works[stage]()
-                record |= {
-                    "key": key,
-                    "seconds": time.monotonic() - start,
-                    "peak_memory_bytes": peak_memory(),
-                }
-                self._finish(stage, record)
-            if not (self.config.output / PAGE).exists():
-                self._measure_outputs()
-                show_page(self.folder, self.config, self.net, self.report, self.progress)
-        return self.report
+        self.report = previous_report(self.config.output, self.config.name, self.progress)
+        for stage in stages:
+            key = self._key(stage)
+            if resume and self._is_done(stage, key):
+                self.progress.note(f"{stage}: skipped, its results fit the inputs and settings")
+                continue
+            if self.transform is None:
+                self.transform = self._transform_record()
+            if stage == "activations":
+                self.__dict__.pop("model_weights", None)  # no longer needed: room for the stage
+            reset_peak_memory()
+            start = time.monotonic()
+            record = works[stage]()
+            record |= {
+                "key": key,
+                "seconds": time.monotonic() - start,
+                "peak_memory_bytes": peak_memory(),
+            }
+            self._finish(stage, record)
+        if not (self.config.output / PAGE).exists():
+            self._measure_outputs()
+            show_page(self.folder, self.config, self.net, self.report, self.progress)
 
-    def _check_before_work(self, stages: Sequence[str]) -> None:
-        """Find what is wrong with the inputs of later stages before an earlier stage takes its time."""
-        if "weights" in stages:
-            choices(InferenceNet.of(self.net).net, self.config.weights)
-        if "renorm" in stages or "activations" in stages:
-            calibration_feed(self.config, self.net, 1)
-        if "weights" in stages:
-            self._solver_calibration()
-            if self.config.weights.budget is not None:
-                self._renorm_feed()
-        if "renorm" in stages:
-            self._renorm_feed()
-        if "activations" in stages:
-            self._activations_feed()
+    def checks(self, stages: Sequence[str] = STAGES) -> Checks:
+        """What must be right before some stages begin."""
+        weights = lambda: self.model_weights  # noqa: E731 - read when it is looked at
+        return Checks(self.config, self.net, weights, self.open_engine, self.progress, stages)
+
+    @cached_property
+    def model_weights(self) -> Weights:
+        """The blobs of the given net.
+
+        Raises:
+            InputError: the file cannot be read or is damaged.
+        """
+        return load_weights(self.config.model.weights, self.net)
+
+    def choose_transform(self) -> None:
+        """Take the transform that fits, where nobody has said one and the run may choose."""
+        calibration = self.config.data.calibration
+        fed = calibration is not None and calibration.source is not None
+        if self.may_choose and fed and not self.chosen and not says_transform(self.config, self.net):
+            self.config, self.chosen = with_chosen_transform(self.config, self.net, self.model_weights)
+            self.progress.note(f"data.transform: {self.chosen}")
+
+    def transform_check(self) -> TransformCheck | None:
+        """How the transform fits the net's statistics of training; None where there are no images."""
+        return transform_check(self.config, self.net, self.model_weights)
+
+    def _transform_record(self) -> dict[str, Any]:
+        """`transform_check` for the report; what it finds is said."""
+        check = self.transform_check()
+        if check is None:
+            return {}
+        if check.doubtful:
+            self.progress.warn(f"{check.finding}; {check.remedy}")
+        elif check.given is None:
+            self.progress.note(check.finding)
+        return {"chosen": self.chosen, **check.record}
 
     def _weights(self) -> dict[str, Any]:
-        weights = Weights.read(self.config.model.weights)
+        weights = self.model_weights
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
         chosen = choices(test.net, settings)
-        check_kernels(test.net, weights, chosen)
-        record: dict[str, Any] = {}
-        if settings.budget is not None:
-            calibration = self._calibration(self._renorm_feed())
+        if not chosen:
+            self.progress.note("weights: weights.layers skips every layer; no weights are quantized")
+        check_kernels(filter_net(self.net, TEST), weights, chosen)
+        kept = unquantizable(test.net)
+        doubtful = doubtful_norms(test.net, weights)
+        for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
+            self.progress.note(f"weights: {line}")
+        record: dict[str, Any] = {"kept": kept, "doubtful": doubtful}
+        calibration = self._calibration()
+        if settings.budget is not None and calibration is not None:
             chosen, found = keep_budget(weights, settings, calibration, test.scores, self.progress)
             record["budget"] = asdict(found)
         _, quantized, layers = weights_quan(
-            self.net, weights, chosen, settings.solver, self.progress, self._solver_calibration()
+            self.net, weights, chosen, settings.solver, self.progress, calibration
         )
         self._write_weights(self.files.quantized, quantized)
+        done = {name for layer in layers for name in (layer.name, *layer.shared_by)} | kept.keys()
         skipped = [
-            layer.name
-            for layer in test.net.layer
-            if layer.type in QUANTIZED_TYPES and layer.name not in chosen
+            layer.name for layer in test.net.layer if layer.type in QUANTIZED_TYPES and layer.name not in done
         ]
         return {"layers": [asdict(layer) for layer in layers], "skipped": skipped, **record}
 
@@ -179,13 +241,21 @@ class Run:
         weights = self._read_result(self.files.quantized, "weights")
         net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         feed = self._renorm_feed()
-        weights, shifts = renorm(
-            net, weights, feed, self.open_engine, self.config.renorm.memory, self.progress
-        )
+        settings = self.config.renorm
+        full = self._full_precision() if settings.statistics == "paired" else None
+        weights, shifts = renorm(net, weights, feed, self.open_engine, settings.memory, self.progress, full)
         if not shifts:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
         self._write_weights(self.files.renorm, weights)
-        return {"images": len(feed.images), "layers": [asdict(shift) for shift in shifts]}
+        return {
+            "statistics": settings.statistics,
+            "images": len(feed),
+            "layers": [asdict(shift) for shift in shifts],
+        }
+
+    def _full_precision(self) -> FullPrecision:
+        test = InferenceNet.of(self.net)
+        return FullPrecision(test.net, self.model_weights)
 
     def _activations(self) -> dict[str, Any]:
         weights = self._read_result(self.files.renorm, "renorm")
@@ -194,55 +264,55 @@ class Run:
         found = activations_quan(net, weights, feed, self.config.activations, self.open_engine, self.progress)
         kept = [layer.name for layer in net.layer if layer.type == "ReLU"]
         for name in sorted(set(kept) - set(plain_relus(net))):
-            self.progress.note(f"activations: {name} is left alone: it has a negative slope")
+            self.progress.note(
+                f"activations: {name} is left alone: it has a negative slope or a field of a fork"
+            )
         if not found:
             self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
         for activation in (a for a in found if a.dead):
             self.progress.note(f"activations: {activation.name} is dead: 0 on every calibration image")
-        return {"images": len(feed.images), "layers": [asdict(activation) for activation in found]}
+        return {"images": len(feed), "layers": [asdict(activation) for activation in found]}
 
     def _measure_outputs(self) -> None:
         """Add the output SQNR per layer to the report, where there are images to measure it on."""
-        layers = [layer["name"] for layer in self.report["stages"]["weights"]["layers"]]
+        records = self.report["stages"]["weights"]["layers"]
+        quantized = {name for layer in records for name in (layer["name"], *layer["shared_by"])}
+        layers = [layer.name for layer in InferenceNet.of(self.net).net.layer if layer.name in quantized]
         if self.config.data.calibration is None or not layers:
             return
         try:
             enough = images_to_measure(self.config.renorm.images + self.config.activations.images)
-            present = len(calibration_feed(self.config, self.net, 1).images.source)
-            images = calibration_feed(self.config, self.net, min(enough, present)).images
+            feed = calibration_feed(self.config, self.net, min(enough, calibration_images(self.config)))
             candidates = _candidates(self.config, self.net)
-            versions = {name: Version(c.net, c.weights, c.blob) for name, c in candidates.items()}
+            versions = {name: Version(c.net, c.weights) for name, c in candidates.items()}
             full = versions.pop("fp32")
-            found = output_sqnr(full, versions, layers, images, self.open_engine, self.progress)
+            found = output_sqnr(full, versions, layers, feed, self.open_engine, self.progress)
         except LabelfreeError as error:
             self.progress.note(f"output SQNR is not measured: {error}")
             return
-        self.report["output_sqnr"] = {"images": len(images), "layers": [asdict(layer) for layer in found]}
+        self.report["output_sqnr"] = {"images": len(feed), "layers": [asdict(layer) for layer in found]}
         write_report(self.folder, self.report)
 
-    def _solver_calibration(self) -> Calibration | None:
-        """What the data-aware solver needs; None with the other solvers, which need no images."""
-        settings = self.config.weights
-        if settings.solver != "data_aware":
+    def _calibration(self) -> Calibration | None:
+        """What the data-aware solver and a budget need; None without them, as nothing else needs images."""
+        weights, settings = self.config.weights, self.config.renorm
+        if weights.solver != "data_aware" and weights.budget is None:
             return None
-        return self._calibration(calibration_feed(self.config, self.net, settings.images, self.progress))
-
-    def _calibration(self, feed: Feed) -> Calibration:
-        return Calibration(InferenceNet.of(self.net).net, feed, self.open_engine, self.config.renorm.memory)
+        feed = stage_feed(self.config, self.net, "weights", self.progress)
+        net = InferenceNet.of(self.net).net
+        return Calibration(net, feed, self.open_engine, settings.memory, settings.statistics)
 
     def _renorm_feed(self) -> Feed:
-        return calibration_feed(self.config, self.net, self.config.renorm.images, self.progress)
+        return stage_feed(self.config, self.net, "renorm", self.progress)
 
     def _activations_feed(self) -> Feed:
-        return calibration_feed(self.config, self.net, self.config.activations.images, self.progress)
+        return stage_feed(self.config, self.net, "activations", self.progress)
 
     def _check(self, weights: Weights) -> None:
-        """Check the blobs against the layers, as far as the shapes of images and layers are known."""
-        shape = image_shape(self.config, self.net)
-        if shape is not None:
-            test = InferenceNet.of(self.net)
-            known = known_part(test.net, [test.blob])
-            check_weights(known, weights, infer_shapes(known, {test.blob: (1, *shape)}))
+        """Check the blobs against the layers, as far as the shapes of inputs and layers are known."""
+        one = {blob: (1, *shape) for blob, shape in input_shapes(self.config, self.net).items()}
+        known = known_part(InferenceNet.of(self.net).net, one)
+        check_weights(known, weights, infer_shapes(known, one))
 
     def _write_weights(self, name: str, weights: Weights) -> None:
         with self.folder.writing(name) as file:
@@ -277,13 +347,14 @@ class Run:
     def _key(self, stage: str) -> str:
         """What a stage's result depends on, as one hash."""
         config = self.config
-        parts: dict[str, Any] = {"version": __version__, "prototxt": self.inputs["prototxt"]}
+        net = {name: digest for name, digest in self.inputs.items() if name != "weights"}
+        parts: dict[str, Any] = {"version": __version__, **net}
         if stage == "weights":
             parts |= {"weights": self._hash_inputs()["weights"], "settings": dump(config.weights)}
             if config.weights.solver == "data_aware" or config.weights.budget is not None:
                 parts |= self._image_key()
-            if config.weights.budget is not None:
-                parts |= {"renorm_images": config.renorm.images}
+            if config.weights.solver == "data_aware":
+                parts |= {"statistics": config.renorm.statistics}
         else:
             before = self.files.quantized if stage == "renorm" else self.files.renorm
             path = config.output / before
@@ -293,6 +364,8 @@ class Run:
                 "settings": dump(settings),
                 **self._image_key(),
             }
+            if stage == "renorm" and config.renorm.statistics == "paired":
+                parts |= {"weights": self._hash_inputs()["weights"]}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _image_key(self) -> dict[str, Any]:
@@ -338,41 +411,50 @@ class Run:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
             "settings": dump(self.config),
             "inputs": self._hash_inputs(),
+            "transform": self.transform,
             "stages": stages,
             "sizes": self._sizes(stages),
         }
         write_report(self.folder, self.report)
 
     def _write_prototxts(self, stages: dict[str, Any]) -> list[str]:
-        weights = Weights.read(self.config.output / self._latest(stages))
-        net = with_alpha_terms(self.net, weights)
+        net = with_alpha_terms(self.net, Weights.names(self.config.output / self._latest(stages)))
         if "activations" in stages:
             found = [QuantizedActivation(**layer) for layer in stages["activations"]["layers"]]
             net = with_act_quantize(net, found)
-        shape = image_shape(self.config, self.net)
-        written = {self.files.val: validation_prototxt(net, self.config, shape)}
-        if shape is not None:
-            written[self.files.deploy] = deploy_prototxt(net, shape)
+        shapes = input_shapes(self.config, self.net)
+        written = {self.files.val: validation_prototxt(net, self.config, shapes)}
+        if shapes.keys() >= set(InferenceNet.of(net).inputs):
+            written[self.files.deploy] = deploy_prototxt(net, shapes)
+        else:
+            self.progress.note(f"{self.files.deploy} needs the images' shape: give data.input_shape")
         for name, content in written.items():
             with self.folder.writing(name) as file:
-                file.write(format_prototxt(content).encode())
+                file.write(to_bytes(format_prototxt(content)))
         return list(written)
 
     def _latest(self, stages: dict[str, Any]) -> str:
         return self.files.renorm if "renorm" in stages else self.files.quantized
 
     def _sizes(self, stages: dict[str, Any]) -> dict[str, int]:
-        """Bytes of the model: as given, as written, and packed at the bits chosen."""
+        """Bytes of the model: as given, as written, and packed at the bits chosen.
+
+        Packed is what layers share once, and nothing that follows from the rest: the second blob of an alpha
+        term does from alpha and bias.
+        """
         written = self.config.output / self._latest(stages)
         weights = Weights.read(written)
-        values = sum(blob.size for layer in weights.layers() for blob in weights[layer])
-        packed = 4 * values
+        net = with_alpha_terms(self.net, weights)
+        shared = owners(filter_net(net, TEST))
+        alphas = {layer.name for layer in net.layer} - {layer.name for layer in self.net.layer}
+        packed = 4 * sum(
+            blob.size
+            for layer in weights.layers()
+            for index, blob in enumerate(weights[layer])
+            if BlobId(layer, index) not in shared and not (index and layer in alphas)
+        )
         for layer in stages["weights"]["layers"]:
             packed += -(-layer["weights"] * layer["bits"] // 8) - 4 * layer["weights"]
-            if f"{layer['name']}{ALPHA_SUFFIX}" in weights and len(weights[layer["name"]]) > 1:
-                packed -= (
-                    4 * layer["kernels"]
-                )  # the second blob of the alpha term follows from alpha and bias
         return {
             "model": self.config.model.weights.stat().st_size,
             "written": written.stat().st_size,
@@ -402,7 +484,7 @@ def evaluate_run(
     before = read_report(config.output)
     open_engine = engine_opener(config.engine, config.caffe, config.threads)
     with using_threads(config.threads):
-        found = evaluate(candidates, feed.images, open_engine, progress)
+        found = evaluate(candidates, feed, open_engine, progress)
     try:
         with closing(OutputFolder(config.output)) as folder:
             report = read_report(config.output)
@@ -443,22 +525,22 @@ def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
     if not quantized.exists() or not prototxt.exists():
         raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
     full = InferenceNet.of(net)
-    found = {"fp32": Candidate(full.net, Weights.read(config.model.weights), full.blob, full.scores)}
+    given = load_weights(config.model.weights, net)
+    found = {"fp32": Candidate(full.net, given, full.scores)}
     weights = Weights.read(quantized)
     if renormed.exists():
         unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
-        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.blob, unrepaired.scores)
+        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.scores)
         weights = Weights.read(renormed)
-    final = InferenceNet.of(read_prototxt(prototxt))
-    found["quantized"] = Candidate(final.net, weights, final.blob, final.scores)
+    final = InferenceNet.of(read_prototxt(prototxt, schema_of(net)))
+    found["quantized"] = Candidate(final.net, weights, final.scores)
     return found
 
 
 def read_model_prototxt(config: Config) -> NetParameter:
     """The network to quantize, with all its phases."""
-    if config.model.caffe_proto is None:
-        return read_prototxt(config.model.prototxt)
-    return read_prototxt(config.model.prototxt, load_schema(config.model.caffe_proto))
+    model = config.model
+    return read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
 
 
 def dump(section: BaseModel) -> dict[str, Any]:
@@ -473,12 +555,9 @@ def sha256(path: Path) -> str:
         InputError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(READ_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror}; check the path") from error
+    with open_file(path, "file") as file:
+        while block := file.read(READ_BLOCK):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -486,7 +565,8 @@ def fingerprint(config: Config) -> str | None:
     """A hash of what identifies the calibration images: names, sizes and times of their files."""
     if config.data.calibration is None:
         return None
-    source = config.data.calibration.source
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    calibration = config.data.calibration
+    paths = [path for path in (calibration.source, *calibration.inputs.values()) if isinstance(path, Path)]
+    files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     entries = [(str(f), s.st_size, s.st_mtime_ns) for f in files if f.name != "lock.mdb" and (s := f.stat())]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()

@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights
+from quantize.caffenet import InferenceNet, NetParameter, Weights, load_weights
 from quantize.errors import InputError
+from quantize.files import read_file
 from quantize.job.output import Files, OutputFolder
 from quantize.progress import Progress
 from quantize.report.page import Caffemodels, render
@@ -20,6 +21,7 @@ from quantize.settings import Config
 
 REPORT = "report.json"
 PAGE = "report.html"
+MAX_REPORT_BYTES = 64 << 20
 
 
 def read_report(output: Path) -> dict[str, Any]:
@@ -29,24 +31,23 @@ def read_report(output: Path) -> dict[str, Any]:
         InputError: there is none, or it is not one of ours.
     """
     path = output / REPORT
+    if not path.exists():
+        raise InputError(f"{output}: nothing quantized here yet; run `labelfree quantize` first")
     try:
-        return _parsed(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"{output}: nothing quantized here yet; run `labelfree quantize` first") from error
-    except (OSError, ValueError) as error:
+        return _parsed(read_file(path, "report", MAX_REPORT_BYTES))
+    except ValueError as error:
         raise InputError(f"{path}: {error}; run `labelfree quantize` again") from error
 
 
 def previous_report(output: Path, name: str, progress: Progress) -> dict[str, Any]:
     """The report of an earlier run called ``name``, or an empty one where there is none that can be used."""
     path = output / REPORT
+    previous: dict[str, Any] = {}
     try:
-        previous = _parsed(path.read_bytes())
-    except FileNotFoundError:
-        previous = {}
-    except (OSError, ValueError) as error:
+        if path.exists():
+            previous = _parsed(read_file(path, "report", MAX_REPORT_BYTES))
+    except (InputError, ValueError) as error:
         progress.note(f"{path}: not usable ({error}); nothing is taken over from it")
-        previous = {}
     if previous.get("name") != name:
         return {"inputs": {}, "stages": {}}
     return previous
@@ -79,7 +80,7 @@ def write_page(folder: OutputFolder, config: Config, net: NetParameter, report: 
     files = Files.of(config.name)
     renormed = folder.path / files.renorm
     weights = Caffemodels(
-        full=Weights.read(config.model.weights),
+        full=load_weights(config.model.weights, net),
         quantized=Weights.read(folder.path / files.quantized),
         renorm=Weights.read(renormed) if renormed.exists() else None,
     )

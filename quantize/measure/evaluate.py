@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from quantize.arrays import FloatArray, Labels
 from quantize.caffenet import NetParameter, Weights
-from quantize.data.loader import Images
+from quantize.data.feed import Feed
 from quantize.engines.base import Engine, OpenEngine
 from quantize.errors import InputError, LabelfreeError
 from quantize.numerics.decibels import decibels
@@ -28,13 +29,11 @@ class Candidate:
     Attributes:
         net: the inference net.
         weights: its blobs.
-        blob: its input blob.
         scores: the blob with one score per class.
     """
 
     net: NetParameter
     weights: Weights
-    blob: str
     scores: str
 
 
@@ -63,12 +62,14 @@ class Evaluation:
         labeled: how many of them have a label.
         accuracy: top-1 and top-5 by candidate over those, ``{"top1": .., "top5": ..}``; None without any.
         closeness: to the first candidate, by the name of every other one.
+        classes: scores per image.
     """
 
     images: int
     labeled: int
     accuracy: dict[str, dict[str, float | None]]
     closeness: dict[str, Closeness]
+    classes: int
 
     @property
     def agreement(self) -> float:
@@ -78,7 +79,7 @@ class Evaluation:
 
 def evaluate(
     candidates: Mapping[str, Candidate],
-    images: Images,
+    feed: Feed,
     open_engine: OpenEngine,
     progress: Progress = SILENT,
 ) -> Evaluation:
@@ -86,7 +87,7 @@ def evaluate(
 
     Args:
         candidates: full precision first, then those to compare with it; the final one last.
-        images: transformed for the TEST phase.
+        feed: images transformed for the TEST phase.
         open_engine: opens a net for running.
 
     Raises:
@@ -95,14 +96,14 @@ def evaluate(
     """
     with ExitStack() as stack:
         engines = [
-            stack.enter_context(closing(open_engine(c.net, c.weights, {c.blob: images.shape})))
+            stack.enter_context(closing(open_engine(c.net, c.weights, feed.shapes)))
             for c in candidates.values()
         ]
-        return _compare(list(candidates.items()), engines, images, progress)
+        return _compare(list(candidates.items()), engines, feed, progress)
 
 
 def _compare(
-    candidates: Sequence[tuple[str, Candidate]], engines: Sequence[Engine], images: Images, progress: Progress
+    candidates: Sequence[tuple[str, Candidate]], engines: Sequence[Engine], feed: Feed, progress: Progress
 ) -> Evaluation:
     for _, candidate in candidates:
         check_scores(candidate.net, candidate.scores)
@@ -111,24 +112,24 @@ def _compare(
         for engine, (_, candidate) in zip(engines, candidates, strict=True)
     ]
     widest = max(Costs.of(e.net, e.shapes, list(e.inputs), ()).widest for e in engines)
-    batch = micro_batch_size(widest, len(images), None)
+    batch = micro_batch_size(widest, len(feed), None)
     hits: dict[str, dict[int, int]] = {name: dict.fromkeys(TOP_K, 0) for name, _ in candidates}
     sums = {name: _Sums() for name, _ in candidates[1:]}
     labeled = 0
-    progress.start("evaluate", len(images))
-    for pixels, labels in images.batches(batch):
+    progress.start("evaluate", len(feed))
+    for images in feed.batches(batch):
         full: FloatArray | None = None
-        known = [i for i, label in enumerate(labels) if label is not None]
-        classes = np.array([labels[i] for i in known], np.int64)
+        labeled_rows = [row for row, label in enumerate(images.labels) if label is not None]
+        labels = np.array([images.labels[row] for row in labeled_rows], np.int64)
         for (name, candidate), runner in zip(candidates, runners, strict=True):
-            scores = runner.run({candidate.blob: pixels}).blobs[candidate.scores]
-            scores = scores.reshape(len(pixels), -1)
+            scores = runner.run(images.feeds).blobs[candidate.scores]
+            scores = scores.reshape(len(images), -1)
             if not np.isfinite(scores).all():
                 raise LabelfreeError(
                     f"{name}: blob {candidate.scores} is not finite; layers before it overflow"
                 )
             for k in TOP_K:
-                hits[name][k] += count_top_k(scores[known], classes, k)
+                hits[name][k] += count_top_k(scores[labeled_rows], labels, k)
             if full is None:
                 full = scores
             elif full.shape == scores.shape:
@@ -137,18 +138,18 @@ def _compare(
                 raise InputError(
                     f"the nets give {full.shape[1]} and {scores.shape[1]} scores per image; quantize again"
                 )
-        labeled += len(known)
-        progress.advance(len(pixels))
-    count = len(images)
+        labeled += len(labels)
+        progress.advance(len(images))
+    count = len(feed)
     if 0 < labeled < count:
         progress.note(f"accuracy is that of the {labeled} of {count} images that have a label")
     accuracy = {
         name: {f"top{k}": 100 * hits[name][k] / labeled if labeled else None for k in TOP_K}
         for name, _ in candidates
     }
-    return Evaluation(
-        count, labeled, accuracy, {name: found.closeness(count) for name, found in sums.items()}
-    )
+    closeness = {name: found.closeness(count) for name, found in sums.items()}
+    classes = math.prod(engines[0].shapes.blobs[candidates[0][1].scores][1:])
+    return Evaluation(count, labeled, accuracy, closeness, classes)
 
 
 def check_scores(net: NetParameter, scores: str) -> None:

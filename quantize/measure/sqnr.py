@@ -13,17 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantize.arrays import FLOAT_BYTES, FloatArray
+from quantize.arrays import FLOAT_BYTES, FloatArray, Shape
 from quantize.caffenet import NetParameter, Weights, single_assignment
 from quantize.caffenet.chains import LINEAR, followers
-from quantize.data.loader import Images
+from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine, Range
 from quantize.numerics.decibels import decibels
 from quantize.progress import SILENT, Progress
 
 MOST_IMAGES = 32
 """Enough for a tenth of a decibel: every image adds thousands of values per layer."""
-FEWEST_IMAGES = 4
+FEWEST_IMAGES = 16
 SHARE = 1 / 32
 """Of the images that the stages pass through the net. Three nets see each: a tenth of the run's time."""
 MICRO_BATCH_BYTES = 32 << 20
@@ -32,11 +32,10 @@ MICRO_BATCH_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Version:
-    """A net as it is at some point of the compression: the inference net, its blobs, its input blob."""
+    """A net as it is at some point of the compression: the inference net and its blobs."""
 
     net: NetParameter
     weights: Weights
-    blob: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def output_sqnr(
     full: Version,
     others: Mapping[str, Version],
     layers: Sequence[str],
-    images: Images,
+    feed: Feed,
     open_engine: OpenEngine,
     progress: Progress = SILENT,
 ) -> list[LayerSqnr]:
@@ -71,24 +70,24 @@ def output_sqnr(
         full: the net before compression.
         others: versions that have layers of the same names.
         layers: names of layers with weights.
-        images: what to measure on.
+        feed: the images to measure on.
     """
     energy = dict.fromkeys(layers, 0.0)
     loss = {name: dict.fromkeys(layers, 0.0) for name in others}
     with ExitStack() as stack:
-        progress.start("report", len(images))
+        progress.start("report", len(feed))
         versions = [full, *others.values()]
-        taps = [_Taps(version, layers, images, open_engine, stack) for version in versions]
-        batch = max(1, min(len(images), MICRO_BATCH_BYTES // max(t.bytes_per_image for t in taps)))
-        for pixels, _ in images.batches(batch):
-            reference = taps[0].run(pixels)
+        taps = [_Taps(version, layers, feed.shapes, open_engine, stack) for version in versions]
+        batch = max(1, min(len(feed), MICRO_BATCH_BYTES // max(t.bytes_per_image for t in taps)))
+        for images in feed.batches(batch):
+            reference = taps[0].run(images.feeds)
             for layer in layers:
                 energy[layer] += squared(reference[layer])
             for name, own in zip(others, taps[1:], strict=True):
-                for layer, output in own.run(pixels).items():
+                for layer, output in own.run(images.feeds).items():
                     with np.errstate(over="ignore", invalid="ignore"):  # an infinite output has no decibels
                         loss[name][layer] += squared(reference[layer] - output)
-            progress.advance(len(pixels))
+            progress.advance(len(images))
     return [
         LayerSqnr(layer, {name: decibels(energy[layer], loss[name][layer]) for name in others})
         for layer in layers
@@ -102,7 +101,7 @@ class _Taps:
         self,
         version: Version,
         layers: Sequence[str],
-        images: Images,
+        inputs: Mapping[str, Shape],
         open_engine: OpenEngine,
         stack: ExitStack,
     ) -> None:
@@ -110,18 +109,17 @@ class _Taps:
         by_name = {layer.name: layer for layer in flat.layer}
         ends = {name: [by_name[name], *followers(flat, name, LINEAR)][-1] for name in layers}
         self.tops = {name: end.top[0] for name, end in ends.items()}
-        self.blob = version.blob
         last = max(i for i, layer in enumerate(flat.layer) if layer.name in {e.name for e in ends.values()})
         del flat.layer[last + 1 :]
-        engine = stack.enter_context(closing(open_engine(flat, version.weights, {self.blob: images.shape})))
+        engine = stack.enter_context(closing(open_engine(flat, version.weights, inputs)))
         outputs = list(dict.fromkeys(self.tops.values()))
         shapes = [engine.shapes.blobs[top] for top in outputs]
         self.bytes_per_image = FLOAT_BYTES * sum(int(np.prod(shape)) for shape in shapes)
         self.range: Range = engine.compile(0, len(flat.layer), outputs, own_layout=True)
 
-    def run(self, pixels: FloatArray) -> dict[str, FloatArray]:
+    def run(self, feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """The output by layer."""
-        blobs = self.range.run({self.blob: pixels}).blobs
+        blobs = self.range.run(feeds).blobs
         return {name: blobs[top] for name, top in self.tops.items()}
 
 

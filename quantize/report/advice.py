@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from quantize.measure.plausible import doubt
 from quantize.report.facts import NormPlot, Record, Row
 from quantize.settings import GRID_BITS
 
-ENOUGH_IMAGES = 500
-ENOUGH_VALUES = 1000
-"""Per channel: the relative error of a variance from m values is about sqrt(2 / m), 4.5 % at 1,000."""
+ENOUGH_IMAGES = {"paired": 16, "measured": 500}
+ENOUGH_VALUES = {"paired": 64, "measured": 1000}
+"""Per channel: the relative error of a variance from m values is about sqrt(2 / m), 4.5 % at 1,000. Most of
+it cancels in paired statistics."""
+USUAL_IMAGES = {"paired": 64, "measured": 1000}
 STANDS_OUT_DB = 2.0
 """So far below the median layer, 1.6 times its error, a layer is worth a finer grid."""
 OVERRIDE = {"bits": 8, "grid": "fixed_point"}
@@ -43,8 +46,10 @@ class Advice:
 def advise(report: dict[str, Any], rows: Sequence[Row], norms: Sequence[NormPlot]) -> list[Advice]:
     """Everything worth saying about a run, the most important first."""
     found = [
+        *_transform(report),
         *_accuracy(report),
         *_unfinished(report),
+        *_given(report),
         *_images(report),
         *_weights(report, rows),
         *_norms(report, norms),
@@ -71,6 +76,27 @@ def _result(report: Record) -> list[Advice]:
             f"caffe test -model {name}_val.prototxt -weights {name}_renorm.caffemodel -iterations N",
         )
     ]
+
+
+def _transform(report: Record) -> list[Advice]:
+    """Before everything else: with a wrong transform no other number means what it says."""
+    found = []
+    check = report.get("transform") or {}
+    if check.get("doubtful"):
+        remedy = check["remedy"]
+        is_code = remedy.startswith("--set")
+        finding = f"Images probably do not come as in training. {check['finding']}."
+        found.append(Advice("warning", finding, *(("", remedy) if is_code else (remedy, ""))))
+    accuracy = (report.get("evaluation") or {}).get("accuracy")
+    if accuracy:
+        evaluation = report["evaluation"]
+        agreement = evaluation["closeness"]["quantized"]["agreement"]
+        full, final = (accuracy[name]["top1"] for name in ("fp32", "quantized"))
+        labeled = evaluation.get("labeled", evaluation["images"])
+        reason = doubt(full, final, agreement, labeled, evaluation.get("classes", 0))
+        if reason:
+            found.append(Advice("warning", f"{reason[0].upper()}{reason[1:]}."))
+    return found
 
 
 def _accuracy(report: Record) -> list[Advice]:
@@ -117,23 +143,30 @@ def _unfinished(report: Record) -> list[Advice]:
     ]
 
 
+def _given(report: Record) -> list[Advice]:
+    """What was wrong with the model before anything was done to it."""
+    return [Advice("warning", f"{line}.") for line in report["stages"]["weights"]["doubtful"]]
+
+
 def _images(report: Record) -> list[Advice]:
     renorm = report["stages"].get("renorm")
     if renorm is None or not renorm["layers"]:
         return []
     fewest = min(renorm["layers"], key=lambda layer: int(layer["values"]))
-    if renorm["images"] < ENOUGH_IMAGES or fewest["values"] < ENOUGH_VALUES:
-        return [
-            Advice(
-                "warning" if fewest["values"] < ENOUGH_VALUES else "note",
-                f"Renorm saw {renorm['images']:,} images: {fewest['values']:,} values per channel at "
-                f"{fewest['name']}.",
-                "About 1,000 images are usual, and they need no labels. With more of them the statistics of "
-                "the deep layers get steadier:",
-                "--set renorm.images=1000",
-            )
-        ]
-    return []
+    statistics = renorm["statistics"]
+    enough = fewest["values"] >= ENOUGH_VALUES[statistics]
+    if enough and renorm["images"] >= ENOUGH_IMAGES[statistics]:
+        return []
+    return [
+        Advice(
+            "note" if enough else "warning",
+            f"Renorm saw {renorm['images']:,} images: {fewest['values']:,} values per channel at "
+            f"{fewest['name']}.",
+            f"{USUAL_IMAGES[statistics]:,} images are usual, and they need no labels. With more of them the "
+            "statistics of the deep layers get steadier:",
+            f"--set renorm.images={USUAL_IMAGES[statistics]}",
+        )
+    ]
 
 
 def _more_bits(report: Record) -> str:
@@ -149,8 +182,12 @@ def _more_bits(report: Record) -> str:
 
 def _weights(report: Record, rows: Sequence[Row]) -> list[Advice]:
     coarse = [row for row in rows if row.is_low_bit and row.weights and row.weights["sqnr_db"] is not None]
-    skipped = report["stages"]["weights"]["skipped"]
-    found = [Advice("note", f"{name} keeps full precision, as the configuration says.") for name in skipped]
+    stage = report["stages"]["weights"]
+    found = [
+        Advice("note", f"{name} keeps full precision, as the configuration says.")
+        for name in stage["skipped"]
+    ]
+    found += [Advice("note", f"{name} keeps full precision: {why}.") for name, why in stage["kept"].items()]
     if len(coarse) < 2 or "budget" in report["stages"]["weights"]:
         return found  # with a budget the bits were chosen by what they do to the whole network
     figure, what = (_output_sqnr, "output") if all(map(_output_sqnr, coarse)) else (_weight_sqnr, "weight")
@@ -194,6 +231,7 @@ def _norms(report: Record, norms: Sequence[NormPlot]) -> list[Advice]:
         ]
     found = []
     dead = {norm.name: norm.dead for norm in norms if norm.dead}
+    dead |= {layer["name"]: layer["dead"] for layer in renorm["layers"] if layer["dead"]}
     if dead:
         layers = ", ".join(f"{name} ({count})" for name, count in list(dead.items())[:5])
         more = f" and {len(dead) - 5} more layers" if len(dead) > 5 else ""

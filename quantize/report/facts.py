@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from quantize.arrays import Floats
-from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
+from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment, stored_statistics
 from quantize.caffenet.chains import LINEAR, followers
 from quantize.caffenet.kernels import to_kernels
 from quantize.numerics.grids import make_grid
@@ -31,6 +31,7 @@ class Row:
         output: output SQNR in decibels by version.
         norm: stage 2's record of its BatchNorm.
         relu: stage 3's record of its ReLU.
+        same_as: the layer whose weights it shares and that has the record of them, if any.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     output: Mapping[str, float | None] | None = None
     norm: Record | None = None
     relu: Record | None = None
+    same_as: str | None = None
 
     @property
     def is_low_bit(self) -> bool:
@@ -55,6 +57,7 @@ def rows_of(report: Record, net: NetParameter) -> list[Row]:
     stages = report["stages"]
     records = {stage: {layer["name"]: layer for layer in stages[stage]["layers"]} for stage in stages}
     outputs = {layer["name"]: layer["sqnr_db"] for layer in report.get("output_sqnr", {}).get("layers", [])}
+    same_as = {user: record["name"] for record in stages["weights"]["layers"] for user in record["shared_by"]}
     flat = single_assignment(net)
     done: set[str] = set()
     rows = []
@@ -70,8 +73,9 @@ def rows_of(report: Record, net: NetParameter) -> list[Row]:
             for stage in ("renorm", "activations")
         )
         weights = records["weights"].get(layer.name)
-        if weights or norm or relu:
-            rows.append(Row(layer.name, weights, outputs.get(layer.name), norm, relu))
+        if weights or norm or relu or layer.name in same_as:
+            output = outputs.get(layer.name)
+            rows.append(Row(layer.name, weights, output, norm, relu, same_as.get(layer.name)))
             done.update(group)
     return rows
 
@@ -130,10 +134,4 @@ class NormPlot:
 
 def norm_plot(name: str, before: Weights, after: Weights) -> NormPlot:
     """The statistics of a BatchNorm layer in two caffemodels."""
-    return NormPlot(name, *_statistics(before, name), *_statistics(after, name))
-
-
-def _statistics(weights: Weights, name: str) -> tuple[Floats, Floats]:
-    mean, variance, factor = (np.asarray(blob, np.float64).reshape(-1) for blob in weights[name])
-    scale = 1 / factor[0] if factor[0] else 0.0
-    return mean * scale, variance * scale
+    return NormPlot(name, *stored_statistics(before[name]), *stored_statistics(after[name]))

@@ -24,7 +24,7 @@ VERSIONS = (
 )
 STAGE_TITLES = {
     "weights": "weights onto the grid",
-    "renorm": "BatchNorm measured again",
+    "renorm": "BatchNorm repaired",
     "activations": "one step per ReLU",
 }
 IMAGES_FROM = {

@@ -130,11 +130,15 @@ def weight_histogram(plot: WeightPlot) -> str:
 def norm_scatters(plots: Sequence[NormPlot], worst: str | None) -> list[str]:
     """Two scatters of all channels of all BatchNorms, before against after: means and variances.
 
+    Channels without a variance are left out; without any other there is nothing to draw.
+
     Args:
         worst: the layer to stand out.
     """
     thin = max(1, -(-sum(len(plot.mean) for plot in plots) // MAX_POINTS))
     alive = {plot.name: (plot.variance > 0) & (plot.new_variance > 0) for plot in plots}
+    if not any(some.any() for some in alive.values()):
+        return []
 
     def means(axes: Axes) -> None:
         for plot in plots:

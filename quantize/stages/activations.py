@@ -16,9 +16,9 @@ from itertools import cycle
 
 import numpy as np
 
-from quantize.arrays import FLOAT_BYTES, FloatArray
-from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment
-from quantize.data.feed import Feed
+from quantize.arrays import FLOAT_BYTES
+from quantize.caffenet import LayerParameter, NetParameter, Weights, foreign_fields, single_assignment
+from quantize.data.feed import Batch, Feed
 from quantize.engines.base import OpenEngine, RangeResult
 from quantize.host import available_threads, pool
 from quantize.numerics import histogram
@@ -63,8 +63,15 @@ class QuantizedActivation:
 
 
 def plain_relus(net: NetParameter) -> list[str]:
-    """Names of the ReLU layers of an inference net that can be quantized: those without a negative slope."""
-    return [layer.name for layer in net.layer if layer.type == "ReLU" and not layer.relu_param.negative_slope]
+    """Names of the ReLU layers of an inference net that can be quantized.
+
+    Those are the ones without a negative slope and without a field of a fork that may change the results.
+    """
+    return [
+        layer.name
+        for layer, foreign in zip(net.layer, foreign_fields(net), strict=True)
+        if layer.type == "ReLU" and not layer.relu_param.negative_slope and foreign is None
+    ]
 
 
 def activations_quan(
@@ -135,27 +142,27 @@ def collect(
         net: an inference net with every blob name assigned once.
     """
     histograms = {name: Histogram() for name in blobs}
-    with closing(open_engine(net, weights, {feed.blob: feed.images.shape})) as engine:
+    with closing(open_engine(net, weights, feed.shapes)) as engine:
         per_image = sum(math.prod(engine.shapes.blobs[name]) for name in blobs) * FLOAT_BYTES
-        batch = even_batch(MICRO_BATCH_BYTES // per_image, len(feed.images))
+        batch = even_batch(MICRO_BATCH_BYTES // per_image, len(feed))
         runner = engine.compile(0, len(net.layer), list(blobs), own_layout=True)
-        progress.start("activations", len(feed.images))
+        progress.start("activations", len(feed))
         # One set is being counted while the net fills the others.
         sets = cycle(
             {name: np.empty(engine.blob_shape(name, batch), np.float32) for name in blobs}
             for _ in range(IN_FLIGHT + 1)
         )
 
-        def begin(pixels: FloatArray) -> Callable[[], tuple[int, RangeResult]]:
+        def begin(images: Batch) -> Callable[[], tuple[int, RangeResult]]:
             into = {
-                name: buffer[: engine.blob_shape(name, len(pixels))[0]] for name, buffer in next(sets).items()
+                name: buffer[: engine.blob_shape(name, len(images))[0]] for name, buffer in next(sets).items()
             }
-            finish = runner.begin({feed.blob: pixels}, into)
-            return lambda: (len(pixels), finish())
+            finish = runner.begin(images.feeds, into)
+            return lambda: (len(images), finish())
 
         counting: list[Future[None]] = []
         with pool(available_threads(), "labelfree-histograms") as threads:
-            for images, filled in overlapped(begin(pixels) for pixels, _ in feed.images.batches(batch)):
+            for images, filled in overlapped(map(begin, feed.batches(batch))):
                 for done in counting:
                     done.result()
                 counting = [threads.submit(histograms[name].update, filled.blobs[name]) for name in blobs]

@@ -9,20 +9,28 @@ knapsack problem.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
 
 from quantize.arrays import FLOAT_BYTES, FloatArray
-from quantize.caffenet import NetParameter, Weights, layer_index, live_blobs, needed_layers, single_assignment
+from quantize.caffenet import (
+    LayerParameter,
+    NetParameter,
+    Weights,
+    empty_like,
+    layer_index,
+    live_blobs,
+    needed_layers,
+    single_assignment,
+)
 from quantize.caffenet.kernels import from_kernels, to_kernels
-from quantize.data.feed import Feed, thinned
-from quantize.engines.base import Engine
+from quantize.data.feed import thinned
+from quantize.engines.base import Engine, RangeResult
 from quantize.errors import InputError, LabelfreeError
 from quantize.measure.evaluate import check_scores, divergences
 from quantize.numerics.grids import make_grid
@@ -30,9 +38,11 @@ from quantize.numerics.moments import Moments
 from quantize.numerics.solvers import fit
 from quantize.progress import SILENT, Progress
 from quantize.settings import GRID_BITS, GridChoice, WeightSettings
-from quantize.stages.data_aware import Calibration, Frontier, only_normalized
+from quantize.stages.data_aware import Calibration, only_normalized
+from quantize.stages.renorm import variance_ratio
 from quantize.stages.weights import choices, free_layers
-from quantize.sweep.plan import Costs, micro_batch_size
+from quantize.sweep.plan import Costs, Step, micro_batch_size
+from quantize.sweep.run import Shard
 
 LEAST_IMAGES = 64
 """Images that sensitivities are measured on, or all if there are fewer ..."""
@@ -41,6 +51,9 @@ WORK = 1e12
 net's divergence, so many are better, and with a small net they take but seconds."""
 MAX_UNITS = 1 << 16
 """Bits are counted in units so large that there are no more of them than this."""
+
+FULL = 0
+"""Bits of a layer in full precision."""
 
 Sensitivities = dict[str, dict[int, float]]
 """By layer and bits: mean divergence in nats when that layer alone has so many bits."""
@@ -216,125 +229,196 @@ def sensitivities(
             )
     feed = calibration.feed
     offered = range(GRID_BITS[grid][0], GRID_BITS[grid][1] + 1)
-    found: Sensitivities = {name: {} for name in layers}
-    with closing(calibration.open_engine(net, weights, {feed.blob: feed.images.shape})) as engine:
-        costs = Costs.of(net, engine.shapes, [feed.blob], [scores])
+    with closing(calibration.open_engine(net, weights, feed.shapes)) as engine:
+        costs = Costs.of(net, engine.shapes, list(feed.shapes), [scores])
         work = {name: costs.between(layer_index(net, name), len(net.layer)) for name in layers}
         per_image = sum(work.values()) * len(offered)
         feed = thinned(feed, max(LEAST_IMAGES, int(WORK / max(per_image, 1))))
-        images = len(feed.images)
-        progress.start("budget", per_image * images)
-        reference = _Reference.of(engine, feed, scores, costs.widest, calibration.memory)
-        for name in layers:
-            alone = _Alone(reference, name)
-            w = to_kernels(alone.layer, weights[name][0])
-            for bits in offered:
-                rounded = fit(w, make_grid(grid, bits))
-                kernels = rounded.alpha[:, None].astype(np.float32) * rounded.Q
-                blob = from_kernels(alone.layer, kernels, weights[name][0].shape)
-                found[name][bits] = alone.divergence([blob, *weights[name][1:]])
-                progress.advance(work[name] * images)
+        images = len(feed)
+        # The scores of all images are kept.
+        held = FLOAT_BYTES * math.prod(engine.shapes.blobs[scores]) * images
+        memory = calibration.memory
+        micro_batch_size(costs.widest + held, images, memory)  # says so where not even one image fits
+        memory = memory and memory - held
+        alone = [_Alone.of(net, name) for name in layers]
+        shard = Shard(engine, feed, [step for one in alone for step in one.steps], memory)
+        if advice := shard.advice():
+            progress.note(f"budget: {advice}")
+        whole = Shard(engine, feed, [Step(len(net.layer), (), (scores,))], memory)
+        progress.start("budget", shard.plan.work + whole.plan.work + per_image * images)
+        full = _Scores.of(whole, scores, progress)
+        found = {
+            one.layer.name: one.sensitivity(
+                shard, full, _rounded(one.layer, weights[one.layer.name], grid, offered), progress
+            )
+            for one in alone
+        }
     return found, images
 
 
 def _part_for(net: NetParameter, scores: str) -> tuple[NetParameter, str]:
     """The layers that the scores depend on, every blob name assigned once, and the scores' name there."""
     check_scores(net, scores)
-    part = NetParameter()
+    part = empty_like(net)
     part.layer.extend(needed_layers(net.layer, [scores]))
     flat = single_assignment(part)
     return flat, flat.layer[-1].top[list(part.layer[-1].top).index(scores)]
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """The net in full precision.
+class _Scores:
+    """What the net in full precision gives.
 
     Attributes:
-        frontier: the net and how far it has been run.
-        scores: the blob.
-        full: its values, by micro-batch.
+        blob: the scores' name.
+        values: float32 (images, values per image).
     """
 
-    frontier: Frontier
-    scores: str
-    full: list[FloatArray]
+    blob: str
+    values: FloatArray
 
     @classmethod
-    def of(cls, engine: Engine, feed: Feed, scores: str, widest: int, memory: int | None) -> _Reference:
-        """Run the net once.
+    def of(cls, shard: Shard, blob: str, progress: Progress) -> _Scores:
+        """Run a shard's only step."""
+        shape = shard.engine.blob_shape(blob, len(shard.feed))
+        values = np.empty((len(shard.feed), math.prod(shape) // len(shard.feed)), np.float32)
+
+        def keep(images: range, blobs: Mapping[str, FloatArray]) -> None:
+            values[images.start : images.stop] = blobs[blob].reshape(len(images), -1)
+
+        shard.advance(visit=keep, progress=progress)
+        return cls(blob, values)
+
+    def divergence(self, images: range, own: FloatArray, layer: str) -> float:
+        """Of other scores for some images, their sum.
+
+        Raises:
+            LabelfreeError: scores are not finite; names the layer that is quantized.
+        """
+        full = self.values[images.start : images.stop]
+        if not (np.isfinite(full).all() and np.isfinite(own).all()):
+            raise LabelfreeError(f"{layer}: blob {self.blob} is not finite; layers before it overflow")
+        return float(divergences(full, own.reshape(len(own), -1)).sum())
+
+
+def _rounded(
+    layer: LayerParameter, blobs: Sequence[FloatArray], grid: str, offered: Iterable[int]
+) -> dict[int, list[FloatArray]]:
+    """A layer's blobs with each weight at its nearest level, by bits."""
+    w = to_kernels(layer, blobs[0])
+    found = {}
+    for bits in offered:
+        rounded = fit(w, make_grid(grid, bits))
+        kernels = rounded.alpha[:, None].astype(np.float32) * rounded.Q
+        found[bits] = [from_kernels(layer, kernels, blobs[0].shape), *blobs[1:]]
+    return found
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """One layer of the net, to be quantized alone.
+
+    Attributes:
+        layer: the layer.
+        place: where it stands.
+        normalized: its tops that only BatchNorms read.
+        live: the blobs that live before it.
+    """
+
+    layer: LayerParameter
+    place: int
+    normalized: list[str]
+    live: list[str]
+
+    @classmethod
+    def of(cls, net: NetParameter, name: str) -> _Alone:
+        """For a layer of a net with every blob name assigned once."""
+        place = layer_index(net, name)
+        layer = net.layer[place]
+        normalized = [top for top in layer.top if only_normalized(net, top)]
+        return cls(layer, place, normalized, live_blobs(net, place))
+
+    @property
+    def steps(self) -> list[Step]:
+        """Of a sweep, all of them up to the layer: one for the moments of its tops, one for the scores."""
+        return [Step(self.place, (), tuple(self.live))] * (2 if self.normalized else 1)
+
+    def sensitivity(
+        self, shard: Shard, full: _Scores, variants: Mapping[int, Sequence[FloatArray]], progress: Progress
+    ) -> dict[int, float]:
+        """Mean divergence of the scores, in nats, by the keys of ``variants``.
 
         Args:
-            widest: bytes per image of the bottoms and tops of the widest layer.
-            memory: bytes that scores and frontier may take; None: no bound.
-        """
-        images = len(feed.images)
-        held = FLOAT_BYTES * math.prod(engine.shapes.blobs[scores]) * images
-        micro_batch_size(widest + held, images, memory)  # says so where not even one image fits
-        batch = micro_batch_size(widest, images, memory and memory - held)
-        runner = engine.compile(0, len(engine.net.layer), [scores])
-        batches = feed.images.batches(batch)
-        full = [runner.run({feed.blob: pixels}).blobs[scores] for pixels, _ in batches]
-        return cls(Frontier(engine, feed, batch, memory and memory - held), scores, full)
-
-
-class _Alone:
-    """One layer of the net, to be quantized alone."""
-
-    def __init__(self, reference: _Reference, name: str) -> None:
-        self._reference = reference
-        self._engine = engine = reference.frontier.engine
-        self._at = layer_index(engine.net, name)
-        self._live = live_blobs(engine.net, self._at)
-        self.layer = engine.net.layer[self._at]
-        self._normalized = [top for top in self.layer.top if only_normalized(engine.net, top)]
-        self._wanted = self._moments()
-        self._behind = engine.compile(self._at + 1, len(engine.net.layer), [reference.scores])
-
-    def divergence(self, blobs: Sequence[FloatArray]) -> float:
-        """Mean divergence of the scores with other blobs of the layer, in nats.
+            shard: has the steps of this layer before it.
+            full: the scores in full precision.
+            variants: other blobs of the layer.
 
         Raises:
             LabelfreeError: scores are not finite.
         """
-        original = self._engine.weights[self.layer.name]
-        self._engine.set_blobs(self.layer.name, blobs)
-        found = self._moments()
-        runner = self._engine.compile(self._at, self._at + 1, list(self.layer.top))
-        total = 0.0
-        for before, full in zip(self._before(), self._reference.full, strict=True):
-            tops = runner.run({name: before[name] for name in runner.inputs}).blobs
-            for top in self._normalized:
-                tops[top] = _restored(tops[top], found[top], self._wanted[top])
-            feeds = {**before, **tops}
-            scores = self._behind.run({name: feeds[name] for name in self._behind.inputs}).blobs
-            total += self._divergence(full, scores[self._reference.scores])
-        self._engine.set_blobs(self.layer.name, original)
-        return max(0.0, total / len(self._reference.frontier.feed.images))
+        engine, name = shard.engine, self.layer.name
+        original = engine.weights[name]
+        moments: dict[int, dict[str, Moments]] = {}
+        if self.normalized:
+            measuring = _Variants(engine, self.place, {FULL: original, **variants}, [], self.normalized)
 
-    def _divergence(self, full: FloatArray, own: FloatArray) -> float:
-        if not (np.isfinite(full).all() and np.isfinite(own).all()):
-            blob = self._reference.scores
-            raise LabelfreeError(f"{self.layer.name}: blob {blob} is not finite; layers before it overflow")
-        return float(divergences(full.reshape(len(full), -1), own.reshape(len(own), -1)).sum())
+            def measure(_: range, before: Mapping[str, FloatArray]) -> None:
+                for key in measuring.blobs:
+                    new = measuring.run(key, before).moments
+                    seen = moments.get(key)
+                    moments[key] = {top: new[top].merged(seen[top]) for top in new} if seen else new
 
-    def _before(self) -> Iterator[dict[str, FloatArray]]:
-        """What is live before the layer, by micro-batch."""
-        return (result.blobs for _, result in self._reference.frontier.run_to(self._at, self._live))
+            shard.advance(visit=measure, progress=progress)
+        trying = _Variants(engine, self.place, variants, list(self.layer.top), [])
+        end = len(engine.net.layer)
+        behind = engine.compile(self.place + 1, end, [full.blob])
+        work = shard.costs.between(self.place, end)
+        totals = dict.fromkeys(variants, 0.0)
 
-    def _moments(self) -> dict[str, Moments]:
-        """Of the tops that only BatchNorms read, over all images."""
-        if not self._normalized:
-            return {}
-        runner = self._engine.compile(self._at, self._at + 1, [], self._normalized)
-        seen = [runner.run({name: live[name] for name in runner.inputs}).moments for live in self._before()]
-        return {top: reduce(Moments.merged, (moments[top] for moments in seen)) for top in self._normalized}
+        def add(images: range, before: Mapping[str, FloatArray]) -> None:
+            for key in variants:
+                tops = trying.run(key, before).blobs
+                for top in self.normalized:
+                    tops[top] = _restored(tops[top], moments[key][top], moments[FULL][top])
+                feeds = {**before, **tops}
+                own = behind.run({blob: feeds[blob] for blob in behind.inputs}).blobs[full.blob]
+                totals[key] += full.divergence(images, own, name)
+                progress.advance(work * len(images))
+
+        shard.advance(visit=add, progress=progress)
+        engine.set_blobs(name, original)
+        return {key: max(0.0, total / len(shard.feed)) for key, total in totals.items()}
+
+
+class _Variants:
+    """One layer of an opened net with one set of blobs or another."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        place: int,
+        blobs: Mapping[int, Sequence[FloatArray]],
+        outputs: Sequence[str],
+        moments: Sequence[str],
+    ) -> None:
+        self.blobs = blobs
+        self._engine = engine
+        self._layer = engine.net.layer[place].name
+        self._ranges = {}
+        for key in blobs:
+            engine.set_blobs(self._layer, blobs[key])
+            self._ranges[key] = engine.compile(place, place + 1, outputs, moments)
+
+    def run(self, key: int, before: Mapping[str, FloatArray]) -> RangeResult:
+        """Run the layer with the blobs of a key; ``before`` is what lives before it."""
+        self._engine.set_blobs(self._layer, self.blobs[key])
+        chosen = self._ranges[key]
+        return chosen.run({name: before[name] for name in chosen.inputs})
 
 
 def _restored(blob: FloatArray, found: Moments, wanted: Moments) -> FloatArray:
     """A blob whose channels have the moments ``found``, moved and scaled so that they have ``wanted``."""
-    ratio = np.divide(wanted.m2, found.m2, out=np.zeros_like(found.m2), where=found.m2 > 0)
-    scale = np.sqrt(ratio)
+    scale = 1 / np.sqrt(variance_ratio(wanted, found))
     shape = (1, -1) + (1,) * (blob.ndim - 2)
     shift = wanted.mean - scale * found.mean
     return blob * scale.reshape(shape).astype(np.float32) + shift.reshape(shape).astype(np.float32)

@@ -8,28 +8,31 @@ and the kernels rounded with them (see `rounding`).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
-from quantize.arrays import FLOAT_BYTES, FloatArray, Floats
-from quantize.caffenet import LayerParameter, NetParameter, Weights, live_blobs, single_assignment
-from quantize.caffenet.kernels import from_kernels, to_kernels
+from quantize.arrays import FloatArray, Floats
+from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment, users
+from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.caffenet.patches import Patches
 from quantize.data.feed import Feed
-from quantize.engines.base import Engine, OpenEngine, RangeResult
+from quantize.engines.base import Engine, OpenEngine
 from quantize.errors import LabelfreeError
 from quantize.numerics.decibels import decibels
 from quantize.numerics.grids import make_grid
-from quantize.numerics.moments import Moments
 from quantize.numerics.rounding import Problem, Statistics, round_kernels
 from quantize.numerics.solvers import fit
 from quantize.progress import SILENT, Progress
-from quantize.settings import GridChoice
-from quantize.sweep.plan import Costs, depth_order, micro_batch_size
+from quantize.settings import GridChoice, StatisticsName
+from quantize.stages import renorm
+from quantize.sweep.pair import beside, both_weights, full_layers, names_of_one_net, of_layers
+from quantize.sweep.plan import Step, depth_order
+from quantize.sweep.run import Shard
 
 PATCHES = 1 << 16
 """Patches per layer, about: of each image the same number, at random places."""
@@ -48,12 +51,14 @@ class Calibration:
         feed: the calibration images.
         open_engine: opens a net for running.
         memory: bytes that the blobs of all images may take; None: no bound.
+        statistics: those that renorm will give the BatchNorms.
     """
 
     net: NetParameter
     feed: Feed
     open_engine: OpenEngine
     memory: int | None
+    statistics: StatisticsName = "paired"
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class DataAwareFit:
     Attributes:
         alpha: float64 (n,).
         Q: float32 (n, k).
-        bias: float32 (n,): the bias that keeps the mean of the output, None where the layer has no bias.
+        bias: float32 (n,): the bias that keeps the mean of the output; None where the layer's own stays.
         output_sqnr_db: of the output against the full-precision net's: E y^2 / E (y - alpha Q x)^2.
         nearest_sqnr_db: the same with each weight at its nearest level; both None where an error is 0.
     """
@@ -91,163 +96,160 @@ def data_aware(
     Raises:
         LabelfreeError: a blob is not finite.
     """
-    feed, memory, open_engine = calibration.feed, calibration.memory, calibration.open_engine
-    ordered, cuts = depth_order(
-        single_assignment(calibration.net), lambda layer: layer.type == "BatchNorm" or layer.name in chosen
-    )
-    shapes = {feed.blob: feed.images.shape}
+    feed = calibration.feed
+    tour = _Tour.of(calibration, weights, chosen)
     found: dict[str, DataAwareFit] = {}
-    with (
-        closing(open_engine(ordered, weights, shapes)) as full,
-        closing(open_engine(ordered, weights, shapes)) as quantized,
-    ):
-        half = None if memory is None else memory // 2
-        widest = Costs.of(ordered, full.shapes, list(shapes), ()).widest
-        batch = micro_batch_size(widest, len(feed.images), half)
-        pair = Pair(Frontier(full, feed, batch, half), Frontier(quantized, feed, batch, half))
-        for cut, following in zip(cuts, [*cuts[1:], len(ordered.layer)], strict=True):
-            if len(found) == len(chosen):
-                break
-            layers = ordered.layer[cut:following]
-            norms = [layer for layer in layers if layer.type == "BatchNorm"]
-            rounded = [layer for layer in layers if layer.name in chosen]
-            centered = {layer.name: _mean_is_free(layer, ordered, weights) for layer in rounded}
-            statistics = pair.measure(cut, following, rounded, centered, norms)
-            for layer in rounded:
-                found[layer.name] = one = _rounded(
-                    layer, weights[layer.name], chosen[layer.name], statistics.get(layer.name)
+    blobs: dict[str, list[FloatArray]] = {}
+    both = both_weights(weights, weights, tour.ordered.layer)
+    with names_of_one_net(), closing(calibration.open_engine(tour.net, both, feed.shapes)) as engine:
+        patches = {stop.place: stop.patches(engine) for stop in tour.stops}
+        steps = [stop.step(patches[stop.place]) for stop in tour.stops]
+        shard = Shard(engine, feed, steps, calibration.memory)
+        if advice := shard.advice():
+            progress.note(f"weights: {advice}")
+        sums: dict[str, LayerMoments] = {}
+        for stop in tour.stops:
+            here = {
+                layer.name: LayerMoments(
+                    layer,
+                    patches[stop.place][layer.name],
+                    len(feed),
+                    _mean_is_free(layer, tour.ordered, weights),
                 )
-                kernels = (one.alpha[:, None] * one.Q).astype(np.float32)
-                blobs = [from_kernels(layer, kernels, weights[layer.name][0].shape)]
-                quantized.set_blobs(layer.name, blobs if one.bias is None else [*blobs, one.bias])
-                progress.advance(kernels.size)
+                for layer in stop.seen
+                if layer.name in patches[stop.place]
+            }
+            moments = shard.advance(blobs, partial(_add, here, feed.seed))
+            sums |= here
+            blobs = {
+                name: statistics.blobs for name, statistics in renorm.update(stop.norms, moments).items()
+            }
+            for uses in stop.rounded:
+                layer = uses[0]
+                seen = {use.name: sums.pop(use.name) for use in uses if use.name in sums}
+                fits = _rounded(uses, weights[layer.name], chosen[layer.name], seen)
+                found |= fits
+                for use in uses:
+                    if use in stop.seen:  # a use that has been passed stays what it was in this sweep
+                        blobs[use.name] = _folded(use, fits[use.name], weights[use.name])
+                progress.advance(weights[layer.name][0].size)
     return found
 
 
-class Frontier:
-    """A net and what it has computed so far for all images: the blobs that are live at ``place``.
+@dataclass(frozen=True)
+class _Stop:
+    """A place of the sweep: the quantized net is before some layers, the full-precision net behind them.
 
-    Where these would take more than ``memory`` bytes, what was kept before stays and later passes recompute
-    from there.
+    Attributes:
+        place: in the net of both.
+        seen: the layers that are to be quantized, here or at a later stop, and see their input here.
+        rounded: those to be quantized here, each with the others that have its weights.
+        norms: the BatchNorms whose statistics are decided here.
     """
 
-    def __init__(self, engine: Engine, feed: Feed, batch: int, memory: int | None) -> None:
-        self.engine = engine
-        self.feed = feed
-        self.batch = batch
-        self.memory = memory
-        self.place: int | None = None
-        self.kept: list[dict[str, FloatArray]] = []
+    place: int
+    seen: list[LayerParameter]
+    rounded: list[list[LayerParameter]]
+    norms: list[renorm.Norm]
 
-    def run_to(
-        self, stop: int, outputs: Sequence[str], moments: Sequence[str] = ()
-    ) -> Iterator[tuple[range, RangeResult]]:
-        """Run all images up to layer ``stop``: image numbers and result of each micro-batch."""
-        live = live_blobs(self.engine.net, stop)
-        size = sum(math.prod(self.engine.shapes.blobs[name]) for name in live) * FLOAT_BYTES
-        keep = self.memory is None or size * len(self.feed.images) <= self.memory
-        wanted = list(dict.fromkeys([*outputs, *(live if keep else ())]))
-        runner = self.engine.compile(self.place or 0, stop, wanted, moments)
-        start = 0
-        for chunk, feeds in enumerate(self._feeds()):
-            result = runner.run({name: feeds[name] for name in runner.inputs})
-            if keep:
-                kept = {name: result.blobs[name] for name in live}
-                if self.place is None:
-                    self.kept.append(kept)
-                else:
-                    self.kept[chunk] = kept
-            count = min(self.batch, len(self.feed.images) - start)
-            yield range(start, start + count), result
-            start += count
-        if keep:
-            self.place = stop
+    def patches(self, engine: Engine) -> dict[str, Patches]:
+        """How the layers see their bottoms, without those that `Patches` does not provide for."""
+        found = {}
+        for layer in self.seen:
+            bottom, top = (engine.shapes.blobs[name] for name in (layer.bottom[0], beside(layer.top[0])))
+            patches = Patches.of(layer, bottom, top, engine.weights[layer.name][0].shape)
+            if patches is not None and patches.columns <= MAX_COLUMNS:
+                found[layer.name] = patches
+        return found
 
-    def _feeds(self) -> Iterator[Mapping[str, FloatArray]]:
-        if self.place is None:
-            for pixels, _ in self.feed.images.batches(self.batch):
-                yield {self.feed.blob: pixels}
-        else:
-            yield from self.kept
+    def step(self, provided: Collection[str]) -> Step:
+        """What the sweep does to get here, to measure for the layers that are provided for."""
+        layers = [layer for layer in self.seen if layer.name in provided]
+        shown = [name for layer in layers for name in (layer.bottom[0], beside(layer.top[0]))]
+        moments = (*renorm.measured(self.norms), *renorm.references(self.norms))
+        return Step(self.place, moments, tuple(dict.fromkeys(shown)))
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The full-precision net and the one being quantized, each at its place."""
+class _Tour:
+    """The way of both nets together: always the full-precision net first, one group of layers ahead.
 
-    full: Frontier
-    quantized: Frontier
+    Attributes:
+        ordered: the layers of one net.
+        net: those of both.
+        stops: as far as the last layer to be quantized.
+    """
 
-    def measure(
-        self,
-        cut: int,
-        following: int,
-        layers: Sequence[LayerParameter],
-        centered: Mapping[str, bool],
-        norms: Sequence[LayerParameter],
-    ) -> dict[str, LayerMoments]:
-        """Bring both nets to ``layers`` and ``norms``, which begin at ``cut``, and measure for them.
+    ordered: NetParameter
+    net: NetParameter
+    stops: list[_Stop]
 
-        The BatchNorms get their new statistics; the moments of the layers are returned, without those that
-        `Patches` does not provide for.
-        """
-        engine = self.quantized.engine
-        sums: dict[str, LayerMoments] = {}
-        for layer in layers:
-            bottom, top = (engine.shapes.blobs[name] for name in (layer.bottom[0], layer.top[0]))
-            blob = engine.weights[layer.name][0]
-            patches = Patches.of(layer, bottom, top, blob.shape)
-            if patches is not None and patches.columns <= MAX_COLUMNS:
-                outputs, images = blob.size // patches.columns, len(self.full.feed.images)
-                sums[layer.name] = LayerMoments(patches, outputs, images, centered[layer.name])
-        measured = [layer for layer in layers if layer.name in sums]
-        bottoms = list(dict.fromkeys(layer.bottom[0] for layer in measured))
-        normed = list(dict.fromkeys(layer.bottom[0] for layer in norms))
-        moments: dict[str, Moments] = {}
-        seed = self.full.feed.images.seed
-        # The full-precision net runs through the layers, the other one only up to them.
-        ahead = self.full.run_to(following, [layer.top[0] for layer in measured]) if layers else None
-        for seen, result in self.quantized.run_to(cut, bottoms, normed):
-            for name in normed:
-                new = result.moments[name]
-                moments[name] = moments[name].merged(new) if name in moments else new
-            if ahead is None:
-                continue
-            wanted = next(ahead)[1]
-            for layer in measured:
-                x, y = result.blobs[layer.bottom[0]], wanted.blobs[layer.top[0]]
-                if not (np.isfinite(x).all() and np.isfinite(y).all()):
-                    raise LabelfreeError(f"layer {layer.name}: its input or output is not finite")
-                sums[layer.name].update(x, y, seen, seed)
-        if ahead is not None:
-            next(ahead, None)  # lets the generator end
-        for layer in norms:
-            found = moments[layer.bottom[0]]
-            with np.errstate(over="ignore"):
-                stored = [found.mean.astype(np.float32), (found.m2 / found.count).astype(np.float32)]
-            if not all(np.isfinite(blob).all() for blob in stored):
-                raise LabelfreeError(f"layer {layer.name}: its input has statistics that are not finite")
-            engine.set_blobs(layer.name, [*stored, np.ones(1, np.float32)])
-        return sums
+    @classmethod
+    def of(cls, calibration: Calibration, weights: Weights, chosen: Collection[str]) -> _Tour:
+        """For a net, its blobs and the layers to quantize."""
+        inputs = list(calibration.feed.shapes)
+        net = single_assignment(calibration.net)
+        same = users(net)
+        uses = {name: same.get(name, [name]) for name in chosen}
+        names = {use for each in uses.values() for use in each}
+        ordered, cuts = depth_order(net, lambda layer: layer.type == "BatchNorm" or layer.name in names)
+        groups = [list(ordered.layer[start:stop]) for start, stop in pairwise([0, *cuts])]
+        while groups and not any(layer.name in names for layer in groups[-1]):
+            groups.pop()
+        layers = full_layers(groups[0], inputs)
+        paired = weights if calibration.statistics == "paired" else None
+        stops = []
+        passed: dict[str, LayerParameter] = {}
+        for before, behind in pairwise(groups):
+            layers += [*before, *full_layers(behind, inputs)]
+            seen = [layer for layer in behind if layer.name in names]
+            passed |= {layer.name: layer for layer in seen}
+            # Layers that share weights are quantized when the last of them has seen its input.
+            ready = [name for name, each in uses.items() if all(use in passed for use in each)]
+            rounded = [[passed[use] for use in uses.pop(name)] for name in ready]
+            norms = [_norm(layer, paired) for layer in behind if layer.type == "BatchNorm"]
+            stops.append(_Stop(len(layers), seen, rounded, norms))
+        return cls(ordered, of_layers(ordered, layers), stops)
+
+
+def _norm(layer: LayerParameter, full: Weights | None) -> renorm.Norm:
+    """A BatchNorm, its statistics paired with full precision's where the blobs of that are given."""
+    bottom = layer.bottom[0]
+    reference = renorm.Reference.of(layer, beside(bottom), full) if full is not None else None
+    return renorm.Norm(layer.name, bottom, reference)
+
+
+def _add(sums: Mapping[str, LayerMoments], seed: int, images: range, blobs: Mapping[str, FloatArray]) -> None:
+    """Add the blobs of a micro-batch to the sums of all layers.
+
+    Raises:
+        LabelfreeError: a blob is not finite.
+    """
+    for name, moments in sums.items():
+        x, y = blobs[moments.layer.bottom[0]], blobs[beside(moments.layer.top[0])]
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise LabelfreeError(f"layer {name}: its input or output is not finite")
+        moments.update(x, y, images, seed)
 
 
 class LayerMoments:
     """Sums over patches x (quantized net) and outputs y (full-precision net) of one layer.
 
     Args:
-        patches: how the layer sees its bottom.
-        outputs: channels of the top.
+        layer: the layer.
+        patches: how it sees its bottom.
         images: how many will be seen.
         centered: whether means are to be removed, because they are free.
     """
 
-    def __init__(self, patches: Patches, outputs: int, images: int, centered: bool) -> None:
+    def __init__(self, layer: LayerParameter, patches: Patches, images: int, centered: bool) -> None:
+        self.layer = layer
         self.patches = patches
         self.per_image = -(-max(PATCHES, 8 * patches.columns) // images)
         self.centered = centered
         self.count = 0
         self._waiting: list[tuple[FloatArray, FloatArray]] = []
-        groups, n, k = patches.groups, outputs // patches.groups, patches.columns
+        groups, n, k = patches.groups, outputs(layer) // patches.groups, patches.columns
         self._xx: Floats = np.zeros((groups, k, k))
         self._yx: Floats = np.zeros((groups, n, k))
         self._yy: Floats = np.zeros((groups, n))
@@ -270,10 +272,10 @@ class LayerMoments:
         x, y = (np.concatenate(arrays, axis=1) for arrays in zip(*self._waiting, strict=True))
         self._waiting.clear()
         self.count += x.shape[1]
-        for group, (inputs, outputs) in enumerate(zip(x, y, strict=True)):
+        for group, (inputs, wanted) in enumerate(zip(x, y, strict=True)):
             # numpy computes half of a product of a matrix with its own transpose.
             self._xx[group] += inputs.T @ inputs
-            self._yx[group] += outputs.T @ inputs
+            self._yx[group] += wanted.T @ inputs
         self._yy += np.square(y, dtype=np.float64).sum(axis=1)
         self._x += x.sum(axis=1, dtype=np.float64)
         self._y += y.sum(axis=1, dtype=np.float64)
@@ -283,6 +285,12 @@ class LayerMoments:
         """E x (G, k) and E y (G, n)."""
         self._add()
         return self._x / self.count, self._y / self.count
+
+    def bias(self, kernels: Floats) -> FloatArray:
+        """The bias with which ``kernels`` (G, n, k) keep the mean of the output: float32 (G * n,)."""
+        x, y = self.means
+        bias: FloatArray = (y - np.einsum("gnk,gk->gn", kernels, x)).reshape(-1).astype(np.float32)
+        return bias
 
     @property
     def statistics(self) -> Statistics:
@@ -315,30 +323,63 @@ def only_normalized(net: NetParameter, blob: str) -> bool:
 
 
 def _rounded(
-    layer: LayerParameter, blobs: Sequence[FloatArray], choice: GridChoice, seen: LayerMoments | None
-) -> DataAwareFit:
-    w = to_kernels(layer, blobs[0])
+    uses: Sequence[LayerParameter],
+    blobs: Sequence[FloatArray],
+    choice: GridChoice,
+    seen: Mapping[str, LayerMoments],
+) -> dict[str, DataAwareFit]:
+    """Quantize layers with the same weights: alpha and Q are the same for all, the biases their own.
+
+    Args:
+        blobs: of the first of them.
+        seen: by name of the layers, without those that are not provided for.
+    """
+    w = to_kernels(uses[0], blobs[0])
     grid = make_grid(choice.grid, choice.bits)
     nearest = fit(w, grid)
-    if seen is None:
-        return DataAwareFit(nearest.alpha, nearest.Q, blobs[1].reshape(-1) if blobs[1:] else None, None, None)
-    statistics = seen.statistics
+    if not seen:
+        return {use.name: DataAwareFit(nearest.alpha, nearest.Q, None, None, None) for use in uses}
+    statistics = _together(list(seen.values()))
     groups, n, k = statistics.B.shape
     problem = Problem.of(w.reshape(groups, n, k).astype(np.float64), statistics)
-    found = round_kernels(problem, grid)
-    kernels = found.alpha[:, :, None] * found.Q
-    x, y = seen.means
-    bias = None
-    if blobs[1:]:
-        bias = (y - np.einsum("gnk,gk->gn", kernels, x)).reshape(-1).astype(np.float32)
+    best = round_kernels(problem, grid)
+    kernels = best.alpha[:, :, None] * best.Q
     before = (nearest.alpha[:, None] * nearest.Q).reshape(groups, n, k)
-    return DataAwareFit(
-        found.alpha.reshape(-1),
-        found.Q.reshape(-1, k).astype(np.float32),
-        bias,
+    whole = DataAwareFit(
+        best.alpha.reshape(-1),
+        best.Q.reshape(-1, k).astype(np.float32),
+        None,
         _sqnr(statistics, kernels),
         _sqnr(statistics, before),
     )
+    return {
+        use.name: replace(whole, bias=seen[use.name].bias(kernels))
+        if use.name in seen and blobs[1:]
+        else whole
+        for use in uses
+    }
+
+
+def _together(seen: Sequence[LayerMoments]) -> Statistics:
+    """The second moments over several uses of the same weights."""
+    parts = [(moments.statistics, moments.count) for moments in seen]
+    total = sum(count for _, count in parts)
+    H, B, energy = (
+        sum((count / total) * getattr(statistics, name) for statistics, count in parts)
+        for name in ("H", "B", "energy")
+    )
+    return Statistics(H, B, energy)
+
+
+def _folded(layer: LayerParameter, found: DataAwareFit, blobs: Sequence[FloatArray]) -> list[FloatArray]:
+    """The blobs of a layer with alpha in its weights.
+
+    Args:
+        blobs: as they were.
+    """
+    kernels = (found.alpha[:, None] * found.Q).astype(np.float32)
+    bias = [found.bias.reshape(old.shape) if found.bias is not None else old for old in blobs[1:]]
+    return [from_kernels(layer, kernels, blobs[0].shape), *bias]
 
 
 def _sqnr(statistics: Statistics, kernels: Floats) -> float | None:

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from quantize.arrays import FLOAT_BYTES
-from quantize.caffenet import LayerParameter, NetParameter, Shapes, live_blobs
+from quantize.caffenet import LayerParameter, NetParameter, Shapes, live_blobs, needed_layers
 from quantize.errors import InputError
 
 ALIGNMENT = 64
@@ -45,10 +45,17 @@ SOURCE_COST_PER_VALUE = 500
 
 @dataclass(frozen=True)
 class Step:
-    """Run all images up to layer ``stop`` and measure the blobs ``measured`` as they stand there."""
+    """Run all images up to layer ``stop``, measure some blobs there and show others.
+
+    Attributes:
+        stop: the place in the net.
+        measured: blobs whose moments over all images are wanted.
+        outputs: blobs whose values are wanted, micro-batch by micro-batch.
+    """
 
     stop: int
     measured: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
 
 
 def depth_order(
@@ -89,21 +96,44 @@ class Costs:
         source: work of reading one image.
         live: bytes of the frontier at each place.
         widest: bytes of the bottoms and tops of the widest layer.
+        once: work of the layers that only the first step needs; it is not in ``work``, as nothing of it is
+            ever done again.
     """
 
     work: tuple[float, ...]
     source: float
     live: tuple[int, ...]
     widest: int
+    once: float = 0.0
 
     @classmethod
-    def of(cls, net: NetParameter, shapes: Shapes, inputs: Sequence[str], outputs: Sequence[str]) -> Costs:
-        """The costs of an inference net with every blob name assigned once."""
+    def of(
+        cls,
+        net: NetParameter,
+        shapes: Shapes,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        steps: Sequence[Step] = (),
+    ) -> Costs:
+        """The costs of an inference net with every blob name assigned once.
+
+        Args:
+            outputs: blobs that are wanted when the net has run.
+            steps: of a sweep; none: the net is run as a whole.
+        """
         values = {name: int(np.prod(shape, dtype=object)) for name, shape in shapes.blobs.items()}
         per_layer = [
             shapes.macs.get(layer.name, 0) + COST_PER_VALUE * sum(values[top] for top in layer.top)
             for layer in net.layer
         ]
+        once = 0.0
+        if len(steps) > 1:
+            later = [name for step in steps[1:] for name in (*step.measured, *step.outputs)]
+            again = {layer.name for layer in needed_layers(net.layer[: steps[-1].stop], later)}
+            for place, layer in enumerate(net.layer[: steps[0].stop]):
+                if layer.name not in again:
+                    once += per_layer[place]
+                    per_layer[place] = 0
         live = [
             sum(aligned(values[name] * FLOAT_BYTES) for name in live_blobs(net, place, outputs))
             for place in range(len(net.layer) + 1)
@@ -113,7 +143,7 @@ class Costs:
             default=0,
         )
         source = SOURCE_COST_PER_VALUE * sum(values[name] for name in inputs)
-        return cls(tuple(accumulate(per_layer, initial=0.0)), source, tuple(live), widest)
+        return cls(tuple(accumulate(per_layer, initial=0.0)), source, tuple(live), widest, once)
 
     def between(self, origin: int | None, stop: int) -> float:
         """Work of the layers from a place on (None: and of reading the image) up to another."""
@@ -220,7 +250,7 @@ def plan(costs: Costs, steps: Sequence[Step], images: int, memory: int | None) -
         InputError: the memory is too small for even one image.
     """
     batch = micro_batch_size(costs.widest, images, memory)
-    plain = (costs.source + costs.work[steps[-1].stop]) * images if steps else 0.0
+    plain = (costs.source + costs.once + costs.work[steps[-1].stop]) * images if steps else 0.0
     frontiers = images + in_flight(batch, images)
     memory = frontiers * max(costs.live) if memory is None else memory - memory // RESERVE
     joints = _joints(costs, steps, memory // frontiers)
@@ -356,6 +386,6 @@ def _routes(
             held += stretch.large if first < stretch.many else stretch.small
         origin = [None, *held[:-1]]
         keep = [new if new != old else None for old, new in zip(origin, held, strict=True)]
-        work = sum(costs.between(o, step.stop) for o, step in zip(origin, steps, strict=True))
+        work = costs.once + sum(costs.between(o, step.stop) for o, step in zip(origin, steps, strict=True))
         routes.append(Route(last - first, tuple(origin), tuple(keep), costs.held(held), work))
     return tuple(routes)

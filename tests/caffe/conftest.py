@@ -3,6 +3,8 @@
 Without that folder the tests that need it are skipped; with CI=true or LABELFREE_REQUIRE_CAFFE=1 they fail.
 """
 
+import base64
+import io
 import os
 import shutil
 import subprocess
@@ -10,10 +12,26 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 STAMP = ".labelfree-caffe-root"
+
+FORWARD = """
+import base64, ctypes, io, sys, numpy, caffe
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+net = caffe.Net('net.prototxt', caffe.TEST, weights='net.caffemodel')
+inputs = numpy.load('inputs.npz')
+for name in inputs.files:
+    net.blobs[name].reshape(*inputs[name].shape)
+    net.blobs[name].data[...] = inputs[name]
+net.forward()
+found = io.BytesIO()
+numpy.savez(found, **{str(i): net.blobs[name].data for i, name in enumerate(sys.argv[2:])})
+print(base64.b64encode(found.getvalue()).decode())
+"""
+"""Prints blobs of a net that Caffe has read and run."""
 
 CaffeRun = Callable[[Sequence[str], Mapping[str, str | bytes | Path]], "subprocess.CompletedProcess[str]"]
 
@@ -75,9 +93,39 @@ def caffe_run(caffe_root: Path) -> CaffeRun:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=600,
             )
         finally:
             shutil.rmtree(folder)
 
     return run
+
+
+CaffeForward = Callable[[str | Path, bytes | Path, Mapping[str, np.ndarray], Sequence[str]], list[np.ndarray]]
+
+
+@pytest.fixture
+def caffe_forward(caffe_run: CaffeRun, caffe_plugin: str) -> CaffeForward:
+    """Runs a net as pycaffe reads it from its two files: prototxt, caffemodel, inputs, names of blobs.
+
+    A net that Caffe refuses is an AssertionError with what Caffe said.
+    """
+
+    def forward(
+        prototxt: str | Path,
+        caffemodel: bytes | Path,
+        inputs: Mapping[str, np.ndarray],
+        blobs: Sequence[str],
+    ) -> list[np.ndarray]:
+        arrays = io.BytesIO()
+        np.savez(arrays, **dict(inputs))
+        done = caffe_run(
+            ["python3", "-c", FORWARD, caffe_plugin, *blobs],
+            {"net.prototxt": prototxt, "net.caffemodel": caffemodel, "inputs.npz": arrays.getvalue()},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        with np.load(io.BytesIO(base64.b64decode(done.stdout.splitlines()[-1]))) as found:
+            return [found[str(number)] for number in range(len(blobs))]
+
+    return forward

@@ -24,7 +24,7 @@ def test_both_engines_measure_the_same(caffe_python: list[str], tmp_path: Path) 
     test = InferenceNet.of(parse(RESIDUAL))
     weights = random_weights(test.net, {test.blob: CROPPED})
     transform = Transform(crop_size=9, scale=0.02, mean_value=(100.0,))
-    feed = Feed(test.blob, images_of(write_images(tmp_path / "lmdb", 20), transform, phase=1))
+    feed = Feed({test.blob: images_of(write_images(tmp_path / "lmdb", 20), transform, phase=1)})
     layers = ["left", "right_a", "right_b", "fc1"]
     onnx = engine_opener("onnx", CaffeProcess(), 1)
     wanted, found = (

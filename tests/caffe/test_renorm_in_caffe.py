@@ -12,7 +12,7 @@ from quantize.caffenet import NetParameter, Weights, single_assignment
 from quantize.data.feed import Feed
 from quantize.engines.caffe.engine import CaffeEngine, Worker
 from quantize.numerics.moments import moments_of
-from quantize.stages.renorm import renorm
+from quantize.stages.renorm import FullPrecision, renorm
 from quantize.sweep.plan import depth_order
 from tests.caffe.test_engine import IMAGE, images, residual_net, run_in_ranges
 
@@ -60,7 +60,7 @@ def test_renorm_finds_what_one_training_pass_of_all_images_does(worker: Worker) 
     def open_engine(net: NetParameter, weights: Weights, inputs: Mapping[str, Shape]) -> CaffeEngine:
         return CaffeEngine(net, weights, inputs, worker=worker)
 
-    found, _ = renorm(net, weights, Feed("data", Batches(blob)), open_engine, memory=200_000)
+    found, _ = renorm(net, weights, Feed({"data": Batches(blob)}), open_engine, memory=200_000)
     training = single_assignment(net)
     norms = {layer.name: layer.bottom[0] for layer in training.layer if layer.type == "BatchNorm"}
     for layer in training.layer:
@@ -78,3 +78,40 @@ def test_renorm_finds_what_one_training_pass_of_all_images_does(worker: Worker) 
         assert factor == 1
         np.testing.assert_allclose(mean, moments.mean, rtol=0, atol=1e-5 * np.abs(moments.mean).max())
         np.testing.assert_allclose(variance, moments.m2 / (moments.count - 1), rtol=1e-5)
+
+
+def test_paired_channels_have_full_precisions_mean_and_deviation_in_caffe(worker: Worker) -> None:
+    """What Caffe's BatchNorm puts out for the same images, in full precision and with other kernels."""
+    net, weights = residual_net()
+    blob = images(40)
+    changed = weights.copy()
+    rng = np.random.default_rng(0)
+    for layer in net.layer:
+        if layer.type in ("Convolution", "InnerProduct"):
+            kernels, *bias = weights[layer.name]
+            noise = rng.normal(0, 0.2 * kernels.std(), kernels.shape)
+            changed.replace(layer.name, [(1.2 * kernels + noise).astype(np.float32), *bias])
+
+    def open_engine(net: NetParameter, weights: Weights, inputs: Mapping[str, Shape]) -> CaffeEngine:
+        return CaffeEngine(net, weights, inputs, worker=worker)
+
+    full = FullPrecision(net, weights)
+    found, _ = renorm(net, changed, Feed({"data": Batches(blob)}), open_engine, memory=200_000, full=full)
+    flat = single_assignment(net)
+    tops = [layer.top[0] for layer in flat.layer if layer.type == "BatchNorm"]
+    before, wanted, paired = (
+        [
+            moments_of(
+                open_engine(flat, blobs, {"data": IMAGE})
+                .compile(0, len(flat.layer), [top])
+                .run({"data": blob})
+                .blobs[top]
+            )
+            for top in tops
+        ]
+        for blobs in (changed, weights, found)
+    )
+    for ours, theirs in zip(paired, wanted, strict=True):
+        np.testing.assert_allclose(ours.mean, theirs.mean, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(ours.m2, theirs.m2, rtol=1e-3)
+    assert max(np.abs(a.mean - b.mean).max() for a, b in zip(before, wanted, strict=True)) > 0.1

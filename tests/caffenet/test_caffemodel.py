@@ -2,6 +2,7 @@
 
 import io
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -217,27 +218,36 @@ def test_one_name_for_a_layer_with_and_one_without_weights(tmp_path):
     weights = read(tmp_path, net.SerializeToString())
     assert weights.layers() == ["data", "fc"]
     np.testing.assert_array_equal(weights["fc"][0], [1, 1, 1])
-    blob(net.layer[2], np.ones(3, np.float32))
-    with pytest.raises(InputError, match="two layers are called 'fc'"):
-        read(tmp_path, net.SerializeToString())
+
+
+def test_of_several_layers_of_one_name_the_last_counts_and_all_are_written(tmp_path):
+    net = small_net()
+    blob(net.layer.add(name="fc"), np.full(3, 2, np.float32))
+    data = net.SerializeToString()
+    weights = read(tmp_path, data)
+    assert weights.layers() == ["conv", "relu", "fc"]
+    assert [name for name, _ in weights.entries()] == ["conv", "relu", "fc", "fc"]
+    np.testing.assert_array_equal(weights["fc"][0], [2, 2, 2])
+    assert NetParameter.FromString(written(weights)) == net
+    weights.replace("fc", [np.zeros(3)])
+    assert [name for name, _ in weights.entries()] == ["conv", "relu", "fc"]
 
 
 HUGE = varint(10**12)
 HOSTILE = {
     "empty": (b"", "empty"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
-    "text": (b'name: "net"\nlayer { name: "a" }\n', "damaged"),
-    "no layers": (record(1, b"name"), "without layers"),
+    "text": (b'name: "net"\nlayer { name: "a" }\n', "text, not a caffemodel.*changed places"),
+    "no layers": (record(1, b"name"), "has no layers"),
     "truncated varint": (b"\xff", "ends in the middle"),
     "endless varint": (b"\xff" * 20, "more than 64 bits"),
     "field number 0": (b"\x00\x00", "field number 0"),
     "group": (net_of_blob(b"\x0b\x0c"), "wire type 3"),
-    "end of a group": (b"\x0c", "wire type 4"),
+    "end of a group": (record(1, b"\x01") + b"\x0c", "wire type 4"),
     "wire type 7": (b"\x0f", "wire type 7"),
     "length beyond the file": (varint(100 << 3 | 2) + HUGE, "claims to reach"),
     "layer as a number": (varint(100 << 3) + b"\x01", "wire type 0"),
     "name as a number": (record(100, b"\x08\x01"), "wire type 0"),
-    "name not UTF-8": (record(100, record(1, b"\xff\xfe")), "not UTF-8"),
     "blob as a number": (record(100, b"\x38\x01"), "wire type 0"),
     "10^12 values in shape": (net_of_blob(record(7, record(1, HUGE))), "impossible dimension"),
     "10^12 values in a product": (
@@ -252,7 +262,7 @@ HOSTILE = {
     "negative dimension": (net_of_blob(record(7, record(1, varint(2**64 - 1)))), "impossible dimension"),
     "too many axes": (net_of_blob(record(7, record(1, b"\x01" * 33))), "dimensions"),
     "a million axes": (net_of_blob(record(7, record(1, b"\x01" * 10**6))), "dimensions"),
-    "shape as a number": (net_of_blob(b"\x38\x01"), "wire type 0"),
+    "shape as a number": (net_of_blob(b"\x38\x01"), "the 0 values that the file holds"),
     "shape shorter than data": (
         net_of_blob(record(5, bytes(8)) + record(7, record(1, b"\x01"))),
         "the 2 values that the file holds",
@@ -260,7 +270,7 @@ HOSTILE = {
     "data without shape": (net_of_blob(record(5, bytes(8))), "the 2 values that the file holds"),
     "no data": (net_of_blob(b""), "the 0 values that the file holds"),
     "half a float": (net_of_blob(record(5, bytes(6)) + record(7, record(1, b"\x01"))), "whole number"),
-    "data as varints": (net_of_blob(b"\x28\x01"), "wire type 0"),
+    "data as varints": (net_of_blob(b"\x28\x01"), "the 0 values that the file holds"),
     "truncated float": (net_of_blob(b"\x2d\x00\x00"), "claims to reach"),
 }
 
@@ -308,6 +318,45 @@ def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="not a file"):
         Weights.read(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_names_of_damaged_files(tmp_path, case):
+    path = tmp_path / "net.caffemodel"
+    path.write_bytes(HOSTILE[case][0])
+    try:
+        names, message = Weights.names(path), ""
+    except InputError as error:
+        names, message = {""}, str(error)
+    assert message.startswith(str(path)) or (not message and names <= {"", "conv"})  # the damage is in a blob
+    assert "\n" not in message
+
+
+def test_names_are_those_of_what_is_read(tmp_path):
+    for data in (
+        small_net().SerializeToString(),
+        record(100, record(1, "\u5377".encode("gbk"))) + record(100, b"") + record(100, record(1, b"a") * 2),
+        record(2, record(4, b"old")),
+    ):
+        weights = read(tmp_path, data)
+        assert Weights.names(tmp_path / "net.caffemodel") == set(weights.layers())
+
+
+def test_names_are_found_without_reading_blobs(tmp_path):
+    """1.5 GiB of blobs, which the file system does not even store."""
+    path = tmp_path / "net.caffemodel"
+    size = 3 << 29
+    head = record(1, b"huge") + varint(7 << 3 | 2) + varint(size)
+    with open(path, "wb") as file:
+        file.write(varint(100 << 3 | 2) + varint(len(head) + size) + head)
+        file.seek(size, os.SEEK_CUR)
+        file.write(record(100, record(1, b"last")))
+    tracemalloc.start()
+    names = Weights.names(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert names == {"huge", "last"}
+    assert peak < 1 << 20
 
 
 def test_every_truncation_is_found(tmp_path):

@@ -1,10 +1,13 @@
 """Reading nets as text: upgrades of old nets, errors that say where, schemas of forks."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quantize.caffenet import NetParameter, format_prototxt, load_schema, prototxt, read_prototxt
+from quantize.caffenet import format_prototxt, prototxt, read_prototxt
+from quantize.caffenet.strings import to_bytes, to_path, to_text
 from quantize.errors import InputError
 
 
@@ -129,17 +132,32 @@ BAD = {
     "unknown value": ("layer { pooling_param { pool: SUM } }", r"line 1, column \d+: .*SUM"),
     "wrong type": ('layer {\n convolution_param { num_output: "x" } }', r"line 2, column \d+"),
     "negative": ("layer { convolution_param { num_output: -1 } }", r"line 1, column \d+"),
-    "unclosed": ('layer { name: "a"', r"line 1, column \d+"),
+    "unclosed": ('\nlayer { name: "a"', r"line 2: the brace of `layer {` is never closed"),
+    "unclosed before the next layer": (
+        'name: "n"\nlayer {\n  name: "a" # }\n  convolution_param { num_output: 1\n}\nlayer { name: "}" }\n',
+        r"line 2: the brace of `layer {` is not closed before the next layer \(line 6\)",
+    ),
+    "a brace too many": ('layer { name: "a" }\n}\nlayer {}', "line 2: a closing brace too many"),
+    "misspelt field": (
+        "layer { convolution_param { kernal_size: 3 } }",
+        r"line 1, column \d+: ConvolutionParameter has no field kernal_size; did you mean kernel_size\?",
+    ),
+    "misspelt value": ("layer { pooling_param { pool: AVG } }", r"no value AVG; it has MAX, AVE, STOCHASTIC"),
+    "misspelt value, nearly": ("layer { pooling_param { pool: max } }", r"no value max; did you mean MAX\?"),
+    "old word, new type": ('layers { type: "Convolution" }', "no type of an old layer.*CONVOLUTION"),
+    "solver": (
+        'net: "models/train_val.prototxt"\nbase_lr: 0.1\n',
+        'a solver\'s prototxt; give the net that it names, "models/train_val.prototxt"',
+    ),
     "unclosed string": ('layer { name: "a }', r"line 1, column \d+"),
     "twice": ('layer { name: "a" name: "b" }', r"line 1, column \d+.*name"),
     "required field": (
         'layer { type: "Clip" clip_param { min: 0 } }',
         r"layer\[0\]\.clip_param\.max is missing",
     ),
-    "binary": (b"\x0a\x04name\xa2\x06\x80\xff\xfe", "not UTF-8.*caffemodel"),
-    "latin-1": ('name: "caf\u00e9"\n\n'.encode("latin-1"), "line 1: not UTF-8"),
-    "nulls": (b"\x00" * 64, "line 1"),
-    "deep": ("layer { " * 100_000, r"line 1, column \d+"),
+    "binary": (b"\x0a\x04name\xa2\x06\x80\xff\xfe", "a binary file.*caffemodel.*changed places"),
+    "nulls": (b"\x00" * 64, "a binary file"),
+    "deep": ("layer { a { " * 100_000, "line 1"),
     "v0": ('layers { layer { name: "conv1" type: "conv" } }', "conv1.*upgrade_net_proto_text"),
     "two ages": ('layers { name: "a" type: RELU } layer { name: "b" type: "ReLU" }', "both old"),
 }
@@ -165,6 +183,35 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "large").write_bytes(b" " * (2 << 20))
     with pytest.raises(InputError, match="larger than 1 MiB"):
         read_prototxt(tmp_path / "large")
+    (tmp_path / "large").write_bytes(b"\x0a\x04name\xa2\x06" + b"\0" * (2 << 20))
+    with pytest.raises(InputError, match=r"a binary file.*changed places"):
+        read_prototxt(tmp_path / "large")
+    os.mkfifo(tmp_path / "pipe")
+    for endless in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(InputError, match=f"{endless}: a (pipe|device), not a file"):
+            read_prototxt(endless)
+
+
+def test_bytes_in_comments_and_strings_are_carried_through(read):
+    gbk, latin = "\u5377\u79ef".encode("gbk"), "caf\u00e9".encode("latin-1")
+    utf8 = "\u5377 \U0010fe80".encode()
+    text = b'# %b %b\nname: "%b" layer { name: "%b" type: "ReLU" top: "%b" top: "\\261\\xED\\\\261" }'
+    net = read(text % (gbk, latin, latin, gbk, utf8))
+    layer = net.layer[0]
+    assert [to_bytes(each) for each in (net.name, layer.name, *layer.top)] == [
+        *(latin, gbk, utf8),
+        b"\xb1\xed\\261",
+    ]
+    written = to_bytes(format_prototxt(net))
+    assert read(written) == net
+    assert all(b'"%b"' % each in written for each in (latin, gbk, utf8))
+
+
+@given(st.binary(max_size=20))
+def test_every_string_of_bytes_has_a_text_of_its_own(data):
+    assert to_bytes(to_text(data)) == data
+    assert os.fsencode(to_path(to_text(data))) == data
+    to_text(data).encode()
 
 
 @given(st.text(max_size=100), st.integers(0, 200))
@@ -178,53 +225,3 @@ def test_any_text_gives_a_net_or_one_line(read, junk, place):
     else:
         return
     assert "\n" not in message
-
-
-FORK = """
-syntax = "proto2";
-package caffe;
-message NetParameter { optional string name = 1; repeated LayerParameter layer = 100; }
-message LayerParameter {
-  optional string name = 1;
-  optional string type = 2;
-  repeated string bottom = 3;
-  repeated string top = 4;
-  optional PermuteParameter permute_param = 202;
-}
-message PermuteParameter { repeated uint32 order = 1; }
-"""
-
-
-@pytest.fixture
-def fork(tmp_path, monkeypatch):
-    pytest.importorskip("grpc_tools")
-    monkeypatch.setattr(prototxt, "_fork", None)
-    path = tmp_path / "fork.proto"
-    path.write_text(FORK)
-    return path
-
-
-def test_fields_of_a_fork_are_kept(read, fork):
-    text = 'layer { name: "p" type: "Permute" permute_param { order: 0 order: 2 } }'
-    net = read(text, schema=load_schema(fork))
-    assert type(net) is NetParameter
-    assert net.layer[0].type == "Permute"
-    copy = NetParameter()
-    copy.layer.add().CopyFrom(net.layer[0])
-    written = format_prototxt(copy)
-    assert "permute_param {\n    order: 0\n    order: 2\n  }" in written
-    assert read(written) == copy
-
-
-def test_schemas_that_cannot_be_used(tmp_path, fork, monkeypatch):
-    with pytest.raises(InputError, match="no such file"):
-        load_schema(tmp_path / "nothing.proto")
-    fork.write_text("message {")
-    with pytest.raises(InputError, match=r"fork\.proto: cannot be compiled: .*1:9"):
-        load_schema(fork)
-    fork.write_text('syntax = "proto2"; package caffe; message Net {}')
-    with pytest.raises(InputError, match=r"no message caffe\.NetParameter"):
-        load_schema(fork)
-    monkeypatch.setattr(prototxt, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match="pip install grpcio-tools"):
-        load_schema(fork)

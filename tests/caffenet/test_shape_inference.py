@@ -319,6 +319,8 @@ CONV = 'type: "Convolution" convolution_param'
 IMPOSSIBLE = [
     ('type: "Permute"', [IMAGE], "not supported .*; supported are: .*Convolution"),
     ('type: "Filter"', [IMAGE, (2,)], "not supported"),
+    ('type: "Convolutoin"', [IMAGE], r"not supported; did you mean Convolution\? \(engine: caffe"),
+    ('type: "relu"', [IMAGE], r"not supported; did you mean ReLU\?"),
     ('type: "ReLU"', [], "0 bottoms"),
     ('type: "ReLU"', [IMAGE, IMAGE], "2 bottoms"),
     ('type: "Eltwise"', [IMAGE], "1 bottoms"),

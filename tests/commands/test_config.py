@@ -1,5 +1,6 @@
 """The configuration: what is accepted, and the one line that each mistake gives."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ def test_the_defaults_are_the_contract() -> None:
     config = load(None, LEAST)
     assert (config.weights.bits, config.weights.grid, config.weights.solver) == (4, "power_of_two", "optimal")
     assert (config.weights.first_last.bits, config.weights.first_last.grid) == (8, "fixed_point")
-    assert (config.renorm.images, config.renorm.augment, config.renorm.memory) == (1000, "train", 2 << 30)
-    assert (config.activations.largest_code, config.activations.images) == (127, 400)
+    assert (config.renorm.images, config.renorm.augment, config.renorm.memory) == (64, "train", 2 << 30)
+    assert config.renorm.statistics == "paired"
+    assert (config.activations.largest_code, config.activations.images) == (127, 64)
     assert config.engine == "auto"
     assert config.data.seed == 0
 
@@ -108,6 +110,20 @@ def test_overrides_inherit_what_they_do_not_name() -> None:
         ("caffe.python=[]", ["caffe.python"]),
         ("data.transform.mean_value=x", ["data.transform.mean_value", "'x'"]),
         ("weights", ["--set weights", "expected key=value"]),
+        ("=3", ["--set =3", "expected key=value"]),
+        ("weights.=3", ["--set weights.=3", "expected key=value"]),
+        ("data.transform.resize=[64]", ["data.transform.resize", "[64]", "[height, width]", "[256, 256]"]),
+        ("data.transform.resize=64", ["data.transform.resize", "64", "[height, width]"]),
+        ("output=", ["output is empty; give it a value"]),
+        ("renorm.images=", ["renorm.images is empty; give it a value or leave it out"]),
+        ("data=", ["data is empty"]),
+        ("data=photos", ["data is a section", "calibration", "write data: {calibration: {source: photos}}"]),
+        ("data.calibration=a/b", ["data.calibration is a section", "write calibration: {source: a/b}"]),
+        ("renorm=5", ["renorm is a section with the keys augment, images, memory", "'5'"]),
+        ("weights.layers=[fc8]", ["weights.layers is a section with names as keys"]),
+        ("weights.layers={fc8: 8}", ["weights.layers.fc8 is a section with the keys bits, grid, skip"]),
+        ("model.prototxt={path: x}", ["model.prototxt", "expected a path, not a section"]),
+        ("output=[x]", ["output", "expected a path, not a list"]),
         ("weights.bits=[", ["--set", "not valid YAML"]),
         ("name.first=x", ["name", "valid string"]),
     ],
@@ -116,6 +132,11 @@ def test_a_mistake_names_key_value_and_remedy(assignment: str, parts: list[str])
     message = error_of(assignment)
     for part in parts:
         assert part in message
+
+
+def test_an_empty_option_is_not_the_current_folder() -> None:
+    for key in ("output", "model.prototxt", "model.weights", "data.calibration.source"):
+        assert f"{key} is empty" in error_of(**{key: ""})
 
 
 def test_a_missing_key_is_named() -> None:
@@ -155,6 +176,14 @@ def test_all_missing_keys_are_named_with_the_options_that_give_them(tmp_path: Pa
 )
 def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, part: str) -> None:
     assert part in error_of(path=write(tmp_path, text))
+
+
+def test_what_may_never_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    device = error_of(path=Path("/dev/zero"))
+    assert "/dev/zero: a device, not a file; the configuration was expected" in device
+    assert "pipe: a pipe, not a file" in error_of(path=tmp_path / "pipe")
+    assert "larger than 1 MiB" in error_of(path=write(tmp_path, "#" * (2 << 20)))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

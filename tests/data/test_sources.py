@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pictures import photograph, result_or_input_error
 
 from quantize.caffenet import Datum
+from quantize.data import files, sources
 from quantize.data.make_lmdb import make_datum, write_lmdb
 from quantize.data.sources import datum_pixels, open_source
 from quantize.errors import InputError
@@ -219,6 +220,20 @@ def test_places_that_hold_no_images(tmp_path):
     refused(tmp_path / "x.h5", "HDF5.*make-lmdb")
     (tmp_path / "x.jpg").touch()
     refused(tmp_path / "x.jpg", "single image")
+
+
+def test_lists_and_images_have_bounds(image_folder, tmp_path, monkeypatch):
+    image_folder(1)
+    (tmp_path / "list.txt").write_text("images/image00.png 0\n/dev/zero 1\n")
+    source = open_source(tmp_path / "list.txt")
+    with pytest.raises(InputError, match=r"list.txt, line 2: /dev/zero: a device, not a file"):
+        source.read(1)
+    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 10)
+    with pytest.raises(InputError, match=r"list.txt, line 1: .*image00.png: larger than"):
+        source.read(0)
+    monkeypatch.setattr(files, "MAX_LIST_BYTES", 10)
+    with pytest.raises(InputError, match=r"list.txt: larger than .*list of images"):
+        open_source(tmp_path / "list.txt")
 
 
 def test_an_unreadable_image_is_named(image_folder):

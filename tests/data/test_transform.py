@@ -215,8 +215,17 @@ def test_means_that_do_not_fit(tmp_path, blob, message):
 
 
 def test_mean_files_that_are_none(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(
+        InputError, match=r"cannot read the mean_file: No such file.* starts at the prototxt's"
+    ):
         Transform(mean_file=tmp_path / "absent").shape_of((3, 8, 10))
+    with pytest.raises(InputError, match=r"/dev/zero: a device, not a file; the mean_file was expected"):
+        Transform(mean_file=Path("/dev/zero")).shape_of((3, 8, 10))
+    np.save(tmp_path / "mean.npy", np.zeros((3, 8, 10)))
+    with pytest.raises(
+        InputError, match=r"not a BlobProto but a numpy array; give the BlobProto, or mean_value"
+    ):
+        Transform(mean_file=tmp_path / "mean.npy").shape_of((3, 8, 10))
     (tmp_path / "garbage").write_bytes(b"\xff" * 40)
     with pytest.raises(InputError, match="not a BlobProto"):
         Transform(mean_file=tmp_path / "garbage").shape_of((3, 8, 10))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantize.caffenet import NetParameter, Weights, filter_net, inference_net, live_blobs, single_assignment
-from quantize.engines import onnx as onnx_engine
+from quantize.engines.onnx import engine as onnx_engine
 from quantize.engines.onnx.engine import OnnxEngine, split
 from quantize.engines.onnx.graph import Graph
 from quantize.engines.onnx.layers import TRANSLATORS

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from quantize.arrays import FloatArray
 from quantize.caffenet import NetParameter, Weights, infer_shapes
 from quantize.engines.onnx.engine import OnnxEngine
 from quantize.engines.onnx.layers import TRANSLATORS
@@ -133,6 +134,20 @@ def test_places_of_maxima_need_a_pixel_in_every_window() -> None:
     assert "\n" not in str(raised.value)
     found = run(parse(layer % "round_mode: FLOOR"), Weights(), {"x": x})
     np.testing.assert_array_equal(found["places"], [[[[0, 3], [15, 18]]]])
+
+
+@pytest.mark.parametrize("param", ["pool: MAX", "pool: AVE pad: 1", "pool: AVE"])
+def test_ceil_mode_of_the_forks_is_round_mode(param: str) -> None:
+    """What round_mode gives is compared with Caffe (tests/caffe/test_parity.py)."""
+    layer = 'layer { name: "pool" type: "Pooling" bottom: "x" top: "y" pooling_param { %s } }'
+    x = np.random.default_rng(0).normal(size=(2, 3, 8, 11)).astype(np.float32)
+
+    def pooled(mode: str) -> FloatArray:
+        return run(parse(layer % f"{param} kernel_size: 3 stride: 2 {mode}"), Weights(), {"x": x})["y"]
+
+    np.testing.assert_array_equal(pooled("ceil_mode: false"), pooled("round_mode: FLOOR"))
+    np.testing.assert_array_equal(pooled("ceil_mode: true"), pooled(""))
+    assert pooled("ceil_mode: false").shape[2:] == (4 if "pad" in param else 3, 6 if "pad" in param else 5)
 
 
 def test_dummy_data_must_be_constant() -> None:

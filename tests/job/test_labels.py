@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from quantize.commands.doctor import examine
 from quantize.data import open_source
 from quantize.job.run import Run, evaluate_run
 from quantize.measure.evaluate import Evaluation
@@ -74,6 +75,9 @@ def test_one_folder_per_class_gives_the_accuracy_of_the_labels(
     assert found.accuracy == wanted.accuracy
     assert found.labeled == found.images == len(labels(quantized))
     assert f"{folder}: {text}" in heard.notes
+    config = quantized.config("data.transform.resize=[11, 11]", f"data.validation.source={folder}")
+    (check,) = (check for check in examine(config, None) if check.what == "data.validation")
+    assert check.seen.endswith(f"; {folder}: {text}")
 
 
 @pytest.mark.parametrize(

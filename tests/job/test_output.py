@@ -40,12 +40,13 @@ def test_a_command_that_writes_where_the_user_works(
 ) -> None:
     from quantize.commands.init import write_initial
     from quantize.job.run import Run
+    from quantize.settings import ModelFiles
 
     before = users_files(job.folder)
     monkeypatch.chdir(job.folder)
     if command == "init":
-        files = (Path("net.prototxt"), Path("net.caffemodel"), Path("train_lmdb"))
-        write_initial(*files, path=None, force=False)
+        model = ModelFiles(prototxt=Path("net.prototxt"), weights=Path("net.caffemodel"))
+        write_initial(model, Path("train_lmdb"), path=None, force=False)
         assert Path("residual.yaml").exists()
     else:
         Run(job.config("output=.")).quantize(("weights",))

@@ -40,7 +40,7 @@ def net_of(feed: str, loss: str = "", classes: int = 7) -> NetParameter:
     ],
 )
 def test_one_data_layer_feeds_images_and_labels(job: Job, feed: str, loss: str, label: str) -> None:
-    val = filter_net(validation_prototxt(net_of(feed, loss), job.config(), CROPPED), 1)
+    val = filter_net(validation_prototxt(net_of(feed, loss), job.config(), {"data": CROPPED}), 1)
     check_net(val)
     assert [layer.type for layer in val.layer][:2] == ["Data", "Convolution"]
     assert list(val.layer[0].top) == ["data", label]
@@ -51,14 +51,14 @@ def test_one_data_layer_feeds_images_and_labels(job: Job, feed: str, loss: str, 
 
 def test_no_top_5_of_three_classes(job: Job) -> None:
     """Caffe would refuse the net."""
-    val = validation_prototxt(net_of(INPUT, classes=3), job.config(), CROPPED)
+    val = validation_prototxt(net_of(INPUT, classes=3), job.config(), {"data": CROPPED})
     assert [layer.accuracy_param.top_k for layer in val.layer if layer.type == "Accuracy"] == [1]
 
 
 def test_no_accuracy_where_scores_are_maps(job: Job) -> None:
     net = net_of(INPUT)
     net.layer[1].convolution_param.kernel_size[0] = 3
-    val = validation_prototxt(net, job.config(), CROPPED)
+    val = validation_prototxt(net, job.config(), {"data": CROPPED})
     assert "Accuracy" not in [layer.type for layer in val.layer]
 
 
@@ -67,7 +67,10 @@ def test_batch_norms_use_their_stored_statistics(job: Job, given: str) -> None:
     norm = f"""layer {{ name: "bn" type: "BatchNorm" bottom: "conv" top: "bn"
         batch_norm_param {{ use_global_stats: {given} eps: 0.5 }} }}"""
     net = net_of(INPUT, norm)
-    for written in (validation_prototxt(net, job.config(), CROPPED), deploy_prototxt(net, CROPPED)):
+    for written in (
+        validation_prototxt(net, job.config(), {"data": CROPPED}),
+        deploy_prototxt(net, {"data": CROPPED}),
+    ):
         found = next(layer for layer in written.layer if layer.type == "BatchNorm").batch_norm_param
         assert found.HasField("use_global_stats") == (given == "true")
         assert found.eps == 0.5
@@ -78,4 +81,4 @@ def test_without_validation_lmdb_data_layers_stay(make_job: Callable[[str], Job]
     (tmp_path / "list.txt").write_text("x.png 3\n")
     net = net_of(LEVELDB)
     config = job.config(f"data.validation.source={tmp_path / 'list.txt'}")
-    assert validation_prototxt(net, config, CROPPED) == net
+    assert validation_prototxt(net, config, {"data": CROPPED}) == net

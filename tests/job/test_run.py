@@ -253,6 +253,19 @@ def test_dead_relus_and_negative_slopes_are_reported(job: Job) -> None:
     assert steps["relu1"] > 0
 
 
+def test_every_layer_skipped_is_questioned(job: Job) -> None:
+    names = [layer.name for layer in read_prototxt(job.folder / "net.prototxt").layer]
+    skips = [
+        f"weights.layers.{name}.skip=true"
+        for name in names
+        if name.startswith(("conv", "right", "fc", "left"))
+    ]
+    notes = Notes()
+    report = Run(job.config(*skips), notes).quantize()
+    assert not report["stages"]["weights"]["layers"]
+    assert "weights: weights.layers skips every layer; no weights are quantized" in notes.notes
+
+
 def test_layers_behind_all_work_may_be_of_any_type(job: Job) -> None:
     """A type nobody knows stops the net's evaluation, not its quantization."""
     strange = 'layer { name: "boxes" type: "NobodyKnows" bottom: "fc2" top: "boxes" }\n'

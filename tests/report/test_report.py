@@ -28,7 +28,7 @@ from quantize.report.advice import advise
 from quantize.report.facts import NormPlot, Row, rows_of
 from quantize.report.page import Caffemodels, render
 from tests.conftest import Job
-from tests.nets import parse
+from tests.nets import RESIDUAL, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = """</text></svg><img src=x onerror=alert(1)>$\\alpha_{$&quot;'</script>{{7*7}}"""
@@ -94,13 +94,13 @@ def test_the_page_needs_nothing_from_outside(done: Job) -> None:
 def test_output_sqnr_is_what_numpy_says(done: Job) -> None:
     """The last layer has no BatchNorm behind it: its output is the scores."""
     report = report_of(done)
-    assert report["output_sqnr"]["images"] == images_to_measure(20 + 12) == 4
+    assert report["output_sqnr"]["images"] == images_to_measure(20 + 12) == 16
     layers = report["output_sqnr"]["layers"]
     assert [layer["name"] for layer in layers] == [
         layer["name"] for layer in report["stages"]["weights"]["layers"]
     ]
     report = Run(done.config("renorm.augment=test")).quantize()
-    found = evaluate_run(done.config("data.validation=null", "renorm.augment=test"), 4)
+    found = evaluate_run(done.config("data.validation=null", "renorm.augment=test"), 16)
     last = report["output_sqnr"]["layers"][-1]["sqnr_db"]["quantized"]
     assert last == pytest.approx(found.closeness["quantized"].sqnr_db, abs=1e-3)
 
@@ -187,6 +187,30 @@ def test_a_network_that_is_left_as_it_is_has_a_page(job: Job) -> None:
     assert "fc2 keeps full precision" in page_of(job)
 
 
+@pytest.mark.parametrize(
+    ("factors", "words"), [((1, 1, 0), "the third blob is 0"), ((0, 0, 1), "the stored variance is 0")]
+)
+def test_norms_without_statistics_have_a_page_that_says_so(
+    job: Job, factors: tuple[int, int, int], words: str
+) -> None:
+    path = job.folder / "net.caffemodel"
+    weights = Weights.read(path)
+    norms = [layer.name for layer in parse(RESIDUAL).layer if layer.type == "BatchNorm"]
+    for name in norms:
+        weights.replace(name, [blob * factor for blob, factor in zip(weights[name], factors, strict=True)])
+    with open(path, "wb") as file:
+        weights.write(file)
+    notes = Notes()
+    Run(job.config(), notes).quantize()
+    said = [note for note in notes.notes if words in note]
+    assert len(said) == 1
+    assert said[0].startswith(f"weights: BatchNorm {', '.join(norms[:5])}")
+    assert not any("report.html" in note for note in notes.notes), notes.notes
+    assert words in page_of(job)
+    assert "BatchNorm before and after" not in page_of(job)
+    report_run(job.config())
+
+
 def test_without_calibration_images_the_page_has_no_output_sqnr(job: Job) -> None:
     Run(job.config("data.calibration=null")).quantize(("weights",))
     assert "output_sqnr" not in report_of(job)
@@ -270,7 +294,7 @@ def test_a_large_network_has_a_small_page() -> None:
         weights.append(
             {
                 **{"name": layer.name, "bits": 4, "grid": "power_of_two", "kernels": outputs},
-                **{"weights": outputs * few, "loss": 1.0, "sqnr_db": 15 + place / 10},
+                **{"weights": outputs * few, "loss": 1.0, "shared_by": [], "sqnr_db": 15 + place / 10},
             }
         )
     for norm, layer in zip(norms, layers, strict=False):
@@ -278,7 +302,7 @@ def test_a_large_network_has_a_small_page() -> None:
         for model in (quantized, after):
             mean, variance = rng.normal(size=channels), rng.uniform(0.5, 2, channels)
             model.add(norm, [mean.astype(np.float32), variance.astype(np.float32), np.ones(1, np.float32)])
-    shift = {"channels": 64, "values": 10**6, "mean_shift": 0.1, "variance_ratio": 0.9}
+    shift = {"channels": 64, "values": 10**6, "mean_shift": 0.1, "variance_ratio": 0.9, "dead": 0}
     step = {"step": 0.1, "levels": 127, "clipped": 0.0, "maximum": 14.0, "sqnr_db": 40.0, "dead": False}
     record = {"seconds": 1.0, "peak_memory_bytes": 10**9, "outputs": {}, "images": 1000}
     report = {
@@ -286,8 +310,12 @@ def test_a_large_network_has_a_small_page() -> None:
         "settings": {"weights": {"bits": 4}, "activations": {"bits": 8}},
         "sizes": {"model": 10**8, "written": 10**8, "packed": 14 * 10**6},
         "stages": {
-            "weights": {**record, "layers": weights, "skipped": []},
-            "renorm": {**record, "layers": [{"name": norm.name, **shift} for norm in norms]},
+            "weights": {**record, "layers": weights, "skipped": [], "kept": {}, "doubtful": []},
+            "renorm": {
+                **record,
+                "statistics": "paired",
+                "layers": [{"name": norm.name, **shift} for norm in norms],
+            },
             "activations": {
                 **record,
                 "layers": [{"name": r.name, **step, "histogram": list(range(48, 0, -1))} for r in relus],
@@ -309,7 +337,7 @@ def test_a_large_network_has_a_small_page() -> None:
 
 
 def the_report(**stages: Any) -> dict[str, Any]:
-    weights = {"layers": [], "skipped": []}
+    weights = {"layers": [], "skipped": [], "kept": {}, "doubtful": []}
     evaluation = {"closeness": {"quantized": {"agreement": 99.0}}}
     settings = {"weights": {"solver": "optimal"}}
     stages = {"weights": weights, **stages}
@@ -317,8 +345,9 @@ def the_report(**stages: Any) -> dict[str, Any]:
 
 
 RENORM = {
+    "statistics": "measured",
     "images": 1000,
-    "layers": [{"name": "bn", "values": 10**5, "mean_shift": 0.1, "variance_ratio": 1.1}],
+    "layers": [{"name": "bn", "values": 10**5, "mean_shift": 0.1, "variance_ratio": 1.1, "dead": 0}],
 }
 RELU = {"name": "relu", "dead": False, "clipped": 1e-4}
 STEPS = {"layers": [RELU], "images": 400}
@@ -346,15 +375,26 @@ def test_advice_where_all_is_well() -> None:
     [
         (the_report(), [row("a", 15), row("b", 15), row("c", 11)], 'c is furthest.*{"c": {"bits": 8'),
         (the_report(), [], "warning: Not run yet: renorm and activations"),
-        (the_report(renorm={**RENORM, "images": 100}), [], "note: Renorm saw 100 images"),
+        (the_report(renorm={**RENORM, "images": 100}), [], "note: Renorm saw 100 images.*=1000"),
         (
-            the_report(renorm={"images": 600, "layers": [{**RENORM["layers"][0], "values": 600}]}),
+            the_report(renorm={**RENORM, "statistics": "paired", "images": 8}),
+            [],
+            "note: Renorm saw 8 images.*renorm.images=64",
+        ),
+        (
+            the_report(renorm={**RENORM, "images": 600, "layers": [{**RENORM["layers"][0], "values": 600}]}),
             [],
             "warning: Renorm saw 600 images: 600 values per channel at bn",
         ),
-        (the_report(renorm={"images": 9, "layers": []}), [], "warning: The network has no BatchNorm"),
         (
-            the_report(renorm={"images": 999, "layers": [{**RENORM["layers"][0], "variance_ratio": 0.2}]}),
+            the_report(renorm={**RENORM, "images": 9, "layers": []}),
+            [],
+            "warning: The network has no BatchNorm",
+        ),
+        (
+            the_report(
+                renorm={**RENORM, "images": 999, "layers": [{**RENORM["layers"][0], "variance_ratio": 0.2}]}
+            ),
             [],
             "At bn the variance is 0.20 times",
         ),
@@ -383,6 +423,13 @@ def test_advice_where_all_is_well() -> None:
 )
 def test_advice(report: dict[str, Any], rows: list[Row], expected: str) -> None:
     assert re.search(expected, findings(report, rows))
+
+
+def test_advice_names_channels_that_renorm_found_dead() -> None:
+    layer = {**RENORM["layers"][0], "dead": 3}  # type: ignore[index, dict-item]
+    assert "Dead channels, the same value for every image: bn (3)." in findings(
+        the_report(renorm={**RENORM, "layers": [layer]})
+    )
 
 
 def test_advice_counts_dead_channels() -> None:

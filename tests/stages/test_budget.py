@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights, remove_layer, single_assignment
+from quantize.caffenet import (
+    InferenceNet,
+    NetParameter,
+    Weights,
+    infer_shapes,
+    layer_index,
+    remove_layer,
+    single_assignment,
+)
 from quantize.caffenet.kernels import from_kernels, to_kernels
 from quantize.commands.config import load
 from quantize.commands.summary import print_summary
@@ -27,6 +35,7 @@ from quantize.progress import Progress
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.budget import Sensitivities, allocate, bits_left, keep_budget, sensitivities
 from quantize.stages.data_aware import Calibration
+from quantize.sweep.plan import Costs
 from tests.conftest import Job
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
@@ -168,7 +177,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     path = write_images(tmp_path_factory.mktemp("images") / "lmdb", IMAGES)
     images = images_of(path, Transform(crop_size=9, scale=0.02, mean_value=(100.0,)), phase=1)
     test = InferenceNet.of(parse(RESIDUAL))
-    return Calibration(test.net, Feed(test.blob, images), ONNX, None)
+    return Calibration(test.net, Feed({test.blob: images}), ONNX, None)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +187,7 @@ def weights(calibration: Calibration) -> Weights:
 
 def run(net: NetParameter, weights: Weights, calibration: Calibration, blob: str) -> np.ndarray:
     """A blob for all images in one batch."""
-    pixels, _ = next(calibration.feed.images.batches(IMAGES))
+    pixels = next(calibration.feed.batches(IMAGES)).feeds["data"]
     engine = ONNX(net, weights, {"data": CROPPED})
     return engine.compile(0, len(net.layer), [blob]).run({"data": pixels}).blobs[blob]
 
@@ -248,10 +257,12 @@ def test_a_net_that_costs_much_is_measured_on_fewer_images(
     calibration: Calibration, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantize.stages.budget.LEAST_IMAGES", 3)
-    heard = Heard()
-    _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2", heard)
+    _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2")
     assert images == IMAGES
-    monkeypatch.setattr("quantize.stages.budget.WORK", heard.total / IMAGES * 7.5)
+    net = single_assignment(calibration.net)
+    costs = Costs.of(net, infer_shapes(net, {"data": (1, *CROPPED)}), ["data"], ["fc2"])
+    behind = costs.between(layer_index(net, "left"), len(net.layer))
+    monkeypatch.setattr("quantize.stages.budget.WORK", 7 * behind * 7.5)  # 2 to 8 bits
     _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2")
     assert images == 7
     monkeypatch.setattr("quantize.stages.budget.WORK", 1.0)
@@ -316,7 +327,7 @@ def bits_of(report: dict) -> dict[str, int]:
 
 
 def test_the_whole_job(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    config = job.config("weights.budget=4.5")
+    config = job.config("weights.budget=4.5", "weights.images=20")
     report = Run(config).quantize()
     stage = report["stages"]["weights"]
     total = sum(layer["weights"] for layer in stage["layers"])
@@ -346,7 +357,7 @@ def test_without_a_budget_nothing_is_said_of_one(job: Job) -> None:
 
 @pytest.mark.parametrize("solver", ["reference", "data_aware"])
 def test_every_solver_takes_the_bits(job: Job, solver: str) -> None:
-    wanted = bits_of(Run(job.config("weights.budget=4.5")).quantize(("weights",)))
+    wanted = bits_of(Run(job.config("weights.budget=4.5", "weights.images=20")).quantize(("weights",)))
     given = ("weights.budget=4.5", f"weights.solver={solver}", "weights.images=20")
     report = Run(job.config(*given)).quantize(("weights",))
     assert bits_of(report) == wanted
@@ -361,27 +372,27 @@ def test_other_images_or_another_budget_are_another_result(job: Job) -> None:
         Run(job.config(*assignments), heard).quantize(("weights",), resume=True)
         return any("skipped" in note for note in heard.notes)
 
-    assert not done("weights.budget=4.5")
-    assert done("weights.budget=4.5")
-    assert not done("weights.budget=4.5", "renorm.images=19")
-    assert not done("weights.budget=4.25", "renorm.images=19")
-    assert done("weights.budget=4.25", "renorm.images=19", "activations.images=5")
+    assert not done("weights.budget=4.5", "weights.images=20")
+    assert done("weights.budget=4.5", "weights.images=20")
+    assert not done("weights.budget=4.5", "weights.images=19")
+    assert not done("weights.budget=4.25", "weights.images=19")
+    assert done("weights.budget=4.25", "weights.images=19", "renorm.images=7", "activations.images=5")
     with open(job.folder / "train_lmdb" / "data.mdb", "ab") as file:
         file.write(b"\0")
-    assert not done("weights.budget=4.25", "renorm.images=19")
+    assert not done("weights.budget=4.25", "weights.images=19")
 
 
 def test_it_needs_images(job: Job) -> None:
     lines = job.yaml.read_text().splitlines()
     job.yaml.write_text("\n".join(line for line in lines if "calibration" not in line))
     with pytest.raises(InputError, match=r"data\.calibration\.source is missing: .*weights\.budget"):
-        Run(job.config("weights.budget=4.5")).quantize(("weights",))
+        Run(job.config("weights.budget=4.5", "weights.images=20")).quantize(("weights",))
     assert not job.out.exists() or not list(job.out.iterdir())
 
 
 def test_a_budget_out_of_reach_writes_nothing(job: Job) -> None:
     with pytest.raises(InputError, match=r"weights\.budget: 2.0 is too small"):
-        Run(job.config("weights.budget=2")).quantize()
+        Run(job.config("weights.budget=2", "weights.images=20")).quantize()
     assert not list(job.out.glob("*.caffemodel"))
 
 

@@ -29,7 +29,7 @@ from quantize.numerics.rounding import (
 from quantize.numerics.solvers import fit
 from quantize.progress import Progress
 from quantize.settings import CaffeProcess, GridChoice, WeightSettings
-from quantize.stages.data_aware import Calibration, Frontier, LayerMoments, data_aware
+from quantize.stages.data_aware import Calibration, LayerMoments, data_aware
 from quantize.stages.renorm import renorm
 from quantize.stages.weights import choices, weights_quan
 from tests.conftest import Job
@@ -261,19 +261,15 @@ def check_patches(net: NetParameter, shape: tuple[int, ...], per_image: int) -> 
 
 
 def test_moments_do_not_depend_on_the_batch_and_agree_with_float64() -> None:
-    patches = Patches.of(
-        parse(
-            'layer { type: "Convolution" bottom: "a" top: "b" '
-            "convolution_param { num_output: 4 kernel_size: 3 group: 2 } }"
-        ).layer[0],
-        (1, 4, 8, 8),
-        (1, 4, 6, 6),
-        (4, 2, 3, 3),
-    )
+    layer = parse(
+        'layer { type: "Convolution" bottom: "a" top: "b" '
+        "convolution_param { num_output: 4 kernel_size: 3 group: 2 } }"
+    ).layer[0]
+    patches = Patches.of(layer, (1, 4, 8, 8), (1, 4, 6, 6), (4, 2, 3, 3))
     assert patches is not None
     rng = np.random.default_rng(0)
     x, y = (rng.normal(5, 1, shape).astype(np.float32) for shape in ((9, 4, 8, 8), (9, 4, 6, 6)))
-    whole, parts = (LayerMoments(patches, 4, 9, centered=True) for _ in range(2))
+    whole, parts = (LayerMoments(layer, patches, 9, centered=True) for _ in range(2))
     for moments in (whole, parts):
         moments.per_image = 11
     whole.update(x, y, range(9), seed=3)
@@ -300,7 +296,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[NetParameter, 
         Transform(crop_size=9, scale=0.02, mean_value=(100.0,)),
         phase=1,
     )
-    feed = Feed(test.blob, images)
+    feed = Feed({test.blob: images})
     weights = random_weights(test.net, {test.blob: CROPPED})
     weights, _ = renorm(test.net, weights, feed, ONNX, None)
     return net, weights, Calibration(test.net, feed, ONNX, None)
@@ -308,10 +304,10 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[NetParameter, 
 
 def scores(net: NetParameter, weights: Weights, calibration: Calibration) -> np.ndarray:
     inference = InferenceNet.of(net)
-    engine = ONNX(inference.net, weights, {inference.blob: calibration.feed.images.shape})
+    engine = ONNX(inference.net, weights, calibration.feed.shapes)
     runner = engine.compile(0, len(inference.net.layer), [inference.scores])
-    batches = calibration.feed.images.batches(40)
-    return np.concatenate([runner.run({inference.blob: x}).blobs[inference.scores] for x, _ in batches])
+    batches = calibration.feed.batches(40)
+    return np.concatenate([runner.run(batch.feeds).blobs[inference.scores] for batch in batches])
 
 
 @pytest.mark.parametrize(("bits", "grid"), [(2, "power_of_two"), (4, "power_of_two"), (3, "uniform")])
@@ -363,7 +359,7 @@ def test_the_statistics_of_the_norms_are_those_of_renorm(
     recording = Calibration(calibration.net, calibration.feed, opened, None)  # type: ignore[arg-type]
     changed, quantized, _ = weights_quan(net, weights, chosen, "data_aware", calibration=recording)
     final, _ = renorm(InferenceNet.of(changed).net, quantized, calibration.feed, ONNX, None)
-    assert len(engines) == 2
+    assert len(engines) == 1
     for name in ("bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"):
         np.testing.assert_allclose(seen[name][0], final[name][0], rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(seen[name][1], final[name][1], rtol=2e-2)  # biased and unbiased
@@ -378,18 +374,6 @@ def test_less_memory_gives_the_same(calibrated: tuple[NetParameter, Weights, Cal
     apart = [abs((one.output_sqnr_db or 0) - (tight[name].output_sqnr_db or 0)) for name, one in free.items()]
     assert max(apart) < 1
     assert np.mean(apart) < 0.2
-
-
-def test_what_a_frontier_keeps(calibrated: tuple[NetParameter, Weights, Calibration]) -> None:
-    _, weights, calibration = calibrated
-    engine = ONNX(calibration.net, weights, {"data": CROPPED})
-    frontier = Frontier(engine, calibration.feed, 50, memory=120 * 4 * 6 * 81)
-    assert [len(images) for images, _ in frontier.run_to(2, [])] == [50, 50, 20]
-    assert frontier.place == 2  # conv1: 6 * 9 * 9 floats of each image
-    list(frontier.run_to(5, ["left"]))
-    assert frontier.place == 2  # conv1 and left: too much
-    list(frontier.run_to(len(calibration.net.layer), ["fc2"]))
-    assert frontier.place == len(calibration.net.layer)
 
 
 def test_depthwise_transposed_and_layers_that_are_not_provided_for(tmp_path: Path) -> None:
@@ -410,7 +394,7 @@ def test_depthwise_transposed_and_layers_that_are_not_provided_for(tmp_path: Pat
     images = images_of(
         write_images(tmp_path / "lmdb", 30), Transform(crop_size=9, scale=0.02, mean_value=(100.0,)), 1
     )
-    calibration = Calibration(InferenceNet.of(net).net, Feed("data", images), ONNX, None)
+    calibration = Calibration(InferenceNet.of(net).net, Feed({"data": images}), ONNX, None)
     chosen = {name: GridChoice(bits=3) for name in ("dw", "twice", "fc")}
     found = data_aware(weights, chosen, calibration)
     plain = fit(to_kernels(net.layer[2], weights["twice"][0]), make_grid("power_of_two", 3))

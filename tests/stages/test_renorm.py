@@ -10,11 +10,10 @@ from quantize.data import Transform
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.engines.base import Engine
-from quantize.numerics.moments import Moments
+from quantize.progress import Progress
 from quantize.settings import CaffeProcess
-from quantize.stages.renorm import renorm, sweep_net
-from quantize.sweep.plan import Step
-from quantize.sweep.run import Sweep
+from quantize.stages.renorm import Tour, renorm
+from quantize.sweep.run import Shard
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
 TRANSFORM = Transform(crop_size=9, mirror=True, scale=0.02, mean_value=(100.0,))
@@ -24,7 +23,7 @@ COUNT = 23
 @pytest.fixture(scope="module")
 def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
     path = write_images(tmp_path_factory.mktemp("images") / "lmdb", COUNT)
-    return Feed("data", images_of(path, TRANSFORM, TRAIN))
+    return Feed({"data": images_of(path, TRANSFORM, TRAIN)})
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +44,14 @@ def training_mode_statistics(
 ) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
     """Mean, biased variance and count of every BatchNorm's input, with all images in one batch."""
     flat = single_assignment(net)
-    (pixels, _), *rest = feed.images.batches(len(feed.images))
+    batch, *rest = feed.batches(len(feed))
     assert not rest
-    engine = OPEN(flat, weights, {feed.blob: feed.images.shape})
+    engine = OPEN(flat, weights, feed.shapes)
     found = {}
     for index, layer in enumerate(flat.layer):
         if layer.type != "BatchNorm":
             continue
-        x = engine.compile(0, index, [layer.bottom[0]]).run({feed.blob: pixels}).blobs[layer.bottom[0]]
+        x = engine.compile(0, index, [layer.bottom[0]]).run(batch.feeds).blobs[layer.bottom[0]]
         x = np.moveaxis(x.astype(np.float64), 1, 0).reshape(x.shape[1], -1)
         found[layer.name] = x.mean(axis=1), x.var(axis=1), x.shape[1]
         blobs = [x.mean(axis=1), x.var(axis=1), np.ones(1)]
@@ -78,12 +77,12 @@ def test_memory_bounds_change_the_plan_but_not_the_result(
     net: NetParameter, weights: Weights, feed: Feed
 ) -> None:
     whole, _ = renorm(net, weights, feed, OPEN, None)
-    ordered, swept, steps, _ = sweep_net(net, weights)
+    tour = Tour.of(net, weights)
     plans = set()
     for memory in (20_000, 40_000, 80_000, 160_000, 320_000):
-        sweep = Sweep(OPEN(ordered, swept, {"data": CROPPED}), feed, steps, memory)
-        plans.add(sweep.plan)
-        assert sweep.plan.kept_bytes <= memory
+        shard = Shard(OPEN(tour.net, tour.weights, {"data": CROPPED}), feed, tour.steps, memory)
+        plans.add(shard.plan)
+        assert shard.plan.kept_bytes <= memory
         bounded, _ = renorm(net, weights, feed, OPEN, memory)
         for name in ("bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"):
             for got, wanted in zip(bounded[name], whole[name], strict=True):
@@ -92,9 +91,10 @@ def test_memory_bounds_change_the_plan_but_not_the_result(
 
 
 def test_branches_of_one_depth_are_measured_together(net: NetParameter) -> None:
-    _, _, steps, bottoms = sweep_net(net, Weights())
-    assert len(steps) == 4
-    assert set(steps[1].measured) == {bottoms["bn_left"], bottoms["bn_right_a"]}
+    tour = Tour.of(net, Weights())
+    assert len(tour.steps) == 4
+    assert {norm.name for norm in tour.norms[1]} == {"bn_left", "bn_right_a"}
+    assert set(tour.steps[1].measured) == {norm.bottom for norm in tour.norms[1]}
 
 
 def test_other_layers_and_the_input_weights_are_untouched(
@@ -143,19 +143,20 @@ def test_only_layers_behind_the_last_batch_norm_may_be_unknown(
 
 
 def test_progress_ends_at_the_plans_work(net: NetParameter, weights: Weights, feed: Feed) -> None:
-    ordered, swept, steps, _ = sweep_net(net, weights)
-    engine = OPEN(ordered, swept, {"data": CROPPED})
-    sweep = Sweep(engine, feed, steps, 60_000)
+    tour = Tour.of(net, weights)
+    engine = OPEN(tour.net, tour.weights, {"data": CROPPED})
+    shard = Shard(engine, feed, tour.steps, 60_000)
     done: list[float] = []
 
-    class Counting:
-        def advance(self, amount: float) -> None:
+    class Counting(Progress):
+        def advance(self, amount: float = 1.0) -> None:
             done.append(amount)
 
-    measured: list[tuple[Step, dict[str, Moments]]] = []
-    sweep.run(lambda step, moments: measured.append((step, moments)), Counting())  # type: ignore[arg-type]
-    assert sum(done) == pytest.approx(sweep.plan.work)
-    assert all(moments.count % COUNT == 0 for _, found in measured for moments in found.values())
+    for step in tour.steps:
+        moments = shard.advance(progress=Counting())
+        assert set(moments) == set(step.measured)
+        assert all(found.count % COUNT == 0 for found in moments.values())
+    assert sum(done) == pytest.approx(shard.plan.work)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -189,7 +190,7 @@ def test_a_large_mean_does_not_drown_the_deviation(feed: Feed, memory: int | Non
         "convolution_param { num_output: 2 kernel_size: 1 } } "
         'layer { name: "bn2" type: "BatchNorm" bottom: "conv2" top: "conv2" }'
     )
-    (pixels, _), *_ = feed.images.batches(COUNT)
+    pixels = next(feed.batches(COUNT)).feeds["data"]
     deviation = pixels[:, 0].std(dtype=np.float64)
     weights = random_weights(net, {"data": CROPPED})
     kernels = np.zeros((2, 3, 1, 1), np.float32)

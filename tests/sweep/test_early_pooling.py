@@ -106,7 +106,7 @@ def test_other_poolings_stay_where_they_are(net: NetParameter) -> None:
 
 def test_the_statistics_are_those_of_all_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transform = Transform(crop_size=9, mean_value=(100.0,), scale=0.02)
-    feed = Feed("data", images_of(write_images(tmp_path / "lmdb", 11), transform, TRAIN))
+    feed = Feed({"data": images_of(write_images(tmp_path / "lmdb", 11), transform, TRAIN)})
     net = of(HALVING)
     weights = random_weights(single_assignment(net), {"data": SHAPE})
     assert (weights["scale"][0] < 0).any()
@@ -121,7 +121,7 @@ def test_the_statistics_are_those_of_all_values(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("blobs", [[], [np.ones(5, np.float32)] * 2], ids=["none", "five channels"])
 def test_scales_that_do_not_fit_are_one_line(tmp_path: Path, blobs: list[np.ndarray]) -> None:
-    feed = Feed("data", images_of(write_images(tmp_path / "lmdb", 3), Transform(crop_size=9), TRAIN))
+    feed = Feed({"data": images_of(write_images(tmp_path / "lmdb", 3), Transform(crop_size=9), TRAIN)})
     second = (
         '{ name: "scale2" type: "Scale" bottom: "conv" top: "conv" scale_param { bias_term: true } }\nlayer '
     )

@@ -431,7 +431,8 @@ def pooling(g: Graph, layer: Layer) -> str | list[str]:
     The average divides by the window's size including padding, but only as far as the padding reaches, which
     the last window of a row may not (output sizes are rounded up). MAX may have the places of the maxima in
     their channel as a second top, if every window has a pixel.
-    prototxt: pooling_param.{pool, kernel_size, stride, pad, global_pooling, round_mode, kernel_h, ...}
+    prototxt: pooling_param.{pool, kernel_size, stride, pad, global_pooling, round_mode, ceil_mode, kernel_h,
+    ...}
     """
     param = layer.proto.pooling_param
     if len(layer.tops) == 2:

@@ -1,0 +1,73 @@
+"""Opening and reading what the user named: files only, and no more of one than there can be sense in."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+
+from quantize.errors import InputError
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+@contextmanager
+def open_file(path: str | Path, what: str) -> Iterator[FileIO]:
+    """A file to read from, unbuffered. A pipe or a device, which may never end or never begin, is refused.
+
+    Args:
+        path: the file.
+        what: what was expected there, for messages: ``prototxt``.
+
+    Raises:
+        InputError: there is no such thing, it is no file, or it cannot be read. What goes wrong inside the
+            block with reading ends so too.
+    """
+    try:
+        with open(path, "rb", buffering=0, opener=_open) as file:
+            kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
+            if kind != stat.S_IFREG:
+                raise InputError(
+                    f"{path}: {_KINDS.get(kind, 'something else')}, not a file; the {what} was expected here"
+                )
+            yield file
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the {what}: {error.strerror or error}") from None
+    except ValueError as error:
+        if "\0" not in str(path):
+            raise
+        raise InputError(f"{str(path)!r}: not a path") from error
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would be waited for
+
+
+def read_start(path: str | Path, what: str, most: int) -> bytes:
+    """The first ``most`` bytes of a file, or all that there are; raises as `open_file`."""
+    pieces, size = [], 0
+    with open_file(path, what) as file:
+        while size < most and (piece := file.read(most - size)):
+            pieces.append(piece)
+            size += len(piece)
+    return b"".join(pieces)
+
+
+def read_file(path: str | Path, what: str, most: int) -> bytes:
+    """The content of a file of at most ``most`` bytes.
+
+    Raises:
+        InputError: as `open_file`, or the file is larger.
+    """
+    data = read_start(path, what, most + 1)
+    if len(data) > most:
+        raise InputError(f"{path}: larger than {most >> 20} MiB; is this the {what}?")
+    return data

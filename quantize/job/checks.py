@@ -1,0 +1,136 @@
+"""What must be right before a run begins: `quantize` stops at the first fault, `doctor` shows them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+from quantize.caffenet import (
+    TEST,
+    InferenceNet,
+    NetParameter,
+    Weights,
+    check_weights,
+    filter_net,
+    infer_shapes,
+    known_part,
+    single_assignment,
+)
+from quantize.data.feed import Feed
+from quantize.data.transform import shape_text
+from quantize.engines.base import OpenEngine
+from quantize.errors import InputError
+from quantize.job.feeds import Stage, calibration_images, input_shapes, stage_feed, validation_feed
+from quantize.job.labels import folders_as_classes
+from quantize.progress import Progress
+from quantize.settings import Config
+from quantize.stages.budget import bits_left
+from quantize.stages.weights import check_kernels, choices, free_layers
+from quantize.sweep.plan import Costs, micro_batch_size
+
+MEASURED_TYPES = ("BatchNorm", "ReLU")
+"""Layers that a stage looks at."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What is to be looked at before some stages run.
+
+    Attributes:
+        config: the settings.
+        net: the net with all its phases.
+        weights: gives the net's blobs; raises InputError where the file is bad.
+        open_engine: opens a net for running.
+        progress: what hears of guesses.
+        stages: the stages.
+    """
+
+    config: Config
+    net: NetParameter
+    weights: Callable[[], Weights]
+    open_engine: OpenEngine
+    progress: Progress
+    stages: Collection[str]
+
+    def __iter__(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        """What is looked at, and what looks and tells what it has seen.
+
+        What looks raises LabelfreeError (mostly InputError) where something is wrong.
+        """
+        yield "model.weights", self._weights
+        if self._fed:
+            yield "data.calibration", self._calibration
+            yield "layers", self._layers
+        if self.config.data.validation is not None:
+            yield "data.validation", self._validation
+
+    @property
+    def _fed(self) -> list[Stage]:
+        """The stages whose calibration images are looked at."""
+        settings = self.config.weights
+        fed: list[Stage] = []
+        if "weights" in self.stages and settings.solver == "data_aware":
+            fed.append("weights")
+        if "renorm" in self.stages or ("weights" in self.stages and settings.budget is not None):
+            fed.append("renorm")
+        return [*fed, "activations"] if "activations" in self.stages else fed
+
+    def _weights(self) -> str:
+        """The caffemodel against the net, and the settings against both."""
+        test, weights = InferenceNet.of(self.net), self.weights()
+        try:
+            one = {blob: (1, *shape) for blob, shape in input_shapes(self.config, self.net).items()}
+        except InputError:  # the images are looked at next
+            one = {}
+        known = known_part(test.net, one)
+        check_weights(known, weights, infer_shapes(known, one))
+        if "weights" in self.stages:
+            settings = self.config.weights
+            chosen = choices(test.net, settings)
+            check_kernels(filter_net(self.net, TEST), weights, chosen)
+            if settings.budget is not None:
+                counts = {name: weights[name][0].size for name in chosen}
+                free = free_layers(test.net, settings)
+                bits_left(counts, {n: chosen[n].bits for n in chosen if n not in free}, settings)
+        fit = "they fit the net" if one else "the shape of images, and so theirs, is not known"
+        return f"{len(weights.layers())} layers, {fit}"
+
+    def _calibration(self) -> str:
+        """Enough images, the first of which can be read and has the net's size."""
+        feeds = {stage: stage_feed(self.config, self.net, stage, self.progress) for stage in self._fed}
+        counts = ", ".join(f"{len(feed):,} for {stage}" for stage, feed in feeds.items())
+        next(feeds[self._fed[0]].batches(1))
+        present = calibration_images(self.config)
+        return f"{present:,} images: {counts}; {_shapes(feeds[self._fed[0]])} when transformed"
+
+    def _layers(self) -> str:
+        """That the engine can run what the stages run: all up to the last layer that one of them looks at."""
+        test = InferenceNet.of(self.net)
+        feed = stage_feed(self.config, self.net, self._fed[0])
+        flat = single_assignment(test.net)
+        measured = [at for at, layer in enumerate(flat.layer) if layer.type in MEASURED_TYPES]
+        if self.config.weights.budget is None:
+            del flat.layer[max(measured, default=-1) + 1 :]
+        if not flat.layer:
+            return "no BatchNorm and no ReLU: nothing has to be run"
+        with closing(self.open_engine(flat, self.weights(), feed.shapes)) as engine:
+            engine.compile(0, len(flat.layer), [flat.layer[-1].top[0]])
+            widest = Costs.of(engine.net, engine.shapes, list(engine.inputs), ()).widest
+        if "renorm" in self._fed:
+            micro_batch_size(widest, 1, self.config.renorm.memory)
+        return f"{len(flat.layer)} of {len(test.net.layer)} layers have to be run, and all these can be"
+
+    def _validation(self) -> str:
+        """Images, the first of which can be read and has the net's size."""
+        feed = validation_feed(self.config, self.net, None, self.progress)
+        next(feed.batches(1))
+        folders = folders_as_classes(feed, self.net)
+        labels = f"; {folders[0]}" if folders else ""
+        return f"{len(feed):,} images, {_shapes(feed)} when transformed{labels}"
+
+
+def _shapes(feed: Feed) -> str:
+    """The shapes of what goes into the inputs, by name where there are several."""
+    shown = {blob: shape_text(shape) or "one number" for blob, shape in feed.shapes.items()}
+    return ", ".join(f"{blob} {text}" if len(shown) > 1 else text for blob, text in shown.items())
