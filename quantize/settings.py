@@ -102,6 +102,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=False, frozen=True)
 
 
+def _default(section: Section, name: str, value: object) -> None:
+    """Give a field that the user has not set another default; it still counts as not set."""
+    if name not in section.model_fields_set:
+        section.__dict__[name] = value
+
+
 class ModelFiles(Section):
     """The trained network."""
 
@@ -287,18 +293,22 @@ class RenormSettings(Section):
     images: Whole = Field(
         64, ge=1, description=f"calibration images; {MEASURED_IMAGES:,} where statistics are measured"
     )
+    bias_correction: bool = Field(
+        True,
+        description="keep the mean of each quantized layer's output as in full precision, by its bias, where "
+        "no BatchNorm follows; with paired statistics only, and not with solver data_aware, which does it",
+    )
     augment: Literal["train", "test"] = Field(
         "train",
         description="train: random crop and mirror as the TRAIN transform says, seeded; test: centre crop",
     )
     memory: Bytes = Field(2 << 30, validate_default=False, description="bound on what the sweep keeps")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _measured_takes_more_images(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("statistics") == "measured":
-            return {"images": MEASURED_IMAGES, **values}
-        return values
+    @model_validator(mode="after")
+    def _measured_takes_more_images(self) -> RenormSettings:
+        if self.statistics == "measured":
+            _default(self, "images", MEASURED_IMAGES)
+        return self
 
 
 class ActivationSettings(Section):
@@ -313,12 +323,11 @@ class ActivationSettings(Section):
     )
     solver: Literal["optimal", "reference"] = Field("optimal", description="reference: the paper's iteration")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _published_takes_more_images(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("solver") == "reference":
-            return {"images": PUBLISHED_IMAGES, **values}
-        return values
+    @model_validator(mode="after")
+    def _published_takes_more_images(self) -> ActivationSettings:
+        if self.solver == "reference":
+            _default(self, "images", PUBLISHED_IMAGES)
+        return self
 
     @property
     def largest_code(self) -> int:

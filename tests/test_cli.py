@@ -516,7 +516,7 @@ def test_init_writes_a_configuration_that_runs(job: Job, labelfree: Labelfree) -
     done = labelfree(*arguments)
     assert done.code == 0, done.err
     assert "guessed: data.transform: as the prototxt says; mean 100, scale 1/50: means" in done.out
-    assert "guessed: data.calibration.images 16: the other 4 are for evaluate" in done.out
+    assert "guessed: data.calibration.images 16 of 20: 4 are kept for evaluate" in done.out
     assert labelfree("quantize", "--config", path).code == 0
     assert_one_line(labelfree(*arguments), "there already")
 

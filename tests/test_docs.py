@@ -15,11 +15,12 @@ import cv2
 import numpy as np
 import pytest
 
-from quantize.caffenet import Weights, format_prototxt, read_prototxt
+from quantize.caffenet import InferenceNet, Weights, format_prototxt, read_prototxt
 from quantize.commands.config import load
 from quantize.data import open_source
 from quantize.job.prototxts import deploy_prototxt
 from tests.caffe.conftest import caffe_plugin, caffe_root, caffe_run  # noqa: F401 - fixtures
+from tests.nets import parse, random_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -89,6 +90,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(folder)
 
 
+PAIR = """
+layer { name: "image" type: "Input" top: "image" input_param { shape { dim: [1, 3, 32, 32] } } }
+layer { name: "target" type: "Input" top: "target" input_param { shape { dim: [1, 4] } } }
+layer { name: "conv" type: "Convolution" bottom: "image" top: "conv"
+  convolution_param { num_output: 8 kernel_size: 5 stride: 4 } }
+layer { name: "bn" type: "BatchNorm" bottom: "conv" top: "conv" }
+layer { name: "relu" type: "ReLU" bottom: "conv" top: "conv" }
+layer { name: "fc1" type: "InnerProduct" bottom: "conv" top: "fc1" inner_product_param { num_output: 8 } }
+layer { name: "both" type: "Concat" bottom: "fc1" bottom: "target" top: "both" }
+layer { name: "fc2" type: "InnerProduct" bottom: "both" top: "fc2" inner_product_param { num_output: 4 } }
+"""
+
+
 def user_files(folder: Path) -> None:
     """What a reader of your-model.md brings along: a network without data layers, photographs, some labels.
 
@@ -114,6 +128,11 @@ def user_files(folder: Path) -> None:
         if number < 100:
             lines.append(f"photos/{path.name} {image.label}\n")
     (folder / "labeled.txt").write_text("".join(lines))
+    (folder / "pair.prototxt").write_text(PAIR)
+    shapes = {"image": (3, 32, 32), "target": (4,)}
+    with open(folder / "pair.caffemodel", "wb") as file:
+        random_weights(InferenceNet.of(parse(PAIR)).net, shapes).write(file)
+    np.save(folder / "targets.npy", np.random.default_rng(0).normal(size=(1050, 4)))
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,27 @@ def unknown_layer(job: Job) -> None:
 
 
 @mistake
+def training_data_only(job: Job) -> None:
+    """The second of two layers called data is that of the TEST phase."""
+    before, train, test = (job.folder / "net.prototxt").read_text().split('layer { name: "data"')
+    rest = test[test.index('layer { name: "conv1"') :]
+    (job.folder / "net.prototxt").write_text(f'{before}layer {{ name: "data"{train}{rest}')
+
+
+@mistake
+def unfed_input(job: Job) -> None:
+    replace(
+        job.folder / "net.prototxt",
+        'bottom: "left" bottom: "right_b"',
+        'bottom: "left" bottom: "right_b" bottom: "mask"',
+    )
+    text = (job.folder / "net.prototxt").read_text()
+    mask = 'layer { name: "mask" type: "Input" top: "mask" input_param { shape { dim: [1, 8, 5, 5] } } }\n'
+    at = text.index('layer { name: "conv1"')
+    (job.folder / "net.prototxt").write_text(text[:at] + mask + text[at:])
+
+
+@mistake
 def no_images(job: Job) -> None:
     replace(job.yaml, "source: train_lmdb", "source: trian_lmdb")
 
@@ -233,6 +254,12 @@ def heic_photos(job: Job) -> None:
 def misread_line(job: Job) -> None:
     Run(job.config()).quantize()
     (job.folder / "labeled.csv").write_text("# path,class\nphotos/00.png,cat\n")
+
+
+@mistake
+def too_few_values(job: Job) -> None:
+    unfed_input(job)
+    np.save(job.folder / "masks.npy", np.zeros((19, 8, 5, 5), np.float32))
 
 
 @mistake

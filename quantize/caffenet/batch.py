@@ -29,7 +29,7 @@ def free_batch(net: NetParameter) -> None:
     Args:
         net: the net with all its phases, no stages set (see `at_state`).
     """
-    layers = [layer for layer in net.layer if exists(layer, TEST, set(), 0)]
+    layers = [layer for layer in net.layer if exists(layer, TEST)]
     named = [layer for layer in layers if layer.type == "Reshape" and _names_first_axis(layer)]
     if not named:
         return

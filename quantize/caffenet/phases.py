@@ -47,7 +47,7 @@ class InferenceNet:
 
     @property
     def blob(self) -> str:
-        """The input that images go into."""
+        """The input that images go into where nothing else is said: the first."""
         return self.inputs[0]
 
     @classmethod
@@ -60,9 +60,7 @@ class InferenceNet:
         filtered = filter_net(net, TEST)
         inputs = input_blobs(filtered)
         if not inputs:
-            raise InputError(
-                f"net {net.name!r} has no input in the TEST phase: no Input or Data layer that another reads"
-            )
+            raise InputError(f"net {net.name!r} computes nothing from images{NO_INPUT}")
         _check_rows(filtered, inputs)
         return cls(inference_net(filtered, inputs), inputs, scores_blob(filtered))
 
@@ -81,9 +79,10 @@ def at_state(net: NetParameter, stages: Sequence[str], level: int) -> NetParamet
         InputError: no rule names a stage, or what is left in the TEST phase is no sound net.
     """
     rules = [rule for layer in net.layer for rule in (*layer.include, *layer.exclude)]
-    named = ", ".join(sorted({stage for rule in rules for stage in (*rule.stage, *rule.not_stage)}))
+    stages_named = {stage for rule in rules for stage in (*rule.stage, *rule.not_stage)}
+    named = ", ".join(sorted(stages_named))
     for stage in stages:
-        if stage not in named.split(", "):
+        if stage not in stages_named:
             raise InputError(
                 f"net {net.name!r}: no rule names the stage {stage!r}; named are: {named or 'none'}"
             )
@@ -95,7 +94,7 @@ def at_state(net: NetParameter, stages: Sequence[str], level: int) -> NetParamet
         if not any(_names_state(rule) for rule in (*layer.include, *layer.exclude)):
             chosen.layer.add().CopyFrom(layer)
             continue
-        met = [rule for rule in layer.include or layer.exclude if _meets_state(rule, given, level)]
+        met = [rule for rule in layer.include or layer.exclude if _meets(rule, None, given, level)]
         always = any(not rule.HasField("phase") for rule in met)
         if (layer.include and not met) or (layer.exclude and always):
             continue
@@ -113,14 +112,12 @@ def at_state(net: NetParameter, stages: Sequence[str], level: int) -> NetParamet
     return chosen
 
 
-def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level: int = 0) -> NetParameter:
-    """A copy with only the layers that the state includes (``Net::FilterNet``), checked by ``check_net``.
+def filter_net(net: NetParameter, phase: int) -> NetParameter:
+    """A copy with only the layers that a phase includes (``Net::FilterNet``), checked by ``check_net``.
 
     Args:
-        net: the net as read.
+        net: the net; rules about stages and levels have been applied (``at_state``).
         phase: TRAIN or TEST.
-        stages: the stages that are set.
-        level: the level.
 
     Raises:
         InputError: a layer has include as well as exclude rules, or what is left is no sound net.
@@ -132,7 +129,7 @@ def filter_net(net: NetParameter, phase: int, stages: Iterable[str] = (), level:
             raise InputError(
                 f"{_where(net, layer)} has include and exclude rules; Caffe allows one kind only"
             )
-        if exists(layer, phase, set(stages), level):
+        if exists(layer, phase):
             kept.layer.add().CopyFrom(layer)
         else:
             left_out.append(layer)
@@ -148,11 +145,9 @@ def name_apart(net: NetParameter) -> None:
     those behind it have no blobs, or share them. TRAIN-only layers give way.
 
     Args:
-        net: the net with all its phases, no stages set.
+        net: the net with all its phases.
     """
-    found = [
-        (layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase, set(), 0)]) for layer in net.layer
-    ]
+    found = [(layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase)]) for layer in net.layer]
     taken = {layer.name for layer in net.layer}
     used: dict[int, set[str]] = {TEST: set(), TRAIN: set()}
     numbers: Counter[str] = Counter()
@@ -276,8 +271,6 @@ def dependents(net: NetParameter, blob: str) -> list[str]:
         if reached.intersection(layer.bottom):
             found.append(layer.name)
             reached.update(layer.top)
-        else:
-            reached.difference_update(layer.top)
     return found
 
 
@@ -318,7 +311,7 @@ def is_measure(layer: LayerParameter) -> bool:
 
 def data_layer(net: NetParameter, phase: int) -> LayerParameter | None:
     """The layer with a transform that feeds the net in a phase, if there is one."""
-    included = (layer for layer in net.layer if exists(layer, phase, set(), 0))
+    included = (layer for layer in net.layer if exists(layer, phase))
     return next((layer for layer in included if layer.type in TRANSFORMING_TYPES), None)
 
 
@@ -358,18 +351,14 @@ def _declared(layer: LayerParameter, top: str) -> tuple[int, ...] | None:
     return tuple(shapes[min(list(layer.top).index(top), len(shapes) - 1)].dim[1:])
 
 
-def _meets(rule: NetStateRule, phase: int, stages: set[str], level: int) -> bool:
-    """``Net::StateMeetsRule``."""
-    return (not rule.HasField("phase") or rule.phase == phase) and _meets_state(rule, stages, level)
-
-
-def _meets_state(rule: NetStateRule, stages: set[str], level: int) -> bool:
-    """What a rule says about stages and level."""
+def _meets(rule: NetStateRule, phase: int | None, stages: Collection[str] = (), level: int = 0) -> bool:
+    """``Net::StateMeetsRule``; for no phase: whether the rest of a rule is met."""
     return (
-        (not rule.HasField("min_level") or level >= rule.min_level)
+        (phase is None or not rule.HasField("phase") or rule.phase == phase)
+        and (not rule.HasField("min_level") or level >= rule.min_level)
         and (not rule.HasField("max_level") or level <= rule.max_level)
-        and stages.issuperset(rule.stage)
-        and stages.isdisjoint(rule.not_stage)
+        and all(stage in stages for stage in rule.stage)
+        and not any(stage in stages for stage in rule.not_stage)
     )
 
 
@@ -389,10 +378,10 @@ def _hint(blob: str, left_out: Iterable[LayerParameter]) -> str:
     return ""
 
 
-def exists(layer: LayerParameter, phase: int, stages: set[str], level: int) -> bool:
-    """Whether a layer is there in a state (``Net::FilterNet``)."""
+def exists(layer: LayerParameter, phase: int) -> bool:
+    """Whether a layer is there in a phase (``Net::FilterNet``)."""
     rules = layer.include or layer.exclude
-    return not rules or any(_meets(rule, phase, stages, level) for rule in rules) == bool(layer.include)
+    return not rules or any(_meets(rule, phase) for rule in rules) == bool(layer.include)
 
 
 def _without_layers(net: NetParameter) -> NetParameter:

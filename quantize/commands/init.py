@@ -51,12 +51,12 @@ weights:
   first_last: {{bits: 8, grid: fixed_point}}
   # layers: {{some_layer: {{bits: 8, grid: fixed_point}}, other_layer: {{skip: true}}}}
 renorm:
-  # images: {renorm_images}                        # the default; relative to full precision on the same ones
+  # images: {renorm_images}                        # of calibration; the default
   augment: train                      # random crops and mirrors as in training; test: centre crops
   memory: 2GiB                        # bound on what the sweep keeps
 activations:
   bits: 8                             # codes 0..127; `levels: 255` uses the full byte
-  # images: 400
+  # images: {activation_images}
 output: {output}
 """
 
@@ -110,8 +110,8 @@ def initial_config(
     finally:
         source.close()
     images = min(MOST_IMAGES, count - count // KEPT_SHARE)
-    kept = f"the other {count - images} are for evaluate" if count > images else "none are left for evaluate"
-    guesses.append(f"data.calibration.images {images}: {kept}")
+    kept = f"{count - images} are kept for evaluate" if count > images else "none are left for evaluate"
+    guesses.append(f"data.calibration.images {images} of {count}: {kept}")
     config = with_transform(config, TransformKeys.model_validate(keys))
     config, why = with_chosen_transform(config, net, load_weights(model.weights, net))
     guesses.append(f"data.transform: {why}")
@@ -128,7 +128,7 @@ def initial_config(
         images=images,
         kept=kept,
         renorm_images=RenormSettings().images,
-        activation_images=min(ActivationSettings().images, images),
+        activation_images=ActivationSettings().images,
         transform=f"  transform: {shown}{comment}",
         output=json.dumps(f"out/{name}"),
     )

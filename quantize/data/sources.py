@@ -200,10 +200,10 @@ class FileSource(Source):
         """
         found = []
         for number in range(min(count, len(self))):
+            path = self._files[len(self) * number // min(count, len(self))].path
             try:
-                with open(self._files[len(self) * number // min(count, len(self))].path, "rb") as stream:
-                    size = image_size(stream.read())
-            except OSError:
+                size = image_size(read_file(path, "image", MAX_IMAGE_BYTES))
+            except InputError:
                 continue
             if size is not None:
                 found.append(size)

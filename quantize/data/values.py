@@ -30,6 +30,8 @@ ENDLESS = sys.maxsize
 """How many values a constant has."""
 MAX_IN_MEMORY = 2 << 30
 """Bytes of an array in a .npz, which is unpacked as a whole, and of a chunk of an HDF5 dataset."""
+CHUNK_CACHE = 64 << 20
+"""Bytes: rows are read one by one, and a chunk should be unpacked once."""
 NUMBERS = "fiub"
 """Kinds of numpy types that become float32: real and whole numbers, booleans."""
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -282,7 +284,7 @@ def _hdf5(path: Path, where: str, blob: str) -> Values:
     except ImportError:
         raise InputError("needs h5py: pip install 'labelfree[hdf5]', or save the values as .npy") from None
     try:
-        file = h5py.File(path, "r")
+        file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
         data = file[_chosen(list(file), blob)]
         if not isinstance(data, h5py.Dataset) or data.dtype.kind not in NUMBERS or not data.shape:
             raise InputError(f"{data.name} is no array of numbers with a row for each image")

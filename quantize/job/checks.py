@@ -26,9 +26,10 @@ from quantize.job.labels import folders_as_classes
 from quantize.progress import Progress
 from quantize.settings import Config
 from quantize.stages.budget import bits_left
-from quantize.stages.weights import check_kernels, choices, free_layers
+from quantize.stages.weights import check_kernels, check_unquantized, choices, free_layers
 from quantize.sweep.plan import Costs, micro_batch_size
 
+LATER_STAGES: tuple[Stage, ...] = ("renorm", "activations")
 MEASURED_TYPES = ("BatchNorm", "ReLU")
 """Layers that a stage looks at."""
 
@@ -69,30 +70,28 @@ class Checks:
     def _fed(self) -> list[Stage]:
         """The stages whose calibration images are looked at."""
         settings = self.config.weights
-        fed: list[Stage] = []
-        if "weights" in self.stages and settings.solver == "data_aware":
-            fed.append("weights")
-        if "renorm" in self.stages or ("weights" in self.stages and settings.budget is not None):
-            fed.append("renorm")
-        return [*fed, "activations"] if "activations" in self.stages else fed
+        fitted = settings.solver == "data_aware" or settings.budget is not None
+        fed: list[Stage] = ["weights"] if fitted else []
+        return [stage for stage in (*fed, *LATER_STAGES) if stage in self.stages]
 
     def _weights(self) -> str:
         """The caffemodel against the net, and the settings against both."""
-        test, weights = InferenceNet.of(self.net), self.weights()
+        test, weights, settings = InferenceNet.of(self.net), self.weights(), self.config.weights
+        chosen = {}
+        if "weights" in self.stages:
+            check_unquantized(test.net)
+            chosen = choices(test.net, settings)
         try:
             one = {blob: (1, *shape) for blob, shape in input_shapes(self.config, self.net).items()}
         except InputError:  # the images are looked at next
             one = {}
         known = known_part(test.net, one)
         check_weights(known, weights, infer_shapes(known, one))
-        if "weights" in self.stages:
-            settings = self.config.weights
-            chosen = choices(test.net, settings)
-            check_kernels(filter_net(self.net, TEST), weights, chosen)
-            if settings.budget is not None:
-                counts = {name: weights[name][0].size for name in chosen}
-                free = free_layers(test.net, settings)
-                bits_left(counts, {n: chosen[n].bits for n in chosen if n not in free}, settings)
+        check_kernels(filter_net(self.net, TEST), weights, chosen)
+        if "weights" in self.stages and settings.budget is not None:
+            counts = {name: weights[name][0].size for name in chosen}
+            free = free_layers(test.net, settings)
+            bits_left(counts, {n: chosen[n].bits for n in chosen if n not in free}, settings)
         fit = "they fit the net" if one else "the shape of images, and so theirs, is not known"
         return f"{len(weights.layers())} layers, {fit}"
 

@@ -79,6 +79,7 @@ from quantize.stages.weights import (
     QUANTIZED_TYPES,
     check_kernels,
     choices,
+    correctable,
     unquantizable,
     weights_quan,
     with_alpha_terms,
@@ -243,8 +244,11 @@ class Run:
         feed = self._renorm_feed()
         settings = self.config.renorm
         full = self._full_precision() if settings.statistics == "paired" else None
-        weights, shifts = renorm(net, weights, feed, self.open_engine, settings.memory, self.progress, full)
-        if not shifts:
+        biases = self._biases(net)
+        weights, shifts = renorm(
+            net, weights, feed, self.open_engine, settings.memory, self.progress, full, biases
+        )
+        if not shifts and not biases:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
         self._write_weights(self.files.renorm, weights)
         return {
@@ -252,6 +256,12 @@ class Run:
             "images": len(feed),
             "layers": [asdict(shift) for shift in shifts],
         }
+
+    def _biases(self, net: NetParameter) -> dict[str, str]:
+        """The layers whose biases are to be corrected (see `correctable`)."""
+        settings = self.config.renorm
+        asked = settings.bias_correction and settings.statistics == "paired"
+        return correctable(net) if asked and self.config.weights.solver != "data_aware" else {}
 
     def _full_precision(self) -> FullPrecision:
         test = InferenceNet.of(self.net)
@@ -365,7 +375,7 @@ class Run:
                 **self._image_key(),
             }
             if stage == "renorm" and config.renorm.statistics == "paired":
-                parts |= {"weights": self._hash_inputs()["weights"]}
+                parts |= {"weights": self._hash_inputs()["weights"], "solver": config.weights.solver}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _image_key(self) -> dict[str, Any]:

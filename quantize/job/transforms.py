@@ -9,7 +9,7 @@ from dataclasses import replace
 from quantize.caffenet import TEST, TRAIN, InferenceNet, NetParameter, Weights, data_layer
 from quantize.engines import engine_opener
 from quantize.errors import LabelfreeError
-from quantize.job.feeds import calibration_feed, calibration_images, effective_transform, images_used
+from quantize.job.feeds import calibration_feed, calibration_images, effective_transform
 from quantize.job.inputs import image_input, told_shapes
 from quantize.job.store import read_report
 from quantize.measure.transform_check import (
@@ -46,7 +46,7 @@ def transform_check(
     """
     if config.data.calibration is None:
         return None
-    feed = calibration_feed(config, net, min(images_used(config), calibration_images(config)))
+    feed = calibration_feed(config, net, calibration_images(config))
     open_engine = engine_opener(config.engine, config.caffe, config.threads)
     others = values_of_prototxt(config, net)
     return check_transform(InferenceNet.of(net).net, weights, feed, open_engine, others, choose)

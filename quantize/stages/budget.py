@@ -38,8 +38,8 @@ from quantize.numerics.moments import Moments
 from quantize.numerics.solvers import fit
 from quantize.progress import SILENT, Progress
 from quantize.settings import GRID_BITS, GridChoice, WeightSettings
-from quantize.stages.data_aware import Calibration, only_normalized
-from quantize.stages.renorm import variance_ratio
+from quantize.stages.data_aware import Calibration
+from quantize.stages.renorm import only_normalized, variance_ratio
 from quantize.stages.weights import choices, free_layers
 from quantize.sweep.plan import Costs, Step, micro_batch_size
 from quantize.sweep.run import Shard

@@ -121,9 +121,8 @@ def data_aware(
             }
             moments = shard.advance(blobs, partial(_add, here, feed.seed))
             sums |= here
-            blobs = {
-                name: statistics.blobs for name, statistics in renorm.update(stop.norms, moments).items()
-            }
+            repaired = renorm.update(stop.norms, moments)
+            blobs = {name: new.blobs for name, new in repaired.items()}
             for uses in stop.rounded:
                 layer = uses[0]
                 seen = {use.name: sums.pop(use.name) for use in uses if use.name in sums}
@@ -309,17 +308,7 @@ def _mean_is_free(layer: LayerParameter, net: NetParameter, weights: Weights) ->
     """Whether a constant added to the layer's output changes nothing: its bias or BatchNorms take it away."""
     if len(weights[layer.name]) > 1:
         return True
-    return only_normalized(net, layer.top[0])
-
-
-def only_normalized(net: NetParameter, blob: str) -> bool:
-    """Whether BatchNorms read a blob and nothing else does.
-
-    Args:
-        net: with every blob name assigned once.
-    """
-    readers = [layer.type for layer in net.layer if blob in layer.bottom]
-    return bool(readers) and all(reader == "BatchNorm" for reader in readers)
+    return renorm.only_normalized(net, layer.top[0])
 
 
 def _rounded(

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,7 @@ from quantize.sweep.pair import beside, both_weights, full_layers, names_of_one_
 from quantize.sweep.plan import Step, depth_order
 from quantize.sweep.run import Shard
 
+NO_BIASES: Mapping[str, str] = MappingProxyType({})
 RESOLUTION = 2.0**-22
 """What float32 resolves of a value, and a little more."""
 
@@ -89,8 +91,9 @@ def renorm(
     memory: int | None,
     progress: Progress = SILENT,
     full: FullPrecision | None = None,
+    biases: Mapping[str, str] = NO_BIASES,
 ) -> tuple[Weights, list[BatchNormShift]]:
-    """Re-estimate mean and variance of every BatchNorm.
+    """Re-estimate mean and variance of every BatchNorm, and correct biases.
 
     Args:
         net: the inference net (TEST phase, no data layers).
@@ -100,17 +103,19 @@ def renorm(
         memory: bytes that the sweep may keep; None: no bound.
         full: the net before anything of it was quantized, for statistics paired with its own; None: the
             statistics are those of the images alone.
+        biases: layers whose outputs are to keep the mean that they have in full precision, and the Scale
+            layers behind them that carry their alphas; only with ``full``.
 
     Returns:
         The blobs with new statistics, scale factor 1, as Caffe's batch_norm_layer stores them; the variance
         of the images alone is unbiased (m / (m - 1), m values per channel). And the shifts in network
-        order. A net without BatchNorm is returned as it came.
+        order. What has neither BatchNorm nor biases to correct is returned as it came.
 
     Raises:
         InputError: a blob is missing or has the wrong shape, or a BatchNorm has a field of a fork.
         LabelfreeError: a statistic is not finite.
     """
-    if not any(layer.type == "BatchNorm" for layer in net.layer):
+    if not biases and not any(layer.type == "BatchNorm" for layer in net.layer):
         return weights, []
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
         if layer.type == "BatchNorm" and foreign is not None:
@@ -119,8 +124,8 @@ def renorm(
     check_weights(
         known, weights, infer_shapes(known, {name: (1, *shape) for name, shape in feed.shapes.items()})
     )
-    tour = Tour.of(net, weights, full, list(feed.shapes))
-    found: dict[str, Statistics] = {}
+    tour = Tour.of(net, weights, full, list(feed.shapes), biases)
+    found: dict[str, Statistics | Correction] = {}
     with names_of_one_net(), closing(open_engine(tour.net, tour.weights, feed.shapes)) as engine:
         shard = Shard(engine, feed, tour.steps, memory)
         if advice := shard.advice():
@@ -128,17 +133,22 @@ def renorm(
         progress.start("renorm", shard.plan.work)
         blobs: dict[str, list[FloatArray]] = {}
         moments: dict[str, Moments] = {}
-        for norms in tour.norms:
+        for repairs in tour.repairs:
             moments |= shard.advance(blobs, progress=progress)
-            new = update(norms, moments)
-            blobs = {name: statistics.blobs for name, statistics in new.items()}
+            new = update(repairs, moments)
+            blobs = {name: repaired.blobs for name, repaired in new.items()}
             found |= new
-    found |= _shared(net, [norm for norms in tour.norms for norm in norms], moments)
-    shifts = [_shift(layer.name, weights, found[layer.name]) for layer in net.layer if layer.name in found]
-    weights = weights.copy()
-    for name, statistics in found.items():
-        weights.replace(name, statistics.stored)
-    return weights, shifts
+    norms = [norm for repairs in tour.repairs for norm in repairs if isinstance(norm, Norm)]
+    found |= _shared(net, norms, moments)
+    shifts, changed = [], weights.copy()
+    for layer in net.layer:
+        repaired = found.get(layer.name)
+        if isinstance(repaired, Statistics):
+            shifts.append(_shift(layer.name, weights, repaired))
+            changed.replace(layer.name, repaired.stored)
+        elif repaired is not None:
+            repaired.write(changed)
+    return changed, shifts
 
 
 @dataclass(frozen=True)
@@ -195,6 +205,90 @@ class Norm:
     bottom: str
     reference: Reference | None = None
 
+    @property
+    def full(self) -> str | None:
+        """The blob of the full-precision net whose moments are needed."""
+        return None if self.reference is None else self.reference.bottom
+
+    def update(self, moments: Mapping[str, Moments]) -> Statistics:
+        """The new statistics.
+
+        Raises:
+            LabelfreeError: a statistic is not finite.
+        """
+        seen = moments[self.bottom]
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.reference is None:
+                mean, variance = seen.mean, seen.m2 / seen.count
+                unbiased = seen.m2 / max(seen.count - 1, 1)
+            else:
+                mean, variance = self.reference.paired(moments[self.reference.bottom], seen)
+                unbiased = variance
+            new = Statistics(mean, variance, unbiased, seen.count, int(constant(seen).sum()))
+            if not all(np.isfinite(blob).all() for blob in (*new.blobs, *new.stored)):
+                raise LabelfreeError(
+                    f"layer {self.name}: its input has statistics that are not finite; "
+                    "layers before it overflow"
+                )
+        return new
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The bias of a quantized layer of a sweep: the mean of its output is kept as in full precision.
+
+    Attributes:
+        layer: the layer.
+        name: the Scale layer behind it, with its alpha.
+        bottom: the blob between the two.
+        full: what the layer puts out in full precision, in the net of both.
+        alpha, shift: float32 (channels,): the blobs of the Scale layer.
+    """
+
+    layer: str
+    name: str
+    bottom: str
+    full: str
+    alpha: FloatArray
+    shift: FloatArray
+
+    def update(self, moments: Mapping[str, Moments]) -> Correction:
+        """What is to be added to the output.
+
+        Raises:
+            LabelfreeError: a mean is not finite.
+        """
+        seen = self.alpha * moments[self.bottom].mean + self.shift
+        change = moments[self.full].mean - seen
+        if not np.isfinite(change.astype(np.float32)).all():
+            raise LabelfreeError(f"layer {self.layer}: its output has means that are not finite")
+        return Correction(self, change)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What is found for the bias of one layer.
+
+    Attributes:
+        bias: which.
+        change: float64 (channels,): to be added.
+    """
+
+    bias: Bias
+    change: Floats
+
+    @property
+    def blobs(self) -> list[FloatArray]:
+        """What the layers behind are run with: the layer itself has run."""
+        return [self.bias.alpha, (self.bias.shift + self.change).astype(np.float32)]
+
+    def write(self, weights: Weights) -> None:
+        """Put it into the layer's bias b, and so 1 - alpha of it into the Scale layer, with b (1 - alpha)."""
+        Q, b = weights[self.bias.layer]
+        weights.replace(self.bias.layer, [Q, (b + self.change.reshape(b.shape)).astype(np.float32)])
+        shift = self.bias.shift + self.change * (1 - self.bias.alpha)
+        weights.replace(self.bias.name, [self.bias.alpha, shift.astype(np.float32)])
+
 
 def variance_ratio(full: Moments, seen: Moments) -> Floats:
     """Per channel the variance seen over that in full precision, of equally many values.
@@ -240,18 +334,20 @@ class Statistics:
         return _blobs(self.mean, self.unbiased)
 
 
-def measured(norms: Iterable[Norm]) -> tuple[str, ...]:
+def measured(repairs: Iterable[Norm | Bias]) -> tuple[str, ...]:
     """The blobs of the net being quantized whose moments `update` needs."""
-    return tuple(dict.fromkeys(norm.bottom for norm in norms))
+    return tuple(dict.fromkeys(repair.bottom for repair in repairs))
 
 
-def references(norms: Iterable[Norm]) -> tuple[str, ...]:
+def references(repairs: Iterable[Norm | Bias]) -> tuple[str, ...]:
     """The blobs of the full-precision net whose moments `update` needs."""
-    return tuple(dict.fromkeys(norm.reference.bottom for norm in norms if norm.reference))
+    return tuple(dict.fromkeys(repair.full for repair in repairs if repair.full is not None))
 
 
-def update(norms: Iterable[Norm], moments: Mapping[str, Moments]) -> dict[str, Statistics]:
-    """The new statistics of some BatchNorms.
+def update(
+    repairs: Iterable[Norm | Bias], moments: Mapping[str, Moments]
+) -> dict[str, Statistics | Correction]:
+    """What some layers are to have from now on, by their names.
 
     Args:
         moments: over all images, of the blobs that `measured` and `references` name.
@@ -259,24 +355,7 @@ def update(norms: Iterable[Norm], moments: Mapping[str, Moments]) -> dict[str, S
     Raises:
         LabelfreeError: a statistic is not finite.
     """
-    found = {}
-    for norm in norms:
-        seen = moments[norm.bottom]
-        with np.errstate(over="ignore", invalid="ignore"):
-            if norm.reference is None:
-                mean, variance = seen.mean, seen.m2 / seen.count
-                unbiased = seen.m2 / max(seen.count - 1, 1)
-            else:
-                mean, variance = norm.reference.paired(moments[norm.reference.bottom], seen)
-                unbiased = variance
-            new = Statistics(mean, variance, unbiased, seen.count, int(constant(seen).sum()))
-            if not all(np.isfinite(blob).all() for blob in (*new.blobs, *new.stored)):
-                raise LabelfreeError(
-                    f"layer {norm.name}: its input has statistics that are not finite; "
-                    "layers before it overflow"
-                )
-        found[norm.name] = new
-    return found
+    return {repair.name: repair.update(moments) for repair in repairs}
 
 
 def _shared(
@@ -297,7 +376,7 @@ def _shared(
         if first.reference is not None:
             bottoms = [use.reference.bottom for use in uses if use.reference is not None]
             joined[first.reference.bottom] = reduce(Moments.merged, (moments[bottom] for bottom in bottoms))
-        found |= dict.fromkeys((use.name for use in uses), update([first], joined)[first.name])
+        found |= dict.fromkeys((use.name for use in uses), first.update(joined))
     return found
 
 
@@ -312,13 +391,13 @@ class Tour:
         net: the layers.
         weights: their blobs.
         steps: of the sweep.
-        norms: by step those whose statistics are found there.
+        repairs: by step what is found there.
     """
 
     net: NetParameter
     weights: Weights
     steps: list[Step]
-    norms: list[list[Norm]]
+    repairs: list[list[Norm | Bias]]
 
     @classmethod
     def of(
@@ -327,47 +406,69 @@ class Tour:
         weights: Weights,
         full: FullPrecision | None = None,
         inputs: Collection[str] = (),
+        biases: Mapping[str, str] = NO_BIASES,
     ) -> Tour:
-        """For an inference net with at least one BatchNorm.
+        """For an inference net with something to repair.
 
         Args:
             full: for paired statistics.
             inputs: the blobs that feed both nets then.
+            biases: see `renorm`.
         """
         flat = single_assignment(net)
-        front, by_name = _front(flat, full)
+        front, by_name = _front(flat, weights, full, biases)
         pooled, weights = with_early_pooling(flat, weights)
-        ordered, cuts = depth_order(pooled, lambda layer: layer.type == "BatchNorm")
+        ordered, cuts = depth_order(pooled, lambda layer: layer.name in by_name)
         steps: list[Step] = []
-        norms: list[list[Norm]] = []
+        repairs: list[list[Norm | Bias]] = []
         for cut, following in pairwise(cuts):
             # Where pooling has moved, the layer reads something else than what it takes its statistics from.
             here = [by_name[layer.name] for layer in ordered.layer[cut:following] if layer.name in by_name]
             first = () if steps else references(by_name.values())
             steps.append(Step(len(front) + cut, (*first, *measured(here))))
-            norms.append(here)
+            repairs.append(here)
         layers = list(ordered.layer[: cuts[-2]])
         if full is not None:
             weights = both_weights(weights, full.weights, front)
             front = full_layers(front, inputs)
-        return cls(of_layers(ordered, [*front, *layers]), weights, steps, norms)
+        return cls(of_layers(ordered, [*front, *layers]), weights, steps, repairs)
 
 
-def _front(flat: NetParameter, full: FullPrecision | None) -> tuple[list[LayerParameter], dict[str, Norm]]:
-    """The layers of the full-precision net that are needed, and the BatchNorms by name.
+def _front(
+    flat: NetParameter, weights: Weights, full: FullPrecision | None, biases: Mapping[str, str]
+) -> tuple[list[LayerParameter], dict[str, Norm | Bias]]:
+    """The layers of the full-precision net that are needed, and what is to be repaired, by layer.
 
     Args:
         flat: the net being quantized.
+        weights: its blobs.
     """
     norms = {layer.name: layer for layer in flat.layer if layer.type == "BatchNorm"}
     if full is None:
         return [], {name: Norm(name, layer.bottom[0]) for name, layer in norms.items()}
     layers = single_assignment(full.net).layer
     bottoms = {layer.name: layer.bottom[0] for layer in layers if layer.name in norms}
-    return needed_layers(layers, bottoms.values()), {
+    tops = {layer.name: layer.top[0] for layer in layers if layer.name in biases}
+    repairs: dict[str, Norm | Bias] = {
         name: Norm(name, layer.bottom[0], Reference.of(layer, beside(bottoms[name]), full.weights))
         for name, layer in norms.items()
     }
+    scales = {layer.name: layer for layer in flat.layer}
+    for name, scale in biases.items():
+        bottom, top = scales[scale].bottom[0], scales[scale].top[0]
+        if not only_normalized(flat, top):
+            repairs[scale] = Bias(name, scale, bottom, beside(tops[name]), *weights[scale])
+    return needed_layers(layers, [*bottoms.values(), *tops.values()]), repairs
+
+
+def only_normalized(net: NetParameter, blob: str) -> bool:
+    """Whether BatchNorms read a blob and nothing else does.
+
+    Args:
+        net: with every blob name assigned once.
+    """
+    readers = [layer.type for layer in net.layer if blob in layer.bottom]
+    return bool(readers) and all(reader == "BatchNorm" for reader in readers)
 
 
 def _blobs(mean: Floats, variance: Floats) -> list[FloatArray]:

@@ -187,6 +187,19 @@ def _override(users: Iterable[str], settings: WeightSettings) -> LayerChoice | N
     return given[0][1] if given else None
 
 
+def check_unquantized(net: NetParameter) -> None:
+    """Check that a net is not one that stage 1 has written.
+
+    Raises:
+        InputError: it has an ``*_alpha_term`` layer.
+    """
+    taken = {layer.name for layer in net.layer}.intersection(name + ALPHA_SUFFIX for name in _names(net))
+    if taken:
+        raise InputError(
+            f"the net has a layer {min(taken)!r}: it has been quantized; give the net from before"
+        )
+
+
 def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> None:
     """Check the blobs of layers to quantize as far as can be said without knowing what goes into them.
 
@@ -197,15 +210,9 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
         names: the layers; those with the same weights are checked, too.
 
     Raises:
-        InputError: the net has been quantized already, a layer has no weights, or they are not finite or not
-            ``num_output`` kernels and biases.
+        InputError: a layer has no weights, or they are not finite or not ``num_output`` kernels and biases.
     """
     same_weights = _same_weights(net)
-    taken = {layer.name for layer in net.layer}.intersection(name + ALPHA_SUFFIX for name in names)
-    if taken:
-        raise InputError(
-            f"the net has a layer {min(taken)!r}: it has been quantized; give the net from before"
-        )
     for name in (user for owner in names for user in same_weights[owner]):
         layer = _layer(net, name)
         where = f"layer {name!r} ({layer.type})"
@@ -262,13 +269,11 @@ def weights_quan(
         found = informed or fit(w, make_grid(choice.grid, choice.bits), solver)
         users = [user for user in same_weights[name] if user in weights]
         for user in users:
-            same_bias = BlobId(user, 1) in shared.get(BlobId(name, 1), [BlobId(name, 1)])
-            own = aware.get(user) or (informed if same_bias else None)
             blobs, of_alpha = _blobs(
                 _layer(net, user),
                 weights[user],
                 found,
-                own.bias if own is not None else None,
+                aware[user].bias if user in aware else None,
                 bias_is_shared=BlobId(user, 1) in shared,
             )
             weights.replace(user, blobs)
@@ -337,6 +342,31 @@ def with_alpha_terms(net: NetParameter, weights: Container[str]) -> NetParameter
             alphas = _alpha_layers(layer, same_weights[layer.name])
             changed.layer.extend(a for a in alphas if a.name in weights and a.name not in present)
     return changed
+
+
+def correctable(net: NetParameter) -> dict[str, str]:
+    """The layers whose bias can be corrected, and the Scale layers that carry their alphas.
+
+    Left out are layers without a bias, with several tops, or with a blob that others share, and outputs
+    whose channels are not their second axis.
+
+    Args:
+        net: the inference net with its ``*_alpha_term`` layers.
+    """
+    layers = {layer.name: layer for layer in net.layer}
+    shared = {blob.layer for blob in sharers(net)}
+    found = {}
+    for layer in net.layer:
+        scale = layers.get(layer.name + ALPHA_SUFFIX)
+        if (
+            layer.type not in QUANTIZED_TYPES
+            or scale is None
+            or shared.intersection((layer.name, scale.name))
+        ):
+            continue
+        if len(layer.top) == 1 and scale.scale_param.bias_term and scale.scale_param.axis == 1:
+            found[layer.name] = scale.name
+    return found
 
 
 def _same_weights(net: NetParameter) -> dict[str, list[str]]:

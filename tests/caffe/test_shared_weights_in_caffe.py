@@ -41,6 +41,17 @@ layer {{ name: "data" type: "Input" top: "data" input_param {{ shape {{ dim: 1 d
 layer {{ name: "cut" type: "Slice" bottom: "data" top: "left" top: "right"
   slice_param {{ axis: 2 slice_point: 6 }} }}
 {branch("left")}{branch("right")}{HEAD}"""
+NORM = """
+layer {{ name: "norm_{0}" type: "BatchNorm" bottom: "{0}2" top: "{0}2" param {{ name: "mean" lr_mult: 0 }}
+  param {{ name: "variance" lr_mult: 0 }} param {{ name: "factor" lr_mult: 0 }} }}
+layer {{ name: "scale_{0}" type: "Scale" bottom: "{0}2" top: "{0}2" param {{ name: "gain" }}
+  param {{ name: "shift" }} scale_param {{ bias_term: true }} }}
+"""
+NORMED = SIAMESE
+for side in ("left", "right"):
+    NORMED = NORMED.replace(
+        f'layer {{ name: "relu2_{side}"', NORM.format(side) + f'layer {{ name: "relu2_{side}"'
+    )
 MANY = """
 name: "many"
 layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 12 dim: 12 } } }
@@ -69,6 +80,8 @@ def write_model(folder: Path, text: str, only: tuple[str, ...] = ("",)) -> None:
     for layer in net.layer:
         shapes = infer_shapes(net, {"data": (1, *IMAGE)}).params[layer.name]
         blobs = [(rng.normal(0, 0.3, shape)).astype(np.float32) for shape in shapes]
+        if layer.type == "BatchNorm":
+            blobs = [400 * blobs[0], np.full_like(blobs[1], 4e4), np.ones(1, np.float32)]
         if blobs and layer.name.endswith(only):
             weights.add(layer, blobs)
     with open(folder / "net.caffemodel", "wb") as file:
@@ -160,7 +173,7 @@ def test_one_alpha_for_shared_weights(tmp_path: Path, caffe_forward: CaffeForwar
     )
 
 
-@pytest.mark.parametrize("text", [SIAMESE, MANY])
+@pytest.mark.parametrize("text", [SIAMESE, NORMED, MANY], ids=["siamese", "normed", "many"])
 @pytest.mark.parametrize("solver", ["optimal", "data_aware"])
 def test_every_output_is_close_to_full_precision(
     text: str, solver: str, tmp_path: Path, caffe_forward: CaffeForward
@@ -170,6 +183,29 @@ def test_every_output_is_close_to_full_precision(
     blobs = ["left4", "right4", "fc"]
     for full, own in zip(*quantized_in_caffe(tmp_path, caffe_forward, blobs), strict=True):
         assert 10 * np.log10(energy(full) / energy(full - own)) > 10
+
+
+@pytest.mark.parametrize("text", [NORMED, MANY], ids=["normed", "many"])
+def test_either_engine_gives_the_same(
+    text: str, tmp_path: Path, caffe_python: list[str], caffe_plugin: str
+) -> None:
+    """Also where all layers of the second branch have the names of the first."""
+    through_caffe = ("engine=caffe", f"caffe.python={caffe_python}", f"caffe.preload={caffe_plugin}")
+    folders = tmp_path / "onnx", tmp_path / "caffe"
+    for folder, settings in zip(folders, ((), through_caffe), strict=True):
+        write_model(
+            folder,
+            text.replace("param { lr_mult: 2 }", 'param { name: "b2" }'),
+            ("_left", "first", "both", "bare", "fc"),
+        )
+        one = re.sub(r'name: "(\w+)_right"', r'name: "\1_left"', (folder / "net.prototxt").read_text())
+        (folder / "net.prototxt").write_text(one)
+        run_job(folder, *settings)
+    ours, theirs = (
+        computed(folder / "out/net_deploy.prototxt", folder / "out/net_renorm.caffemodel", ["fc"])[0]
+        for folder in folders
+    )
+    assert energy(ours - theirs) < 1e-4 * energy(ours)
 
 
 def test_layers_of_one_name_are_those_of_a_net_that_names_them_apart(

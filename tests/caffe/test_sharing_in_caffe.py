@@ -212,3 +212,34 @@ def test_new_blobs_are_new_wherever_they_are_shared(tmp_path: Path, caffe_python
     np.testing.assert_allclose(
         difference, np.broadcast_to(difference[:1, :, :1, :1], difference.shape), atol=1e-6
     )
+
+
+def test_more_param_than_blobs(tmp_path: Path, caffe_forward: CaffeForward) -> None:
+    text = INPUT + 'layer { name: "relu" type: "ReLU" bottom: "data" top: "x" param { lr_mult: 1 } }\n'
+    with pytest.raises(AssertionError, match="Too many params specified for layer relu"):
+        caffe_forward(text, caffemodel([]), {"data": images()}, ["x"])
+    with pytest.raises(InputError, match=r"layer 'relu' \(ReLU\): 1 param for 0 blobs"):
+        ours(*written(text, [("other", blobs(1))], tmp_path), images(), ["x"])
+
+
+def test_old_layers_share_by_name_too(tmp_path: Path, caffe_forward: CaffeForward) -> None:
+    """V1: names and modes are lists of their own."""
+    old = (
+        'layers { name: "%s" type: CONVOLUTION bottom: "data" top: "%s" param: "w" param: "" '
+        "convolution_param { num_output: 6 kernel_size: 1 } }\n"
+    )
+    product = (
+        'layers { name: "three" type: INNER_PRODUCT bottom: "y" top: "z" param: "w" param: "" '
+        "blob_share_mode: PERMISSIVE blob_share_mode: STRICT inner_product_param { num_output: 3 } }\n"
+    )
+    pool = (
+        'layers { name: "mean" type: POOLING bottom: "x" top: "p" '
+        "pooling_param { pool: AVE kernel_size: 4 } }\n"
+    )
+    text = 'input: "data" input_dim: 5 input_dim: 3 input_dim: 4 input_dim: 4\n'
+    text += old % ("one", "x") + old % ("two", "y") + pool + product.replace('"y"', '"p"')
+    for entries in (
+        [("one", blobs(1)), ("two", blobs(2)), ("three", [numbers(3, 6), numbers(3)])],
+        [("three", [numbers(3, 6), numbers(3)]), ("two", blobs(2)), ("one", blobs(1))],
+    ):
+        assert_as_in_caffe(text, entries, ["x", "y", "z"], tmp_path, caffe_forward)

@@ -184,6 +184,9 @@ def test_where_no_number_is_given_all_images_are_used_and_that_is_noted(tmp_path
             stage_feed(config_for(lmdb, f"{stage}.images=13"), parse(PLAIN), stage)
         cured = config_for(lmdb, f"{stage}.images=13", "data.calibration.images=12")
         assert len(stage_feed(cured, parse(PLAIN), stage, heard)) == 12
+    for defaults in ("renorm.statistics=measured", "activations.solver=reference"):
+        stage = defaults.split(".")[0]
+        assert len(stage_feed(config_for(lmdb, defaults), parse(PLAIN), stage)) == 12
     few = config_for(lmdb, "data.calibration.images=5", "renorm.images=9")
     assert len(stage_feed(few, parse(PLAIN), "renorm")) == 5
     with pytest.raises(InputError, match=r"data.calibration.images asks for 13 images but it holds 12"):

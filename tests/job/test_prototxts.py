@@ -82,3 +82,22 @@ def test_without_validation_lmdb_data_layers_stay(make_job: Callable[[str], Job]
     net = net_of(LEVELDB)
     config = job.config(f"data.validation.source={tmp_path / 'list.txt'}")
     assert validation_prototxt(net, config, {"data": CROPPED}) == net
+
+
+def test_layers_that_feed_take_no_name_that_others_have(job: Job) -> None:
+    """Caffe copies blobs into the first layer of a name: were that the new one, it would refuse the file."""
+    net = net_of(INPUT.replace('top: "data"', 'top: "pixels"'))
+    net.layer.insert(
+        1, parse('layer { name: "data" type: "BatchNorm" bottom: "pixels" top: "data" }').layer[0]
+    )
+    net.layer.insert(2, parse('layer { name: "pixels" type: "ReLU" bottom: "data" top: "data" }').layer[0])
+    for written in (
+        filter_net(validation_prototxt(net, job.config(), {"pixels": CROPPED}), 1),
+        deploy_prototxt(net, {"pixels": CROPPED}),
+    ):
+        check_net(written)
+        assert [layer.type for layer in written.layer][:3] in (
+            ["Data", "BatchNorm", "ReLU"],
+            ["Input", "BatchNorm", "ReLU"],
+        )
+        assert [layer.name for layer in written.layer][1:3] == ["data", "pixels"]

@@ -15,7 +15,7 @@ from quantize.numerics.moments import Moments, moments_of
 from quantize.settings import CaffeProcess, Config, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
 from quantize.stages.renorm import FullPrecision, Reference, renorm, stored_statistics, variance_ratio
-from quantize.stages.weights import choices, weights_quan
+from quantize.stages.weights import choices, correctable, weights_quan
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -282,6 +282,67 @@ def test_nothing_to_round_leaves_the_solver_with_what_is_stored(full: FullPrecis
     found = data_aware(full.weights, chosen, Calibration(full.net, feed, OPEN, None))
     assert found["fc2"].output_sqnr_db is not None
     assert found["fc2"].output_sqnr_db > 35
+
+
+# ---- Biases, where no BatchNorm follows ----
+
+BARE = """
+  layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 9 dim: 9 } } }
+  layer { name: "a" type: "Convolution" bottom: "data" top: "a"
+    convolution_param { num_output: 5 kernel_size: 3 } }
+  layer { name: "relu_a" type: "ReLU" bottom: "a" top: "a" }
+  layer { name: "no_bias" type: "Convolution" bottom: "a" top: "no_bias"
+    convolution_param { num_output: 4 kernel_size: 3 bias_term: false } }
+  layer { name: "relu_b" type: "ReLU" bottom: "no_bias" top: "no_bias" }
+  layer { name: "c" type: "Convolution" bottom: "no_bias" top: "c"
+    convolution_param { num_output: 4 kernel_size: 3 } }
+  layer { name: "norm" type: "BatchNorm" bottom: "c" top: "c" }
+  layer { name: "fc" type: "InnerProduct" bottom: "c" top: "fc" inner_product_param { num_output: 6 } }
+"""
+
+
+@pytest.mark.parametrize("memory", [None, 20_000])
+def test_the_means_of_outputs_are_kept_by_biases(feed: Feed, memory: int | None) -> None:
+    net = InferenceNet.of(parse(BARE)).net
+    full = FullPrecision(net, random_weights(net, {"data": CROPPED}))
+    changed, weights, _ = weights_quan(net, full.weights, choices(net, WeightSettings(bits=2)), "optimal")
+    biases = correctable(changed)
+    assert biases == {name: f"{name}_alpha_term" for name in ("a", "c", "fc")}
+    corrected, _ = renorm(changed, weights, feed, OPEN, memory, full=full, biases=biases)
+
+    def means(net: NetParameter, weights: Weights, layer: str) -> np.ndarray:
+        """Of the layer's output, behind its alpha."""
+        flat = single_assignment(net)
+        top = next(each for each in reversed(flat.layer) if each.name.startswith(layer)).top[0]
+        pixels = next(feed.batches(COUNT)).feeds["data"]
+        engine = OPEN(flat, weights, {"data": CROPPED})
+        return moments_of(engine.compile(0, len(flat.layer), [top]).run({"data": pixels}).blobs[top]).mean
+
+    for name in ("a", "fc"):
+        wanted = means(net, full.weights, name)
+        np.testing.assert_allclose(means(changed, corrected, name), wanted, rtol=1e-4, atol=1e-4)
+        assert np.abs(means(changed, weights, name) - wanted).max() > 1e-2
+        (_, bias), (alpha, shift) = corrected[name], corrected[f"{name}_alpha_term"]
+        np.testing.assert_allclose(shift, bias * (1 - alpha), rtol=1e-4, atol=1e-5)
+    # The BatchNorm behind c takes its mean away, and without a bias there is nothing to write to.
+    for name in ("c", "c_alpha_term", "no_bias", "no_bias_alpha_term"):
+        for old, new in zip(weights[name], corrected[name], strict=True):
+            np.testing.assert_array_equal(old, new)
+
+
+def test_nothing_quantized_leaves_the_biases(feed: Feed) -> None:
+    net = InferenceNet.of(parse(BARE)).net
+    full = FullPrecision(net, random_weights(net, {"data": CROPPED}))
+    chosen = choices(net, WeightSettings(bits=2))
+    changed, weights, _ = weights_quan(net, full.weights, chosen, "optimal")
+    for name in chosen:
+        blob, *bias = full.weights[name]
+        weights.replace(name, [blob, *bias])
+        ones = np.ones(len(weights[f"{name}_alpha_term"][0]))
+        weights.replace(f"{name}_alpha_term", [ones, *(0 * b for b in bias)])
+    corrected, _ = renorm(changed, weights, feed, OPEN, None, full=full, biases=correctable(changed))
+    for name in ("a", "fc"):
+        np.testing.assert_allclose(corrected[name][1], full.weights[name][1], rtol=1e-5, atol=1e-5)
 
 
 # ---- Blobs that layers share ----

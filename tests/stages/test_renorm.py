@@ -93,8 +93,8 @@ def test_memory_bounds_change_the_plan_but_not_the_result(
 def test_branches_of_one_depth_are_measured_together(net: NetParameter) -> None:
     tour = Tour.of(net, Weights())
     assert len(tour.steps) == 4
-    assert {norm.name for norm in tour.norms[1]} == {"bn_left", "bn_right_a"}
-    assert set(tour.steps[1].measured) == {norm.bottom for norm in tour.norms[1]}
+    assert {norm.name for norm in tour.repairs[1]} == {"bn_left", "bn_right_a"}
+    assert set(tour.steps[1].measured) == {norm.bottom for norm in tour.repairs[1]}
 
 
 def test_other_layers_and_the_input_weights_are_untouched(

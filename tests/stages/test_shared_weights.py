@@ -1,11 +1,12 @@
 """Layers that share their weights are quantized as one; layers of several tops have an alpha behind each."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from quantize.caffenet import TEST, InferenceNet, NetParameter, Weights, filter_net, load_weights, loaded
+from quantize.caffenet import TEST, InferenceNet, NetParameter, Weights, filter_net, loaded
 from quantize.commands.config import load
 from quantize.commands.inspect import inspect_net
 from quantize.data import Transform
@@ -16,7 +17,7 @@ from quantize.job.run import Run
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
 from quantize.stages.weights import (
-    check_kernels,
+    check_unquantized,
     choices,
     free_layers,
     unquantizable,
@@ -243,9 +244,10 @@ def test_a_layer_behind_the_labels_that_has_the_weights_too() -> None:
 
 
 def test_a_net_that_has_been_quantized_is_refused() -> None:
-    _, _, changed, weights = quantized(CHAIN)
+    net, _, changed, _ = quantized(CHAIN)
+    check_unquantized(net)
     with pytest.raises(InputError, match="'c1_alpha_term': it has been quantized; give the net from before"):
-        check_kernels(changed, weights, choices(InferenceNet.of(changed).net, settings()))
+        check_unquantized(changed)
 
 
 def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) -> None:
@@ -268,22 +270,27 @@ def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) 
     np.testing.assert_array_equal(quantized["c4"][1], wanted["c4"].bias)
 
 
+def run_job(folder: Path, text: str) -> dict[str, Any]:
+    """The report of the three stages."""
+    (folder / "net.prototxt").write_text(text)
+    with open(folder / "net.caffemodel", "wb") as file:
+        random_weights(InferenceNet.of(parse(text)).net, {"data": IMAGE}).write(file)
+    write_images(folder / "images", 12, IMAGE)
+    given = {
+        "name": "job",
+        "model.prototxt": str(folder / "net.prototxt"),
+        "model.weights": str(folder / "net.caffemodel"),
+        "data.calibration.source": str(folder / "images"),
+        "output": str(folder / "out"),
+    }
+    return Run(load(None, given, ["renorm.images=12", "activations.images=12"])).quantize()
+
+
 def test_what_is_shared_counts_once(tmp_path: Path) -> None:
     rows = {row.name: row for row in inspect_net(parse(CHAIN), {"data": IMAGE}, settings())}
     assert [rows[name].parameters for name in ("c2", "c3", "c5")] == [6 * 6 * 9 + 6, 6, 6 * 6 * 9]
     assert rows["c3"].plan == "weights: 4 bits power_of_two, those of c2"
-    (tmp_path / "net.prototxt").write_text(CHAIN)
-    with open(tmp_path / "net.caffemodel", "wb") as file:
-        random_weights(InferenceNet.of(parse(CHAIN)).net, {"data": IMAGE}).write(file)
-    write_images(tmp_path / "images", 12, IMAGE)
-    given = {
-        "name": "chain",
-        "model.prototxt": str(tmp_path / "net.prototxt"),
-        "model.weights": str(tmp_path / "net.caffemodel"),
-        "data.calibration.source": str(tmp_path / "images"),
-        "output": str(tmp_path / "out"),
-    }
-    report = Run(load(None, given, ["renorm.images=12", "activations.images=12"])).quantize()
+    report = run_job(tmp_path, CHAIN)
     packed = {
         "c1": 6 * 3 * 9,
         "c2": 6 * 6 * 9 / 2,
@@ -301,6 +308,10 @@ def test_what_is_shared_counts_once(tmp_path: Path) -> None:
         "c5",
         "fc",
     ]
-    page = (tmp_path / "out/report.html").read_text()
-    assert "<td>as c2</td>" in page
-    assert load_weights(tmp_path / "out/chain_renorm.caffemodel", parse(CHAIN)).layers()
+    assert "<td>as c2</td>" in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_output_of_several_tops_is_measured_behind_alpha(tmp_path: Path) -> None:
+    measured = run_job(tmp_path, TOPS)["output_sqnr"]["layers"]
+    assert [layer["name"] for layer in measured] == ["both", "fc"]
+    assert measured[0]["sqnr_db"]["quantized"] > 40  # 8 bits
