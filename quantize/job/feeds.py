@@ -26,6 +26,7 @@ from quantize.errors import InputError
 from quantize.job.inputs import (
     check_counts,
     check_inputs,
+    check_order,
     image_input,
     images_present,
     is_placeholder,
@@ -181,7 +182,9 @@ def _feed(
     check_counts(values, fed, key)
     inputs: dict[str, Images | Values] = {}
     if fed.source is not None and blob is not None:
-        inputs[blob] = _images(config, net, open_source(fed.source), first, images, phase, progress)
+        source = open_source(fed.source)
+        check_order(source, values)
+        inputs[blob] = _images(config, net, source, first, images, phase, progress)
         images = len(inputs[blob])
     else:
         present = images_present(fed, key) - first
