@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +22,7 @@ from quantize.errors import InputError, LabelfreeError
 
 if TYPE_CHECKING:
     from quantize.progress import Progress
+    from quantize.record import StageName
     from quantize.settings import Config
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -31,7 +32,11 @@ FILE = click.Path()
 """A path as text: the configuration expands and checks it. The type has the shell complete it."""
 QUALITIES = {"fast": "optimal", "best": "data_aware"}
 """weights.solver by --quality."""
-STAGE_COMMANDS = {"weights": "weights-quan", "renorm": "renorm", "activations": "activations-quan"}
+STAGE_COMMANDS: dict[StageName, str] = {
+    "weights": "weights-quan",
+    "renorm": "renorm",
+    "activations": "activations-quan",
+}
 LONGEST_SUMMARY = 1000
 
 
@@ -246,30 +251,30 @@ def showing_progress() -> Iterator[Progress]:
 
 
 def run_stages(
-    given: dict[str, Any], stages: tuple[str, ...], resume: bool, force: bool, as_json: bool = False
+    given: dict[str, Any], stages: tuple[StageName, ...], resume: bool, force: bool, as_json: bool = False
 ) -> None:
     """Run stages and print the summary, or with --json the content of report.json."""
     config = read_config(given)
     from quantize.job.run import Run
 
     with showing_progress() as progress:
-        report = Run(config, progress, given["path"] is None).quantize(stages, resume, force)
+        record = Run(config, progress, given["path"] is None).quantize(stages, resume, force)
     if as_json:
-        click.echo(json.dumps(report))
+        click.echo(record.to_json())
         return
     from quantize.commands.summary import print_summary
 
-    left = [command for stage, command in STAGE_COMMANDS.items() if stage not in report["stages"]]
-    print_summary(report, config, command_line(left[0] if left else "evaluate", given))
+    left = [command for stage, command in STAGE_COMMANDS.items() if stage not in record.stages.done]
+    print_summary(record, config, command_line(left[0] if left else "evaluate", given))
 
 
-def parse_stages(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+def parse_stages(_: click.Context, __: click.Parameter, value: str) -> tuple[StageName, ...]:
     """``--stages renorm,activations`` as names of stages."""
     names = tuple(name.strip() for name in value.split(","))
     for name in names:
         if name not in STAGE_COMMANDS:
             raise click.BadParameter(f"{name!r} is not a stage; these are: {', '.join(STAGE_COMMANDS)}")
-    return names
+    return tuple(stage for stage in STAGE_COMMANDS if stage in names)
 
 
 def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -298,7 +303,7 @@ FORCE = click.option("--force", is_flag=True, help="Do every stage again, also w
 @RESUME
 @FORCE
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the content of report.json.")
-def quantize(stages: tuple[str, ...], resume: bool, force: bool, as_json: bool, **given: Any) -> None:
+def quantize(stages: tuple[StageName, ...], resume: bool, force: bool, as_json: bool, **given: Any) -> None:
     """Quantize a network: its weights, its BatchNorm statistics (renorm) and its activations.
 
     Writes NAME_quantized.caffemodel, NAME_renorm.caffemodel (the final weights), NAME_val.prototxt (for
@@ -319,12 +324,13 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
     """
     config = read_config_of_results(given)
     from quantize.commands.summary import evaluation_table
-    from quantize.job.run import evaluate_run
+    from quantize.job.evaluation import evaluate_run
 
     with showing_progress() as progress:
         found = evaluate_run(config, images, progress)
     if as_json:
-        click.echo(json.dumps({"images": found.images, **found.accuracy, "agreement": found.agreement}))
+        accuracy = {name: asdict(each) for name, each in found.accuracy.items()}
+        click.echo(json.dumps({"images": found.images, **accuracy, "agreement": found.agreement}))
     else:
         click.echo(evaluation_table(found))
 
@@ -336,7 +342,7 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
 def report(evaluating: bool, images: int | None, **given: Any) -> None:
     """Write report.html again from what is in the output folder."""
     config = read_config_of_results(given)
-    from quantize.job.run import evaluate_run, report_run
+    from quantize.job.evaluation import evaluate_run, report_run
 
     if evaluating:
         from quantize.commands.summary import evaluation_table

@@ -10,8 +10,9 @@ import pytest
 
 from quantize.commands.doctor import examine
 from quantize.data import open_source
-from quantize.job.run import Run, evaluate_run
-from quantize.measure.evaluate import Evaluation
+from quantize.job.evaluation import evaluate_run
+from quantize.job.run import Run
+from quantize.record import Accuracy, Evaluation
 from tests.conftest import Job
 from tests.heard import Heard
 
@@ -94,7 +95,7 @@ def test_folders_that_cannot_be_the_classes_are_no_labels(
     heard = Heard()
     found = evaluated(quantized, "classes", heard)
     assert found.labeled == 0
-    assert found.accuracy["fp32"] == {"top1": None, "top5": None}
+    assert found.accuracy["fp32"] == Accuracy(None, None)
     assert found.images == len(labels(quantized))
     (note,) = (note for note in heard.notes if note.startswith(f"{folder}: "))
     assert f"; but {reason}, so the images are read as unlabeled; a list of `path label` lines" in note
