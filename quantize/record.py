@@ -198,11 +198,11 @@ class OutputSqnr:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often a net is right; all is None without labels.
+    """How often a net is right on the images with a label; all is None without any.
 
     Attributes:
-        top1: percent of the images whose label is the best class.
-        top5: percent of the images whose label is among the five best.
+        top1: percent of them whose label is the best class.
+        top5: percent of them whose label is among the five best.
         top1_interval: what top1 may be on other images like these, 95 % (Wilson), in percent.
         right: on which images top-1 is right: bits in their order, most significant first, as base64.
     """
@@ -270,6 +270,7 @@ class Evaluation:
 
     Attributes:
         images: how many.
+        labeled: how many of them have a label that accuracy could be counted with.
         accuracy: by candidate: ``fp32``, perhaps ``without_renorm``, and ``quantized``.
         outputs: how close they are to full precision, in network order.
         scores: the output that accuracy and agreement are about; None where the net has no class scores, or
@@ -281,6 +282,7 @@ class Evaluation:
     """
 
     images: int
+    labeled: int
     accuracy: dict[str, Accuracy]
     outputs: list[OutputCloseness]
     scores: str | None

@@ -84,7 +84,7 @@ def compare_text(results: Sequence[Result]) -> str:
 
 
 def compare_json(results: Sequence[Result]) -> str:
-    """One JSON object: figures of each result, settings that differ, and each result paired with the first."""
+    """One JSON object: figures of each result, settings that differ, each result paired with the first."""
     pairs = [paired(results[0], other) for other in results[1:]]
     return json.dumps(
         {
@@ -205,14 +205,14 @@ def paired(first: Result, second: Result) -> Paired | None:
     same = (before.images, before.labels_hash, before.accuracy["fp32"].right)
     if same != (now.images, now.labels_hash, now.accuracy["fp32"].right):
         return None
-    one, other = _rights(first.accuracy, before.images), _rights(second.accuracy, now.images)
+    one, other = _rights(first.accuracy, before.labeled), _rights(second.accuracy, now.labeled)
     first_only, second_only = int((one & ~other).sum()), int((other & ~one).sum())
     return Paired(first_only, second_only, mcnemar(first_only, second_only))
 
 
-def _rights(accuracy: Accuracy | None, images: int) -> Rights:
+def _rights(accuracy: Accuracy | None, labeled: int) -> Rights:
     packed = base64.b64decode((accuracy.right if accuracy is not None else None) or "")
-    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=images)
+    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=labeled)
     return bits.astype(np.bool_)
 
 

@@ -114,7 +114,7 @@ def _meaning(found: Evaluation) -> list[str]:
 def _labeled(found: Evaluation, agreement: float) -> list[str]:
     """What the labels say: the change of top-1, and what it is worth."""
     full, final, paired = found.accuracy["fp32"], found.accuracy["quantized"], found.paired["quantized"]
-    reason = doubt(full.top1, final.top1, agreement, found.images, found.classes)
+    reason = doubt(full.top1, final.top1, agreement, found.labeled, found.classes)
     if reason:
         return [f"on {found.images} images: agreement {agreement:.2f} %", f"warning: {reason}"]
     lost = (full.top1 or 0.0) - (final.top1 or 0.0)

@@ -9,6 +9,7 @@ from statistics import fmean, median
 
 import click
 
+from quantize.commands.terminal import is_wide
 from quantize.job.output import Files
 from quantize.record import (
     ActivationsRecord,
@@ -24,16 +25,20 @@ RESULT_COLUMN = 2
 
 
 def print_summary(record: RunRecord, config: Config, following: str) -> None:
-    """Print what was done, how long it took, what was written, and how to test it with Caffe.
+    """Print what was done, how long it took, what was written, what is next and how to test it with Caffe.
 
-    With colors and rules on a terminal, in plain aligned columns elsewhere. NO_COLOR is obeyed.
+    With colors and rules on a terminal, in plain lines on a narrow one, in aligned columns elsewhere.
+    NO_COLOR is obeyed.
 
     Args:
+        record: the content of report.json.
+        config: the settings of the run.
         following: the command to run next.
     """
     rows = _stage_rows(record)
-    if not sys.stdout.isatty():
-        click.echo("\n".join([table(rows), *_below(record, config, following)]))
+    if not is_wide(sys.stdout):
+        plain = _stage_lines(rows) if sys.stdout.isatty() else table(rows)
+        click.echo("\n".join([plain, *_below(record, config, following)]))
         return
     from rich.console import Console
     from rich.table import Table
@@ -64,6 +69,14 @@ def _stage_rows(record: RunRecord) -> list[tuple[str, ...]]:
             for name, stage in record.stages.done.items()
         ),
     ]
+
+
+def _stage_lines(rows: Sequence[Sequence[str]]) -> str:
+    """The rows as sentences, for a terminal with few columns."""
+    return "\n".join(
+        f"{stage}: {layers} layers, {result}, {seconds} s, {memory} MB at most"
+        for stage, layers, result, seconds, memory in rows[1:]
+    )
 
 
 def _below(record: RunRecord, config: Config, following: str) -> list[str]:

@@ -18,6 +18,7 @@ from quantize.job.feeds import (
     read_model_prototxt,
     validation_feed,
 )
+from quantize.job.labels import with_labels_that_fit
 from quantize.job.output import Files, OutputFolder, is_held
 from quantize.job.resume import made_from, model_hashes, sha256
 from quantize.job.store import PAGE, REPORT, read_record, show_page, write_page, write_record
@@ -54,7 +55,7 @@ def evaluate_run(
     candidates = _candidates(config, net, record)
     if not without_renorm:
         candidates.pop("without_renorm", None)
-    feed = validation_feed(config, net, images, progress)
+    feed = with_labels_that_fit(validation_feed(config, net, images, progress), net, progress)
     open_engine = engine_opener(config.engine, config.caffe, config.threads)
     with using_threads(config.threads):
         found = evaluate(candidates, net_outputs(net), feed, open_engine, progress)

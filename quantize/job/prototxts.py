@@ -24,7 +24,7 @@ from quantize.caffenet import (
 from quantize.caffenet.schema import DataParameter
 from quantize.caffenet.strings import from_path
 from quantize.data.sources import LmdbSource, open_source
-from quantize.job.feeds import effective_transform, guessed_short_side, to_proto
+from quantize.job.feeds import effective_transform, resized_before_crop, to_proto
 from quantize.job.inputs import image_input
 from quantize.measure.outputs import net_outputs
 from quantize.record import CaffeTest
@@ -66,7 +66,7 @@ def validation_prototxt(net: NetParameter, config: Config, shapes: Mapping[str, 
     del changed.layer[:]
     changed.layer.extend(layers)
     if not any(layer.type == "Accuracy" for layer in filtered.layer):
-        scores, classes = _class_scores(net, shapes)
+        scores, classes = image_classes(net, shapes)
         changed.layer.extend(_accuracy(scores, label, k) for k in (1, 5) if k <= classes)
     return changed
 
@@ -80,22 +80,22 @@ def caffe_test(net: NetParameter, config: Config) -> CaffeTest:
     if others:
         return CaffeTest(None, f"a layer that feeds the input {others[0]}, which a Data layer does not")
     transform = effective_transform(net, TEST, config)
-    short, resizes = transform.resize_short, bool(transform.resize_short or transform.resize)
     data = config.data.validation
     given = data.source if data is not None and not data.inputs else None
     if data is not None and given is not None:
         source = open_source(given)
         try:
-            if isinstance(source, LmdbSource) and not resizes:
+            if isinstance(source, LmdbSource) and not (transform.resize or transform.resize_short):
                 return CaffeTest(max(1, len(source) // data.batch_size))
-            short = short or guessed_short_side(source, transform) or 0
+            transform, _ = resized_before_crop(source, transform) or (transform, "")
         finally:
             source.close()
-    option = f" --resize-short {short}" if short else ""
+    option = f" --resize-short {transform.resize_short}" if transform.resize_short else ""
+    if transform.resize:
+        option = f" --resize {transform.resize[0]}x{transform.resize[1]}"
     images = f"the images of {given}" if given is not None else "labeled images"
-    resized = f", resized to {transform.resize[0]}x{transform.resize[1]}," if transform.resize else ""
     make = f"`labelfree make-lmdb {given or 'IMAGES'} LMDB{option}`, then `--validation LMDB`"
-    return CaffeTest(None, f"{images}{resized} in an LMDB: {make}")
+    return CaffeTest(None, f"{images} in an LMDB: {make}")
 
 
 def with_stored_statistics(net: NetParameter) -> NetParameter:
@@ -119,7 +119,7 @@ def _label_blob(net: NetParameter, images: LayerParameter) -> str:
     return next(read, "label")
 
 
-def _class_scores(net: NetParameter, shapes: Mapping[str, Shape]) -> tuple[str, int]:
+def image_classes(net: NetParameter, shapes: Mapping[str, Shape]) -> tuple[str, int]:
     """The blob with an image's class scores, and their number; 0 where there are none or it is not known."""
     test = InferenceNet.of(net)
     one = {blob: (1, *shape) for blob, shape in shapes.items()}

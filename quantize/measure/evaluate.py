@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from quantize.arrays import FLOAT_BYTES, FloatArray, Labels, Shape
+from quantize.arrays import FLOAT_BYTES, FloatArray, Shape
 from quantize.caffenet import NetParameter, Weights
 from quantize.data.feed import Feed
 from quantize.engines.base import Engine, OpenEngine, Range
@@ -151,27 +152,35 @@ class _Comparison:
     def over(self, feed: Feed, progress: Progress) -> Evaluation:
         """Run all candidates over all images."""
         batch = micro_batch_size(max(each.widest for each in self.opened.values()), len(feed), None)
-        seen: list[Labels] = []
+        labels: list[int | None] = []
         progress.start("evaluate", len(feed))
         for images in feed.batches(batch):
-            labels = images.labels
-            if labels is not None:
-                seen.append(labels)
+            labels += images.labels
             full = self._outputs(FULL, images.feeds)
-            self._count(FULL, full, labels)
+            self._count(FULL, full, images.labels)
             for name, sums in self.sums.items():
                 own = self._outputs(name, images.feeds)
-                self._count(name, own, labels)
+                self._count(name, own, images.labels)
                 for each, wide, narrow in zip(sums, full, own, strict=True):
                     each.update(wide, narrow)
             progress.advance(len(images))
-        counted = len(self.rights[FULL][1]) and sum(map(len, self.rights[FULL][1])) == len(feed)
-        if self.main is not None and sum(map(len, seen)) == len(feed) and not counted:
+        labeled = sum(label is not None for label in labels)
+        if self.main is not None and labeled and not self._of_images:
             progress.note(
                 f"output {self.outputs[self.main].blob} has class scores at many places of an image: labels "
                 "by place are not read, so no accuracy is counted"
             )
-        return self._evaluation(len(feed), seen, bool(counted))
+        elif self._of_images and 0 < labeled < len(feed):
+            progress.note(f"accuracy is that of the {labeled} of {len(feed)} images that have a label")
+        return self._evaluation(len(feed), labels if self._of_images and labeled else [])
+
+    @property
+    def _of_images(self) -> bool:
+        """Whether the main output has one score per class of an image."""
+        if self.main is None:
+            return False
+        shape, axis = self.opened[FULL].shapes[self.main], self.axes[self.main]
+        return axis is not None and int(np.prod(shape)) == shape[axis]
 
     def _outputs(self, name: str, feeds: Mapping[str, FloatArray]) -> list[FloatArray]:
         blobs = self.opened[name].run(feeds)
@@ -180,18 +189,26 @@ class _Comparison:
                 raise LabelfreeError(f"{name}: blob {output.blob} is not finite; layers before it overflow")
         return blobs
 
-    def _count(self, name: str, blobs: Sequence[FloatArray], labels: Labels | None) -> None:
-        """Note where a candidate is right."""
-        if self.main is None or labels is None:
+    def _count(self, name: str, blobs: Sequence[FloatArray], labels: Sequence[int | None]) -> None:
+        """Note on which of the labeled images a candidate is right."""
+        if self.main is None or not self._of_images:
             return
+        rows = [row for row, label in enumerate(labels) if label is not None]
         axis = self.axes[self.main]
         assert axis is not None
-        scores = places(blobs[self.main], axis)
-        if len(scores) == len(labels):
-            for k in TOP_K:
-                self.rights[name][k].append(right_top_k(scores, labels, k))
+        scores = places(blobs[self.main], axis)[rows]
+        for k in TOP_K:
+            right = right_top_k(scores, np.array([labels[row] for row in rows], np.int64), k)
+            self.rights[name][k].append(right)
 
-    def _evaluation(self, images: int, labels: Sequence[Labels], counted: bool) -> Evaluation:
+    def _evaluation(self, images: int, labels: Sequence[int | None]) -> Evaluation:
+        """What has been found.
+
+        Args:
+            images: how many.
+            labels: theirs, where accuracy was counted; else empty.
+        """
+        labeled = sum(label is not None for label in labels)
         outputs = []
         for number, (output, axis) in enumerate(zip(self.outputs, self.axes, strict=True)):
             found = {name: sums[number] for name, sums in self.sums.items()}
@@ -201,25 +218,26 @@ class _Comparison:
             close = {name: sums.closeness for name, sums in found.items()}
             presumed = output.presumed and axis is not None
             outputs.append(OutputCloseness(output.blob, classes, at, presumed, close))
-        top1 = {name: np.concatenate(by_k[1]) for name, by_k in self.rights.items()} if counted else {}
+        top1 = {name: np.concatenate(by_k[1]) for name, by_k in self.rights.items()} if labeled else {}
         return Evaluation(
             images,
-            {name: self._accuracy(name, images, counted) for name in self.opened},
+            labeled,
+            {name: self._accuracy(name, labeled) for name in self.opened},
             outputs,
             None if self.main is None else self.outputs[self.main].blob,
             {name: _paired(top1[FULL], right) for name, right in top1.items() if name != FULL},
-            labels_hash=hashlib.sha256(np.concatenate(labels).tobytes()).hexdigest() if counted else None,
+            labels_hash=hashlib.sha256(json.dumps(labels).encode()).hexdigest() if labeled else None,
         )
 
-    def _accuracy(self, name: str, images: int, counted: bool) -> Accuracy:
-        if not counted:
+    def _accuracy(self, name: str, labeled: int) -> Accuracy:
+        if not labeled:
             return Accuracy(None, None)
         rights = [np.concatenate(self.rights[name][k]) for k in TOP_K]
         top1, top5 = (int(right.sum()) for right in rights)
         bits = base64.b64encode(np.packbits(rights[0]).tobytes()).decode()
-        return Accuracy(100 * top1 / images, 100 * top5 / images, wilson(top1, images), bits)
+        return Accuracy(100 * top1 / labeled, 100 * top5 / labeled, wilson(top1, labeled), bits)
 
 
 def _paired(full: Rights, own: Rights) -> Paired:
-    full_only, second_only = int((full & ~own).sum()), int((own & ~full).sum())
-    return Paired(full_only, second_only, mcnemar(full_only, second_only))
+    full_only, own_only = int((full & ~own).sum()), int((own & ~full).sum())
+    return Paired(full_only, own_only, mcnemar(full_only, own_only))

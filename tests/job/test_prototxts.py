@@ -139,7 +139,7 @@ def test_caffe_test_runs_over_all_images_of_an_lmdb(job: Job) -> None:
             ["data.transform.resize_short=12"],
             "in an LMDB: `labelfree make-lmdb test_lmdb LMDB --resize-short 12`, then `--validation LMDB`",
         ),
-        (["data.transform.resize=[9, 10]", "data.transform.crop_size=9"], "resized to 9x10, in an LMDB"),
+        (["data.transform.resize=[9, 10]", "data.transform.crop_size=9"], "LMDB --resize 9x10`"),
     ],
 )
 def test_caffe_test_says_what_it_would_need(job: Job, assignments: list[str], needed: str) -> None:

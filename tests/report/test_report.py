@@ -357,7 +357,7 @@ def a_record(
         stages=Stages(weights=weights or NO_WEIGHTS, renorm=renorm, activations=activations),
         sizes=Sizes(model=10**8, written=10**8, packed=14 * 10**6),
         caffe_test=CaffeTest(8),
-        evaluation=None if agreement is None else Evaluation(100, accuracy, [close], "fc"),
+        evaluation=None if agreement is None else Evaluation(100, 0, accuracy, [close], "fc"),
     )
 
 
