@@ -198,7 +198,7 @@ class OutputSqnr:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percent of the images whose label is the best class, and among the five best; None without labels."""
+    """Percent of the images with a label: it is the best class, or one of the five best. None without any."""
 
     top1: float | None
     top5: float | None
@@ -226,6 +226,7 @@ class Evaluation:
 
     Attributes:
         images: how many.
+        labeled: how many of them have a label.
         accuracy: by candidate.
         closeness: to the first candidate, by the name of every other one.
         classes: scores per image.
@@ -233,6 +234,7 @@ class Evaluation:
     """
 
     images: int
+    labeled: int
     accuracy: dict[str, Accuracy]
     closeness: dict[str, Closeness]
     classes: int

@@ -9,6 +9,7 @@ from statistics import fmean, median
 
 import click
 
+from quantize.commands.terminal import is_wide
 from quantize.measure.plausible import doubt
 from quantize.record import (
     ActivationsRecord,
@@ -24,14 +25,21 @@ KILOBYTE = 1000
 RESULT_COLUMN = 2
 
 
-def print_summary(record: RunRecord, config: Config) -> None:
-    """Print what was done, how long it took, what was written, and how to test it with Caffe.
+def print_summary(record: RunRecord, config: Config, following: str) -> None:
+    """Print what was done, how long it took, what was written, what is next and how to test it with Caffe.
 
-    With colors and rules on a terminal, in plain aligned columns elsewhere. NO_COLOR is obeyed.
+    With colors and rules on a terminal, in plain lines on a narrow one, in aligned columns elsewhere.
+    NO_COLOR is obeyed.
+
+    Args:
+        record: the content of report.json.
+        config: the settings of the run.
+        following: the command to run next.
     """
     rows = _stage_rows(record)
-    if not sys.stdout.isatty():
-        click.echo("\n".join([table(rows), *_below(record, config)]))
+    if not is_wide(sys.stdout):
+        plain = _stage_lines(rows) if sys.stdout.isatty() else table(rows)
+        click.echo("\n".join([plain, *_below(record, config, following)]))
         return
     from rich.console import Console
     from rich.table import Table
@@ -44,7 +52,7 @@ def print_summary(record: RunRecord, config: Config) -> None:
     for row in rows[1:]:
         shown.add_row(*map(Text, row))
     console.print(shown)
-    console.print("\n".join(_below(record, config)), markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(_below(record, config, following)), markup=False, highlight=False, soft_wrap=True)
 
 
 def _stage_rows(record: RunRecord) -> list[tuple[str, ...]]:
@@ -64,7 +72,15 @@ def _stage_rows(record: RunRecord) -> list[tuple[str, ...]]:
     ]
 
 
-def _below(record: RunRecord, config: Config) -> list[str]:
+def _stage_lines(rows: Sequence[Sequence[str]]) -> str:
+    """The rows as sentences, for a terminal with few columns."""
+    return "\n".join(
+        f"{stage}: {layers} layers, {result}, {seconds} s, {memory} MB at most"
+        for stage, layers, result, seconds, memory in rows[1:]
+    )
+
+
+def _below(record: RunRecord, config: Config, following: str) -> list[str]:
     sizes = record.sizes
     page = config.output / "report.html"
     transform = record.transform
@@ -77,6 +93,7 @@ def _below(record: RunRecord, config: Config) -> list[str]:
         f"wrote: {', '.join(sorted(record.outputs))}",
         f"   in: {config.output}",
         *([f" look: {page}"] if page.exists() else []),
+        f" next: {following}",
         *_caffe_test(record, config),
     ]
 
@@ -148,7 +165,7 @@ def _meaning(found: Evaluation, labeled: bool) -> str:
     final = list(found.accuracy.values())[-1]
     if labeled:
         full = found.accuracy["fp32"]
-        reason = doubt(full.top1, final.top1, found.agreement, found.images, found.classes)
+        reason = doubt(full.top1, final.top1, found.agreement, found.labeled, found.classes)
         if reason:
             return f"on {found.images} images: agreement {found.agreement:.2f} %\nwarning: {reason}"
         lost = (full.top1 or 0.0) - (final.top1 or 0.0)

@@ -22,6 +22,7 @@ from quantize.data.transform import shape_text
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError
 from quantize.job.feeds import calibration_images, input_shapes, stage_feed, validation_feed
+from quantize.job.labels import folders_as_classes
 from quantize.progress import Progress
 from quantize.record import StageName
 from quantize.settings import Config
@@ -124,7 +125,9 @@ class Checks:
         """Images, the first of which can be read and has the net's size."""
         feed = validation_feed(self.config, self.net, None, self.progress)
         next(feed.batches(1))
-        return f"{len(feed):,} images, {_shapes(feed)} when transformed"
+        folders = folders_as_classes(feed, self.net)
+        labels = f"; {folders[0]}" if folders else ""
+        return f"{len(feed):,} images, {_shapes(feed)} when transformed{labels}"
 
 
 def _shapes(feed: Feed) -> str:

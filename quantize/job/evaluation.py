@@ -18,6 +18,7 @@ from quantize.job.feeds import (
     read_model_prototxt,
     validation_feed,
 )
+from quantize.job.labels import with_labels_that_fit
 from quantize.job.output import Files, OutputFolder
 from quantize.job.store import PAGE, REPORT, read_record, show_page, write_page, write_record
 from quantize.measure.evaluate import Candidate, evaluate
@@ -45,7 +46,7 @@ def evaluate_run(
         InputError: nothing has been quantized yet, or no images.
     """
     net = read_model_prototxt(config)
-    feed = validation_feed(config, net, images, progress)
+    feed = with_labels_that_fit(validation_feed(config, net, images, progress), net, progress)
     candidates = _candidates(config, net)
     if not without_renorm:
         candidates.pop("without_renorm", None)

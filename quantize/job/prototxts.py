@@ -63,8 +63,8 @@ def validation_prototxt(net: NetParameter, config: Config, shapes: Mapping[str, 
     del changed.layer[:]
     changed.layer.extend(layers)
     if not any(layer.type == "Accuracy" for layer in filtered.layer):
-        classes = _classes(test, shapes)
-        changed.layer.extend(_accuracy(test.scores, label, k) for k in (1, 5) if k <= classes)
+        known = classes(test, shapes)
+        changed.layer.extend(_accuracy(test.scores, label, k) for k in (1, 5) if k <= known)
     return changed
 
 
@@ -89,7 +89,7 @@ def _label_blob(net: NetParameter, images: LayerParameter) -> str:
     return next(read, "label")
 
 
-def _classes(test: InferenceNet, shapes: Mapping[str, Shape]) -> int:
+def classes(test: InferenceNet, shapes: Mapping[str, Shape]) -> int:
     """The number of class scores of an image; 0 where there is no such number or it is not known."""
     one = {blob: (1, *shape) for blob, shape in shapes.items()}
     batch, *scores = infer_shapes(known_part(test.net, one), one).blobs.get(test.scores, (1,))

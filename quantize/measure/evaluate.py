@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from quantize.arrays import FloatArray
+from quantize.arrays import FloatArray, Labels
 from quantize.caffenet import NetParameter, Weights
 from quantize.data.feed import Feed
 from quantize.engines.base import Engine, OpenEngine
@@ -79,8 +79,9 @@ def _compare(
     labeled = 0
     progress.start("evaluate", len(feed))
     for images in feed.batches(batch):
-        labels = images.labels
         full: FloatArray | None = None
+        labeled_rows = [row for row, label in enumerate(images.labels) if label is not None]
+        labels = np.array([images.labels[row] for row in labeled_rows], np.int64)
         for (name, candidate), runner in zip(candidates, runners, strict=True):
             scores = runner.run(images.feeds).blobs[candidate.scores]
             scores = scores.reshape(len(images), -1)
@@ -88,9 +89,8 @@ def _compare(
                 raise LabelfreeError(
                     f"{name}: blob {candidate.scores} is not finite; layers before it overflow"
                 )
-            if labels is not None:
-                for k in TOP_K:
-                    hits[name][k] += count_top_k(scores, labels, k)
+            for k in TOP_K:
+                hits[name][k] += count_top_k(scores[labeled_rows], labels, k)
             if full is None:
                 full = scores
             elif full.shape == scores.shape:
@@ -99,16 +99,18 @@ def _compare(
                 raise InputError(
                     f"the nets give {full.shape[1]} and {scores.shape[1]} scores per image; quantize again"
                 )
-        labeled += len(images) if labels is not None else 0
+        labeled += len(labels)
         progress.advance(len(images))
     count = len(feed)
+    if 0 < labeled < count:
+        progress.note(f"accuracy is that of the {labeled} of {count} images that have a label")
     accuracy = {
-        name: Accuracy(*(100 * hits[name][k] / count if labeled == count else None for k in TOP_K))
+        name: Accuracy(*(100 * hits[name][k] / labeled if labeled else None for k in TOP_K))
         for name, _ in candidates
     }
     closeness = {name: found.closeness(count) for name, found in sums.items()}
     classes = math.prod(engines[0].shapes.blobs[candidates[0][1].scores][1:])
-    return Evaluation(count, accuracy, closeness, classes)
+    return Evaluation(count, labeled, accuracy, closeness, classes)
 
 
 def check_scores(net: NetParameter, scores: str) -> None:
@@ -172,7 +174,7 @@ def log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return shifted
 
 
-def count_top_k(scores: FloatArray, labels: npt.NDArray[np.int64], k: int) -> int:
+def count_top_k(scores: FloatArray, labels: Labels, k: int) -> int:
     """Images whose label is among the k best, counted as Caffe's accuracy_layer does.
 
     The label is right when fewer than k other classes have a score at least as large: ties count against it.

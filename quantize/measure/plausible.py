@@ -27,7 +27,7 @@ def doubt(full: float | None, final: float | None, agreement: float, images: int
         full: top-1 of full precision in percent; None without labels.
         final: top-1 of the quantized net.
         agreement: percent of the images that both put into the same class.
-        images: how many images.
+        images: how many images have a label.
         classes: number of classes; 0: not known.
     """
     if full is None or final is None:

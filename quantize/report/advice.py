@@ -89,7 +89,7 @@ def _transform(record: RunRecord) -> list[Advice]:
     evaluation = record.evaluation
     if evaluation is not None and evaluation.accuracy:
         full, final = (evaluation.accuracy[name].top1 for name in ("fp32", "quantized"))
-        reason = doubt(full, final, evaluation.agreement, evaluation.images, evaluation.classes)
+        reason = doubt(full, final, evaluation.agreement, evaluation.labeled, evaluation.classes)
         if reason:
             found.append(Advice("warning", f"{reason[0].upper()}{reason[1:]}."))
     return found

@@ -352,7 +352,7 @@ def a_record(
         settings=load(None, {"model.prototxt": "p", "model.weights": "w", "output": "o"}, settings),
         stages=Stages(weights=weights or NO_WEIGHTS, renorm=renorm, activations=activations),
         sizes=Sizes(model=10**8, written=10**8, packed=14 * 10**6),
-        evaluation=close and Evaluation(100, {}, {"quantized": close}, 10),
+        evaluation=close and Evaluation(100, 0, {}, {"quantized": close}, 10),
     )
 
 

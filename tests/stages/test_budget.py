@@ -354,7 +354,7 @@ def test_the_whole_job(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"Weights of {mean:.2f} bits on average" in page
     chosen = budget.divergence["left"][str(bits_of(record)["left"])]
     assert f"<b>{chosen:.3g}</b>" in page
-    print_summary(record, config)
+    print_summary(record, config, "labelfree evaluate")
     assert f"mean {mean:.2f} bits, median SQNR" in capsys.readouterr().out
     first = (job.out / "residual_renorm.caffemodel").read_bytes()
     Run(config).quantize(force=True)
