@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from quantize import cli
 from quantize.caffenet import Weights
@@ -391,11 +392,17 @@ def bad_input_shape(job: Job) -> None:
 
 
 def bad_budget(job: Job) -> None:
-    job.yaml.write_text(job.yaml.read_text().replace("weights: {", "weights: {budget: 2.1, "))
+    set_key(job, "weights", "budget", 2.1)
 
 
 def bad_memory(job: Job) -> None:
-    job.yaml.write_text(job.yaml.read_text().replace("renorm: {", "renorm: {memory: 1kB, "))
+    set_key(job, "renorm", "memory", "1kB")
+
+
+def set_key(job: Job, section: str, key: str, value: object) -> None:
+    tree = yaml.safe_load(job.yaml.read_text())
+    tree.setdefault(section, {})[key] = value
+    job.yaml.write_text(yaml.safe_dump(tree))
 
 
 def bad_validation(job: Job) -> None:
