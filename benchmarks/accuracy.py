@@ -19,9 +19,9 @@ from quantize.caffenet import InferenceNet, NetParameter, Weights
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
-from quantize.job.feeds import calibration_feed, validation_feed
-from quantize.job.run import read_model_prototxt
-from quantize.measure.evaluate import Candidate, Closeness, evaluate
+from quantize.job.feeds import calibration_feed, read_model_prototxt, validation_feed
+from quantize.measure.evaluate import Candidate, evaluate
+from quantize.record import Closeness
 from quantize.settings import ActivationSettings, Config, StatisticsName, WeightSettings
 from quantize.stages.activations import activations_quan, with_act_quantize
 from quantize.stages.data_aware import Calibration
@@ -106,7 +106,7 @@ def row(subject: Subject, setting: str, grid: str, subsets: int, count: int) -> 
             seconds += (time.monotonic() - start) / subsets if solver == "data_aware" else 0
         found = evaluate(candidates, subject.validation, subject.open_engine)
         for name in top1:
-            top1[name].append(found.accuracy[name]["top1"] or 0.0)
+            top1[name].append(found.accuracy[name].top1 or 0.0)
         for name in close:
             close[name].append(found.closeness[name])
     cells = [mean_and_spread(top1[name]) for name in SOLVERS]

@@ -22,8 +22,7 @@ from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import Image, Selection
 from quantize.engines import engine_opener
-from quantize.job.feeds import calibration_feed, calibration_images
-from quantize.job.run import read_model_prototxt
+from quantize.job.feeds import calibration_feed, calibration_images, read_model_prototxt
 from quantize.job.transforms import has_data_layer
 from quantize.measure.transform_check import IMAGES, TransformCheck, Values, check_transform
 

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ from quantize.errors import LabelfreeError
 
 if TYPE_CHECKING:
     from quantize.progress import Progress
+    from quantize.record import StageName
     from quantize.settings import Config
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -148,30 +150,30 @@ def showing_progress() -> Iterator[Progress]:
 
 
 def run_stages(
-    given: dict[str, Any], stages: tuple[str, ...], resume: bool, force: bool, as_json: bool = False
+    given: dict[str, Any], stages: tuple[StageName, ...], resume: bool, force: bool, as_json: bool = False
 ) -> None:
     """Run stages and print the summary, or with --json the content of report.json."""
     config = read_config(given)
     from quantize.job.run import Run
 
     with showing_progress() as progress:
-        report = Run(config, progress, given["path"] is None).quantize(stages, resume, force)
+        record = Run(config, progress, given["path"] is None).quantize(stages, resume, force)
     if as_json:
-        click.echo(json.dumps(report))
+        click.echo(record.to_json())
         return
     from quantize.commands.summary import print_summary
 
-    print_summary(report, config)
+    print_summary(record, config)
 
 
-def parse_stages(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+def parse_stages(_: click.Context, __: click.Parameter, value: str) -> tuple[StageName, ...]:
     """``--stages renorm,activations`` as names of stages."""
-    known = ("weights", "renorm", "activations")
+    known: tuple[StageName, ...] = ("weights", "renorm", "activations")
     names = tuple(name.strip() for name in value.split(","))
     for name in names:
         if name not in known:
             raise click.BadParameter(f"{name!r} is not a stage; these are: {', '.join(known)}")
-    return names
+    return tuple(stage for stage in known if stage in names)
 
 
 RESUME = click.option("--resume", is_flag=True, help="Skip stages whose results fit inputs and settings.")
@@ -191,7 +193,7 @@ FORCE = click.option("--force", is_flag=True, help="Do every stage again, also w
 @RESUME
 @FORCE
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the content of report.json.")
-def quantize(stages: tuple[str, ...], resume: bool, force: bool, as_json: bool, **given: Any) -> None:
+def quantize(stages: tuple[StageName, ...], resume: bool, force: bool, as_json: bool, **given: Any) -> None:
     """Run the stages: weights_quan -> renorm -> activations_quan.
 
     Writes NAME_quantized.caffemodel, NAME_renorm.caffemodel (the final weights), NAME_val.prototxt (for
@@ -239,12 +241,13 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
     """
     config = read_config_of_results(given)
     from quantize.commands.summary import evaluation_table
-    from quantize.job.run import evaluate_run
+    from quantize.job.evaluation import evaluate_run
 
     with showing_progress() as progress:
         found = evaluate_run(config, images, progress)
     if as_json:
-        click.echo(json.dumps({"images": found.images, **found.accuracy, "agreement": found.agreement}))
+        accuracy = {name: asdict(each) for name, each in found.accuracy.items()}
+        click.echo(json.dumps({"images": found.images, **accuracy, "agreement": found.agreement}))
     else:
         click.echo(evaluation_table(found))
 
@@ -256,7 +259,7 @@ def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
 def report(evaluating: bool, images: int | None, **given: Any) -> None:
     """Write report.html again from what is in the output folder."""
     config = read_config_of_results(given)
-    from quantize.job.run import evaluate_run, report_run
+    from quantize.job.evaluation import evaluate_run, report_run
 
     if evaluating:
         from quantize.commands.summary import evaluation_table

@@ -6,7 +6,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    model_serializer,
+    model_validator,
+)
 
 UNITS = {"": 1, "b": 1} | {
     name: base**power
@@ -280,6 +289,14 @@ class WeightSettings(GridChoice):
             if not choice.skip and "bits" not in choice.model_fields_set:
                 raise ValueError(f"give layers.{name}.bits: budget is for the layers that are not in layers")
         return self
+
+    @model_serializer(mode="wrap")
+    def _bits_or_budget(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Of the two only the one that counts, so that what is written can be read again."""
+        dumped: dict[str, Any] = handler(self)
+        if self.budget is not None:
+            dumped.pop("bits", None)
+        return dumped
 
 
 class RenormSettings(Section):

@@ -7,7 +7,9 @@ import pytest
 
 from quantize.caffenet import TEST, InferenceNet, Weights, filter_net, read_prototxt
 from quantize.commands.config import load
-from quantize.job.run import Run, evaluate_run, read_model_prototxt
+from quantize.job.evaluation import evaluate_run
+from quantize.job.feeds import read_model_prototxt
+from quantize.job.run import Run
 from quantize.settings import Config
 from tests.nets import random_weights, write_images
 
@@ -53,12 +55,13 @@ def test_end_to_end(name: str, images: Path, tmp_path: Path) -> None:
     with open(tmp_path / "net.caffemodel", "wb") as file:
         weights.write(file)
     del weights
-    report = Run(config).quantize()
-    quantized = {layer["name"] for layer in report["stages"]["weights"]["layers"]}
+    record = Run(config).quantize()
+    assert record.stages.weights is not None
+    quantized = {layer.name for layer in record.stages.weights.layers}
     types = ("Convolution", "InnerProduct")
     wanted = {layer.name for layer in test.net.layer if layer.type in types}
     assert quantized == wanted - set(LEFT_OUT.get(name, ()))
-    assert report["sizes"]["packed"] < report["sizes"]["model"]
+    assert record.sizes.packed < record.sizes.model
 
     val = filter_net(read_prototxt(tmp_path / f"out/{name}_val.prototxt"), TEST)
     assert not any(layer.type == "ReLU" for layer in val.layer)

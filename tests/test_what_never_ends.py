@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from quantize.errors import InputError
-from quantize.job.store import read_report
+from quantize.job.store import read_record
 from tests.conftest import Job
 from tests.test_troubleshooting import replace
 
@@ -71,4 +71,4 @@ def test_a_report_that_never_ends(job: Job) -> None:
     job.out.mkdir()
     os.symlink("/dev/zero", job.out / "report.json")
     with pytest.raises(InputError, match=r"report.json: a device, not a file"):
-        read_report(job.out)
+        read_record(job.out)

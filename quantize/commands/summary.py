@@ -4,102 +4,104 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean, median
-from typing import Any
 
 import click
 
-from quantize.measure.evaluate import Evaluation
 from quantize.measure.plausible import doubt
+from quantize.record import (
+    ActivationsRecord,
+    AnyStageRecord,
+    Evaluation,
+    RenormRecord,
+    RunRecord,
+    WeightsRecord,
+)
 from quantize.settings import Config
 
 KILOBYTE = 1000
 RESULT_COLUMN = 2
 
 
-def print_summary(report: dict[str, Any], config: Config) -> None:
+def print_summary(record: RunRecord, config: Config) -> None:
     """Print what was done, how long it took, what was written, and how to test it with Caffe.
 
     With colors and rules on a terminal, in plain aligned columns elsewhere. NO_COLOR is obeyed.
     """
-    rows = _stage_rows(report)
+    rows = _stage_rows(record)
     if not sys.stdout.isatty():
-        click.echo("\n".join([table(rows), *_below(report, config)]))
+        click.echo("\n".join([table(rows), *_below(record, config)]))
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    shown = Table(title=Text(f"{report['name']}: done"), title_justify="left")
+    shown = Table(title=Text(f"{record.name}: done"), title_justify="left")
     for place, heading in enumerate(rows[0]):
         shown.add_column(heading, justify="left" if place in (0, RESULT_COLUMN) else "right")
     for row in rows[1:]:
         shown.add_row(*map(Text, row))
     console.print(shown)
-    console.print("\n".join(_below(report, config)), markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(_below(record, config)), markup=False, highlight=False, soft_wrap=True)
 
 
-def _stage_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+def _stage_rows(record: RunRecord) -> list[tuple[str, ...]]:
     heading = ("stage", "layers", "result", "seconds", "peak MB")
     return [
         heading,
         *(
             (
                 name,
-                str(len(record["layers"])),
-                _result(name, record),
-                f"{record['seconds']:.1f}",
-                f"{record['peak_memory_bytes'] / KILOBYTE**2:.0f}",
+                str(len(stage.layers)),
+                _result(stage),
+                f"{stage.seconds:.1f}",
+                f"{stage.peak_memory_bytes / KILOBYTE**2:.0f}",
             )
-            for name, record in report["stages"].items()
+            for name, stage in record.stages.done.items()
         ),
     ]
 
 
-def _below(report: dict[str, Any], config: Config) -> list[str]:
-    sizes = report["sizes"]
+def _below(record: RunRecord, config: Config) -> list[str]:
+    sizes = record.sizes
     page = config.output / "report.html"
-    outputs = {name for record in report["stages"].values() for name in record["outputs"]}
-    transform = report.get("transform") or {}
-    doubt = [f"warning: {transform['finding']}; {transform['remedy']}"] if transform.get("doubtful") else []
+    transform = record.transform
+    doubt = [f"warning: {transform.finding}; {transform.remedy}"] if transform and transform.doubtful else []
     return [
         *(["", *doubt] if doubt else []),
         "",
-        f"size: {_size(sizes['model'])} as given, {_size(sizes['packed'])} packed "
-        f"({sizes['model'] / sizes['packed']:.1f}x smaller)",
-        f"wrote: {', '.join(sorted(outputs))}",
+        f"size: {_size(sizes.model)} as given, {_size(sizes.packed)} packed "
+        f"({sizes.model / sizes.packed:.1f}x smaller)",
+        f"wrote: {', '.join(sorted(record.outputs))}",
         f"   in: {config.output}",
         *([f" look: {page}"] if page.exists() else []),
-        *_caffe_test(report, config),
+        *_caffe_test(record, config),
     ]
 
 
-def _result(stage: str, record: dict[str, Any]) -> str:
-    layers = record["layers"]
-    if not layers:
+def _result(stage: AnyStageRecord) -> str:
+    if not stage.layers:
         return "nothing to do"
-    if stage == "weights":
-        bits = f"mean {record['budget']['mean_bits']:.2f} bits, " if "budget" in record else ""
-        return f"{bits}median SQNR {_median(layers, 'sqnr_db'):.1f} dB"
-    if stage == "renorm":
-        return f"mean shift {_mean(layers, 'mean_shift'):.3f} deviations"
-    return f"median SQNR {_median(layers, 'sqnr_db'):.1f} dB, clipped {100 * _mean(layers, 'clipped'):.2f} %"
+    match stage:
+        case WeightsRecord():
+            bits = f"mean {stage.budget.mean_bits:.2f} bits, " if stage.budget else ""
+            return f"{bits}median SQNR {_median(layer.sqnr_db for layer in stage.layers):.1f} dB"
+        case RenormRecord():
+            return f"mean shift {fmean(layer.mean_shift for layer in stage.layers):.3f} deviations"
+        case ActivationsRecord():
+            sqnr = _median(layer.sqnr_db for layer in stage.layers)
+            clipped = fmean(layer.clipped for layer in stage.layers)
+            return f"median SQNR {sqnr:.1f} dB, clipped {100 * clipped:.2f} %"
 
 
-def _median(layers: Sequence[dict[str, Any]], key: str) -> float:
-    """Of layers with a value: one that is exact but for rounding has hundreds of dB."""
-    values = [layer[key] for layer in layers if layer[key] is not None]
-    return median(values) if values else 0.0
+def _median(values: Iterable[float | None]) -> float:
+    """Of those that there are: one that is exact but for rounding has hundreds of dB."""
+    return median([value for value in values if value is not None] or [0.0])
 
 
-def _mean(layers: Sequence[dict[str, Any]], key: str) -> float:
-    values = [layer[key] for layer in layers if layer[key] is not None]
-    return fmean(values) if values else 0.0
-
-
-def _caffe_test(report: dict[str, Any], config: Config) -> list[str]:
+def _caffe_test(record: RunRecord, config: Config) -> list[str]:
     """The `caffe test` command for what was written, where there is a validation LMDB."""
     from quantize.data.sources import open_source
     from quantize.job.output import Files
@@ -112,7 +114,7 @@ def _caffe_test(report: dict[str, Any], config: Config) -> list[str]:
     images = len(source)
     source.close()
     files = Files.of(config.name)
-    weights = files.renorm if "renorm" in report["stages"] else files.quantized
+    weights = files.renorm if record.stages.renorm else files.quantized
     command = [
         *("caffe", "test", "--model", str(config.output / files.val)),
         *("--weights", str(config.output / weights)),
@@ -124,11 +126,11 @@ def _caffe_test(report: dict[str, Any], config: Config) -> list[str]:
 
 def evaluation_table(found: Evaluation) -> str:
     """Accuracy where there are labels, closeness to full precision, and what that means."""
-    labeled = all(value is not None for by_k in found.accuracy.values() for value in by_k.values())
+    labeled = all(accuracy.top1 is not None for accuracy in found.accuracy.values())
     rows = [("", *(("top-1", "top-5") if labeled else ()), "agreement", "KL divergence", "score SQNR")]
     for name, accuracy in found.accuracy.items():
         close = found.closeness.get(name)
-        tops = (_percent(accuracy["top1"]), _percent(accuracy["top5"])) if labeled else ()
+        tops = (_percent(accuracy.top1), _percent(accuracy.top5)) if labeled else ()
         closeness = (
             ("-", "-", "-")
             if close is None
@@ -146,10 +148,10 @@ def _meaning(found: Evaluation, labeled: bool) -> str:
     final = list(found.accuracy.values())[-1]
     if labeled:
         full = found.accuracy["fp32"]
-        reason = doubt(full["top1"], final["top1"], found.agreement, found.images, found.classes)
+        reason = doubt(full.top1, final.top1, found.agreement, found.images, found.classes)
         if reason:
             return f"on {found.images} images: agreement {found.agreement:.2f} %\nwarning: {reason}"
-        lost = (full["top1"] or 0.0) - (final["top1"] or 0.0)
+        lost = (full.top1 or 0.0) - (final.top1 or 0.0)
         change = (
             f"{abs(lost):.2f} points of top-1 {'lost' if lost > 0 else 'won'}" if lost else "no top-1 lost"
         )

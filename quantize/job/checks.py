@@ -21,14 +21,15 @@ from quantize.data.feed import Feed
 from quantize.data.transform import shape_text
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError
-from quantize.job.feeds import Stage, calibration_images, input_shapes, stage_feed, validation_feed
+from quantize.job.feeds import calibration_images, input_shapes, stage_feed, validation_feed
 from quantize.progress import Progress
+from quantize.record import StageName
 from quantize.settings import Config
 from quantize.stages.budget import bits_left
 from quantize.stages.weights import check_kernels, check_unquantized, choices, free_layers
 from quantize.sweep.plan import Costs, micro_batch_size
 
-LATER_STAGES: tuple[Stage, ...] = ("renorm", "activations")
+LATER_STAGES: tuple[StageName, ...] = ("renorm", "activations")
 MEASURED_TYPES = ("BatchNorm", "ReLU")
 """Layers that a stage looks at."""
 
@@ -51,7 +52,7 @@ class Checks:
     weights: Callable[[], Weights]
     open_engine: OpenEngine
     progress: Progress
-    stages: Collection[str]
+    stages: Collection[StageName]
 
     def __iter__(self) -> Iterator[tuple[str, Callable[[], str]]]:
         """What is looked at, and what looks and tells what it has seen.
@@ -66,11 +67,11 @@ class Checks:
             yield "data.validation", self._validation
 
     @property
-    def _fed(self) -> list[Stage]:
+    def _fed(self) -> list[StageName]:
         """The stages whose calibration images are looked at."""
         settings = self.config.weights
         fitted = settings.solver == "data_aware" or settings.budget is not None
-        fed: list[Stage] = ["weights"] if fitted else []
+        fed: list[StageName] = ["weights"] if fitted else []
         return [stage for stage in (*fed, *LATER_STAGES) if stage in self.stages]
 
     def _weights(self) -> str:

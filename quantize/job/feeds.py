@@ -15,6 +15,7 @@ from quantize.caffenet import (
     TransformationParameter,
     data_layer,
     foreign_fields,
+    read_net,
 )
 from quantize.caffenet.strings import from_path
 from quantize.data.feed import Feed
@@ -33,10 +34,9 @@ from quantize.job.inputs import (
     told_shapes,
 )
 from quantize.progress import SILENT, Progress
+from quantize.record import ImagesFrom, StageName
 from quantize.settings import Config, Fed
 
-ImagesFrom = Literal["validation", "held_out", "calibration"]
-Stage = Literal["weights", "renorm", "activations"]
 RESIZE_PER_CROP = 256 / 224
 """Photographs of any size are resized so that the shorter side is this much longer than the crop, the common
 convention of ImageNet training."""
@@ -44,7 +44,7 @@ SIZES_LOOKED_AT = 32
 """Image files whose size decides whether images are resized at all."""
 
 
-def stage_feed(config: Config, net: NetParameter, stage: Stage, progress: Progress = SILENT) -> Feed:
+def stage_feed(config: Config, net: NetParameter, stage: StageName, progress: Progress = SILENT) -> Feed:
     """The calibration images that a stage looks at: as many as it asks for, or all where there are fewer.
 
     Raises:
@@ -53,7 +53,7 @@ def stage_feed(config: Config, net: NetParameter, stage: Stage, progress: Progre
     return calibration_feed(config, net, stage_images(config, stage, progress), progress)
 
 
-def stage_images(config: Config, stage: Stage, progress: Progress = SILENT) -> int:
+def stage_images(config: Config, stage: StageName, progress: Progress = SILENT) -> int:
     """How many calibration images a stage looks at.
 
     Raises:
@@ -84,6 +84,12 @@ def calibration_images(config: Config) -> int:
     """How many calibration images there are."""
     given = config.data.calibration
     return 0 if given is None else images_present(given, "data.calibration")
+
+
+def read_model_prototxt(config: Config) -> NetParameter:
+    """The network to quantize, with all its phases."""
+    model = config.model
+    return read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
 
 
 def calibration_feed(config: Config, net: NetParameter, images: int, progress: Progress = SILENT) -> Feed:

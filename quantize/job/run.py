@@ -14,18 +14,14 @@ A stage that is done again makes the results of the stages behind it obsolete; t
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
+from typing import TypedDict
 
 from quantize import __version__
 from quantize.caffenet import (
@@ -42,35 +38,37 @@ from quantize.caffenet import (
     known_part,
     load_weights,
     owners,
-    read_net,
-    read_prototxt,
-    schema_of,
 )
 from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
-from quantize.errors import InputError, LabelfreeError
-from quantize.files import open_file
-from quantize.host import available_threads, peak_memory, reset_peak_memory, using_threads
+from quantize.errors import InputError
+from quantize.host import peak_memory, reset_peak_memory, using_threads
 from quantize.job.checks import Checks
-from quantize.job.feeds import (
-    calibration_feed,
-    calibration_images,
-    evaluation_images,
-    input_shapes,
-    stage_feed,
-    validation_feed,
-)
+from quantize.job.evaluation import measure_outputs
+from quantize.job.feeds import input_shapes, read_model_prototxt, stage_feed
 from quantize.job.output import Files, OutputFolder
 from quantize.job.prototxts import deploy_prototxt, validation_prototxt
-from quantize.job.store import PAGE, REPORT, previous_report, read_report, show_page, write_page, write_report
+from quantize.job.resume import changes, dependencies, model_hashes, sha256
+from quantize.job.store import PAGE, previous_record, show_page, write_record
 from quantize.job.transforms import says_transform, transform_check, with_chosen_transform
-from quantize.measure.evaluate import Candidate, Evaluation, evaluate
-from quantize.measure.sqnr import Version, images_to_measure, output_sqnr
 from quantize.measure.transform_check import TransformCheck
 from quantize.progress import SILENT, Progress
+from quantize.record import (
+    STAGES,
+    ActivationsRecord,
+    AnyStageRecord,
+    Dependencies,
+    RenormRecord,
+    RunRecord,
+    Sizes,
+    StageName,
+    Stages,
+    TransformRecord,
+    WeightsRecord,
+)
 from quantize.settings import Config
-from quantize.stages.activations import QuantizedActivation, activations_quan, plain_relus, with_act_quantize
+from quantize.stages.activations import activations_quan, plain_relus, with_act_quantize
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision, renorm
@@ -84,12 +82,40 @@ from quantize.stages.weights import (
     with_alpha_terms,
 )
 
-STAGES = ("weights", "renorm", "activations")
 LIBRARIES = (
     *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb", "threadpoolctl"),
     *("matplotlib", "jinja2"),
 )
-READ_BLOCK = 1 << 20
+
+
+class _Ran(TypedDict):
+    """The fields that every `StageRecord` has."""
+
+    depends_on: Dependencies
+    seconds: float
+    peak_memory_bytes: int
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A stage at work."""
+
+    depends_on: Dependencies
+    moment: float
+
+    @classmethod
+    def now(cls, depends_on: Dependencies) -> _Begun:
+        reset_peak_memory()
+        return cls(depends_on, time.monotonic())
+
+    def ended(self, outputs: dict[str, str]) -> _Ran:
+        return {
+            "depends_on": self.depends_on,
+            "seconds": time.monotonic() - self.moment,
+            "peak_memory_bytes": peak_memory(),
+            "outputs": outputs,
+        }
 
 
 class Run:
@@ -110,25 +136,31 @@ class Run:
         self.net = read_model_prototxt(config)
         self.may_choose = choose_transform
         self.chosen: str | None = None
-        self.inputs: dict[str, str] = {"prototxt": sha256(config.model.prototxt)}
-        if config.model.stages or config.model.level:
-            self.inputs["state"] = json.dumps([sorted(config.model.stages), config.model.level])
-        self.report: dict[str, Any] = {}
-        self.transform: dict[str, Any] | None = None
+        self.record: RunRecord | None = None
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """The hashes of the model's files."""
+        return model_hashes(self.config)
+
+    @property
+    def stages(self) -> Stages:
+        """What has been done so far, by this run and those before it."""
+        return self.record.stages if self.record is not None else Stages()
 
     def quantize(
-        self, stages: Sequence[str] = STAGES, resume: bool = False, force: bool = False
-    ) -> dict[str, Any]:
+        self, stages: Sequence[StageName] = STAGES, resume: bool = False, force: bool = False
+    ) -> RunRecord:
         """Run stages in order and write their files.
 
         Args:
-            stages: of `STAGES`.
+            stages: at least one.
             resume: skip a stage whose files were made from the same inputs, with the same settings, by the
                 same version.
             force: do every stage even so.
 
         Returns:
-            The report, as written to report.json.
+            What was written to report.json.
 
         Raises:
             InputError: bad input, or a stage before the first one asked for has not been run.
@@ -139,40 +171,35 @@ class Run:
                 look()
             self.choose_transform()
             with closing(OutputFolder(self.config.output)) as self.folder:
-                self._run([s for s in STAGES if s in stages], resume and not force)
-        return self.report
+                return self._run([s for s in STAGES if s in stages], resume and not force)
 
-    def _run(self, stages: Sequence[str], resume: bool) -> None:
+    def _run(self, stages: Sequence[StageName], resume: bool) -> RunRecord:
         """Run stages in their order, but for those whose results are there."""
-        works: dict[str, Callable[[], dict[str, Any]]] = {
+        works: dict[StageName, Callable[[_Begun], AnyStageRecord]] = {
             "weights": self._weights,
             "renorm": self._renorm,
             "activations": self._activations,
         }
-        self.report = previous_report(self.config.output, self.config.name, self.progress)
+        self.record = previous_record(self.config.output, self.config.name, self.progress)
+        record: RunRecord | None = None
         for stage in stages:
-            key = self._key(stage)
-            if resume and self._is_done(stage, key):
+            depends_on = dependencies(self.config, self.net, self.inputs, stage)
+            if resume and self._is_done(stage, depends_on):
                 self.progress.note(f"{stage}: skipped, its results fit the inputs and settings")
                 continue
-            if self.transform is None:
-                self.transform = self._transform_record()
+            transform = record.transform if record is not None else self._checked_transform()
             if stage == "activations":
                 self.__dict__.pop("model_weights", None)  # no longer needed: room for the stage
-            reset_peak_memory()
-            start = time.monotonic()
-            record = works[stage]()
-            record |= {
-                "key": key,
-                "seconds": time.monotonic() - start,
-                "peak_memory_bytes": peak_memory(),
-            }
-            self._finish(stage, record)
+            record = self._finish(stage, works[stage](_Begun.now(depends_on)), transform)
+        record = record or self._renewed(stages)
         if not (self.config.output / PAGE).exists():
-            self._measure_outputs()
-            show_page(self.folder, self.config, self.net, self.report, self.progress)
+            if record.output_sqnr is None:
+                found = measure_outputs(self.config, self.net, record, self.open_engine, self.progress)
+                record = self._write_record(record.model_copy(update={"output_sqnr": found}))
+            show_page(self.folder, self.config, self.net, record, self.progress)
+        return record
 
-    def checks(self, stages: Sequence[str] = STAGES) -> Checks:
+    def checks(self, stages: Sequence[StageName] = STAGES) -> Checks:
         """What must be right before some stages begin."""
         weights = lambda: self.model_weights  # noqa: E731 - read when it is looked at
         return Checks(self.config, self.net, weights, self.open_engine, self.progress, stages)
@@ -198,19 +225,19 @@ class Run:
         """How the transform fits the net's statistics of training; None where there are no images."""
         return transform_check(self.config, self.net, self.model_weights)
 
-    def _transform_record(self) -> dict[str, Any]:
-        """`transform_check` for the report; what it finds is said."""
+    def _checked_transform(self) -> TransformRecord | None:
+        """`transform_check` for the record; what it finds is said."""
         check = self.transform_check()
         if check is None:
-            return {}
+            return None
         if check.doubtful:
             self.progress.warn(f"{check.finding}; {check.remedy}")
         elif check.given is None:
             self.progress.note(check.finding)
-        return {"chosen": self.chosen, **check.record}
+        return check.record(self.chosen)
 
-    def _weights(self) -> dict[str, Any]:
-        weights = self.model_weights
+    def _weights(self, begun: _Begun) -> WeightsRecord:
+        weights = load_weights(self.config.model.weights, self.net)
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
@@ -222,22 +249,27 @@ class Run:
         doubtful = doubtful_norms(test.net, weights)
         for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
             self.progress.note(f"weights: {line}")
-        record: dict[str, Any] = {"kept": kept, "doubtful": doubtful}
-        calibration = self._calibration()
+        budget, calibration = None, self._calibration()
         if settings.budget is not None and calibration is not None:
-            chosen, found = keep_budget(weights, settings, calibration, test.scores, self.progress)
-            record["budget"] = asdict(found)
+            chosen, budget = keep_budget(weights, settings, calibration, test.scores, self.progress)
         _, quantized, layers = weights_quan(
             self.net, weights, chosen, settings.solver, self.progress, calibration
         )
-        self._write_weights(self.files.quantized, quantized)
+        outputs = self._write_weights(self.files.quantized, quantized)
         done = {name for layer in layers for name in (layer.name, *layer.shared_by)} | kept.keys()
         skipped = [
             layer.name for layer in test.net.layer if layer.type in QUANTIZED_TYPES and layer.name not in done
         ]
-        return {"layers": [asdict(layer) for layer in layers], "skipped": skipped, **record}
+        return WeightsRecord(
+            **begun.ended(outputs),
+            layers=layers,
+            skipped=skipped,
+            kept=kept,
+            doubtful=doubtful,
+            budget=budget,
+        )
 
-    def _renorm(self) -> dict[str, Any]:
+    def _renorm(self, begun: _Begun) -> RenormRecord:
         weights = self._read_result(self.files.quantized, "weights")
         net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         feed = self._renorm_feed()
@@ -249,12 +281,10 @@ class Run:
         )
         if not shifts and not biases:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
-        self._write_weights(self.files.renorm, weights)
-        return {
-            "statistics": settings.statistics,
-            "images": len(feed),
-            "layers": [asdict(shift) for shift in shifts],
-        }
+        outputs = self._write_weights(self.files.renorm, weights)
+        return RenormRecord(
+            **begun.ended(outputs), statistics=settings.statistics, images=len(feed), layers=shifts
+        )
 
     def _biases(self, net: NetParameter) -> dict[str, str]:
         """The layers whose biases are to be corrected (see `correctable`)."""
@@ -266,7 +296,7 @@ class Run:
         test = InferenceNet.of(self.net)
         return FullPrecision(test.net, self.model_weights)
 
-    def _activations(self) -> dict[str, Any]:
+    def _activations(self, begun: _Begun) -> ActivationsRecord:
         weights = self._read_result(self.files.renorm, "renorm")
         net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         feed = self._activations_feed()
@@ -280,27 +310,7 @@ class Run:
             self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
         for activation in (a for a in found if a.dead):
             self.progress.note(f"activations: {activation.name} is dead: 0 on every calibration image")
-        return {"images": len(feed), "layers": [asdict(activation) for activation in found]}
-
-    def _measure_outputs(self) -> None:
-        """Add the output SQNR per layer to the report, where there are images to measure it on."""
-        records = self.report["stages"]["weights"]["layers"]
-        quantized = {name for layer in records for name in (layer["name"], *layer["shared_by"])}
-        layers = [layer.name for layer in InferenceNet.of(self.net).net.layer if layer.name in quantized]
-        if self.config.data.calibration is None or not layers:
-            return
-        try:
-            enough = images_to_measure(self.config.renorm.images + self.config.activations.images)
-            feed = calibration_feed(self.config, self.net, min(enough, calibration_images(self.config)))
-            candidates = _candidates(self.config, self.net)
-            versions = {name: Version(c.net, c.weights) for name, c in candidates.items()}
-            full = versions.pop("fp32")
-            found = output_sqnr(full, versions, layers, feed, self.open_engine, self.progress)
-        except LabelfreeError as error:
-            self.progress.note(f"output SQNR is not measured: {error}")
-            return
-        self.report["output_sqnr"] = {"images": len(feed), "layers": [asdict(layer) for layer in found]}
-        write_report(self.folder, self.report)
+        return ActivationsRecord(**begun.ended({}), images=len(feed), layers=found)
 
     def _calibration(self) -> Calibration | None:
         """What the data-aware solver and a budget need; None without them, as nothing else needs images."""
@@ -323,24 +333,27 @@ class Run:
         known = known_part(InferenceNet.of(self.net).net, one)
         check_weights(known, weights, infer_shapes(known, one))
 
-    def _write_weights(self, name: str, weights: Weights) -> None:
+    def _write_weights(self, name: str, weights: Weights) -> dict[str, str]:
+        """Write a caffemodel; its name and hash."""
         with self.folder.writing(name) as file:
             weights.write(file)
+        return {name: sha256(self.config.output / name)}
 
-    def _read_result(self, name: str, stage: str) -> Weights:
+    def _read_result(self, name: str, stage: StageName) -> Weights:
         """Blobs that an earlier stage wrote.
 
         Raises:
             InputError: it has not been run, or with another model.
         """
         path = self.config.output / name
-        record = self.report["stages"].get(stage)
-        if record is None or not path.exists():
+        if self.record is None or stage not in self.stages.done or not path.exists():
             raise InputError(
                 f"{path}: the result of the stage before this one is not there; run `labelfree quantize`, "
                 f"or with `--stages {stage},...`"
             )
-        if self.report["inputs"] != self._hash_inputs():
+        before = self.record.settings.model
+        state = (self.config.model.stages, self.config.model.level)
+        if self.record.inputs != self.inputs or (before.stages, before.level) != state:
             raise InputError(
                 f"{path}: made from another model.prototxt or model.weights; run the weights stage again"
             )
@@ -348,104 +361,107 @@ class Run:
         self._check(weights)
         return weights
 
-    def _hash_inputs(self) -> dict[str, str]:
-        if "weights" not in self.inputs:
-            self.inputs["weights"] = sha256(self.config.model.weights)
-        return self.inputs
+    def _is_done(self, stage: StageName, depends_on: Dependencies) -> bool:
+        """Whether a stage's result is there and still what it would be; if not any more, say why."""
+        record = self.stages.done.get(stage)
+        if record is None:
+            return False
+        reasons = changes(record.depends_on, depends_on)
+        reasons += [
+            f"{name} has changed" for name in record.outputs if not self._has(name, record.outputs[name])
+        ]
+        if reasons:
+            self.progress.note(f"{stage}: done again: {'; '.join(reasons)}")
+        return not reasons
 
-    def _key(self, stage: str) -> str:
-        """What a stage's result depends on, as one hash."""
-        config = self.config
-        net = {name: digest for name, digest in self.inputs.items() if name != "weights"}
-        parts: dict[str, Any] = {"version": __version__, **net}
-        if stage == "weights":
-            parts |= {"weights": self._hash_inputs()["weights"], "settings": dump(config.weights)}
-            if config.weights.solver == "data_aware" or config.weights.budget is not None:
-                parts |= self._image_key()
-            if config.weights.solver == "data_aware":
-                parts |= {"statistics": config.renorm.statistics}
-        else:
-            before = self.files.quantized if stage == "renorm" else self.files.renorm
-            path = config.output / before
-            settings = config.renorm if stage == "renorm" else config.activations
-            parts |= {
-                "before": sha256(path) if path.exists() else None,
-                "settings": dump(settings),
-                **self._image_key(),
-            }
-            if stage == "renorm" and config.renorm.statistics == "paired":
-                parts |= {"weights": self._hash_inputs()["weights"], "solver": config.weights.solver}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def _has(self, name: str, digest: str) -> bool:
+        path = self.config.output / name
+        return path.exists() and sha256(path) == digest
 
-    def _image_key(self) -> dict[str, Any]:
-        """What the result of running the calibration images through a net depends on."""
-        return {
-            "augment": self.config.renorm.augment,
-            "data": dump(self.config.data),
-            "calibration": fingerprint(self.config),
-            "engine": self.config.engine,
-            "threads": available_threads(),
-        }
-
-    def _is_done(self, stage: str, key: str) -> bool:
-        record = self.report["stages"].get(stage)
-        return (
-            record is not None
-            and record["key"] == key
-            and all(
-                (self.config.output / name).exists() and sha256(self.config.output / name) == digest
-                for name, digest in record["outputs"].items()
-            )
-        )
-
-    def _finish(self, stage: str, record: dict[str, Any]) -> None:
+    def _finish(self, stage: StageName, done: AnyStageRecord, transform: TransformRecord | None) -> RunRecord:
         """Write the prototxts and the report for what there is now; drop what is behind the stage."""
+        self.folder.remove(PAGE)  # lest a run that is killed from here on leaves a page about other results
         results = {"weights": [self.files.quantized], "renorm": [self.files.renorm], "activations": []}
-        stages = {s: r for s, r in self.report["stages"].items() if STAGES.index(s) < STAGES.index(stage)}
         for later in STAGES[STAGES.index(stage) + 1 :]:
             for name in results[later]:
                 self.folder.remove(name)
-        self.folder.remove(PAGE)  # lest a run that is killed from here on leaves a page about other results
-        stages[stage] = record
-        names = [*results[stage], *self._write_prototxts(stages)]
-        record["outputs"] = {name: sha256(self.config.output / name) for name in names}
-        for earlier in stages.values():
-            # The prototxts are the last stage's from now on.
-            earlier["outputs"] = {
-                n: d for n, d in earlier["outputs"].items() if n not in names or earlier is record
-            }
-        self.report = {
-            "tool": f"labelfree {__version__}",
-            "name": self.config.name,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-            "settings": dump(self.config),
-            "inputs": self._hash_inputs(),
-            "transform": self.transform,
-            "stages": stages,
-            "sizes": self._sizes(stages),
-        }
-        write_report(self.folder, self.report)
+        stages = self.stages.then(stage, done)
+        return self._write_record(
+            RunRecord(
+                tool=f"labelfree {__version__}",
+                name=self.config.name,
+                versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+                settings=self._settings(STAGES[: STAGES.index(stage)]),
+                inputs=self.inputs,
+                transform=transform,
+                stages=stages,
+                prototxts=self._write_prototxts(self._prototxts(stages)),
+                sizes=self._sizes(stages),
+            )
+        )
 
-    def _write_prototxts(self, stages: dict[str, Any]) -> list[str]:
+    def _settings(self, kept: Sequence[StageName]) -> Config:
+        """The settings of this run, with those of the stages in ``kept`` as they were run with before."""
+        if self.record is None:
+            return self.config
+        return self.config.model_copy(update={stage: getattr(self.record.settings, stage) for stage in kept})
+
+    def _write_record(self, record: RunRecord) -> RunRecord:
+        write_record(self.folder, record)
+        self.record = record
+        return record
+
+    def _renewed(self, stages: Sequence[StageName]) -> RunRecord:
+        """The record of a run that had no stage to do, with what has changed that no stage reads.
+
+        Args:
+            stages: those that were asked for.
+        """
+        record = self.record
+        if record is None:
+            raise ValueError("no stage was asked for")
+        prototxts = self._prototxts(record.stages)
+        digests = {name: hashlib.sha256(text).hexdigest() for name, text in prototxts.items()}
+        settings = self._settings([stage for stage in STAGES if stage not in stages])
+        same_images = settings.data.validation == record.settings.data.validation
+        new = record.model_copy(
+            update={
+                "settings": settings,
+                "prototxts": digests,
+                "evaluation": record.evaluation if same_images and digests == record.prototxts else None,
+            }
+        )
+        if new.to_json() != record.to_json() or not all(self._has(*file) for file in digests.items()):
+            self.progress.note("prototxts: written again")
+            self.folder.remove(PAGE)
+            self._write_prototxts(prototxts)
+            self._write_record(new)
+        return new
+
+    def _prototxts(self, stages: Stages) -> dict[str, bytes]:
+        """The texts of the prototxts by name, for what the stages that have run have found."""
         net = with_alpha_terms(self.net, Weights.names(self.config.output / self._latest(stages)))
-        if "activations" in stages:
-            found = [QuantizedActivation(**layer) for layer in stages["activations"]["layers"]]
-            net = with_act_quantize(net, found)
+        if stages.activations is not None:
+            net = with_act_quantize(net, stages.activations.layers)
         shapes = input_shapes(self.config, self.net)
-        written = {self.files.val: validation_prototxt(net, self.config, shapes)}
+        nets = {self.files.val: validation_prototxt(net, self.config, shapes)}
         if shapes.keys() >= set(InferenceNet.of(net).inputs):
-            written[self.files.deploy] = deploy_prototxt(net, shapes)
+            nets[self.files.deploy] = deploy_prototxt(net, shapes)
         else:
             self.progress.note(f"{self.files.deploy} needs the images' shape: give data.input_shape")
-        for name, content in written.items():
+        return {name: to_bytes(format_prototxt(content)) for name, content in nets.items()}
+
+    def _write_prototxts(self, prototxts: Mapping[str, bytes]) -> dict[str, str]:
+        """Write them; their names and hashes."""
+        for name, text in prototxts.items():
             with self.folder.writing(name) as file:
-                file.write(to_bytes(format_prototxt(content)))
-        return list(written)
+                file.write(text)
+        return {name: hashlib.sha256(text).hexdigest() for name, text in prototxts.items()}
 
-    def _latest(self, stages: dict[str, Any]) -> str:
-        return self.files.renorm if "renorm" in stages else self.files.quantized
+    def _latest(self, stages: Stages) -> str:
+        return self.files.renorm if stages.renorm is not None else self.files.quantized
 
-    def _sizes(self, stages: dict[str, Any]) -> dict[str, int]:
+    def _sizes(self, stages: Stages) -> Sizes:
         """Bytes of the model: as given, as written, and packed at the bits chosen.
 
         Packed is what layers share once, and nothing that follows from the rest: the second blob of an alpha
@@ -462,120 +478,10 @@ class Run:
             for index, blob in enumerate(weights[layer])
             if BlobId(layer, index) not in shared and not (index and layer in alphas)
         )
-        for layer in stages["weights"]["layers"]:
-            packed += -(-layer["weights"] * layer["bits"] // 8) - 4 * layer["weights"]
-        return {
-            "model": self.config.model.weights.stat().st_size,
-            "written": written.stat().st_size,
-            "packed": packed,
-        }
-
-
-def evaluate_run(
-    config: Config, images: int | None = None, progress: Progress = SILENT, without_renorm: bool = False
-) -> Evaluation:
-    """Compare the full-precision net with the quantized one in the output folder.
-
-    What is found is added to report.json and report.html.
-
-    Args:
-        images: the first so many; None: all.
-        without_renorm: evaluate the quantized weights before renorm too.
-
-    Raises:
-        InputError: nothing has been quantized yet, or no images.
-    """
-    net = read_model_prototxt(config)
-    feed = validation_feed(config, net, images, progress)
-    candidates = _candidates(config, net)
-    if not without_renorm:
-        candidates.pop("without_renorm", None)
-    before = read_report(config.output)
-    open_engine = engine_opener(config.engine, config.caffe, config.threads)
-    with using_threads(config.threads):
-        found = evaluate(candidates, feed, open_engine, progress)
-    try:
-        with closing(OutputFolder(config.output)) as folder:
-            report = read_report(config.output)
-            if report["stages"] == before["stages"]:
-                report["evaluation"] = {**asdict(found), "images_from": evaluation_images(config)}
-                write_report(folder, report)
-                show_page(folder, config, net, report, progress)
-    except LabelfreeError as error:
-        progress.note(f"not added to {REPORT}: {error}")
-    return found
-
-
-def report_run(config: Config) -> Path:
-    """Make report.html again from what is in the output folder.
-
-    Returns:
-        Where it is.
-
-    Raises:
-        InputError: nothing has been quantized yet.
-    """
-    net = read_model_prototxt(config)
-    report = read_report(config.output)
-    with closing(OutputFolder(config.output)) as folder:
-        write_page(folder, config, net, report)
-    return config.output / PAGE
-
-
-def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
-    """Full precision, quantized weights before renorm where renorm has run, and the final net, in that order.
-
-    Raises:
-        InputError: nothing has been quantized yet.
-    """
-    files = Files.of(config.name)
-    quantized, renormed = config.output / files.quantized, config.output / files.renorm
-    prototxt = config.output / files.val
-    if not quantized.exists() or not prototxt.exists():
-        raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
-    full = InferenceNet.of(net)
-    given = load_weights(config.model.weights, net)
-    found = {"fp32": Candidate(full.net, given, full.scores)}
-    weights = Weights.read(quantized)
-    if renormed.exists():
-        unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
-        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.scores)
-        weights = Weights.read(renormed)
-    final = InferenceNet.of(read_prototxt(prototxt, schema_of(net)))
-    found["quantized"] = Candidate(final.net, weights, final.scores)
-    return found
-
-
-def read_model_prototxt(config: Config) -> NetParameter:
-    """The network to quantize, with all its phases."""
-    model = config.model
-    return read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
-
-
-def dump(section: BaseModel) -> dict[str, Any]:
-    """A part of the configuration as JSON values."""
-    return section.model_dump(mode="json")
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    with open_file(path, "file") as file:
-        while block := file.read(READ_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fingerprint(config: Config) -> str | None:
-    """A hash of what identifies the calibration images: names, sizes and times of their files."""
-    if config.data.calibration is None:
-        return None
-    calibration = config.data.calibration
-    paths = [path for path in (calibration.source, *calibration.inputs.values()) if isinstance(path, Path)]
-    files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    entries = [(str(f), s.st_size, s.st_mtime_ns) for f in files if f.name != "lock.mdb" and (s := f.stat())]
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        for layer in stages.weights.layers if stages.weights is not None else ():
+            packed += -(-layer.weights * layer.bits // 8) - 4 * layer.weights
+        return Sizes(
+            model=self.config.model.weights.stat().st_size,
+            written=written.stat().st_size,
+            packed=packed,
+        )

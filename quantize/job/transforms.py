@@ -11,7 +11,7 @@ from quantize.engines import engine_opener
 from quantize.errors import LabelfreeError
 from quantize.job.feeds import calibration_feed, calibration_images, effective_transform
 from quantize.job.inputs import image_input, told_shapes
-from quantize.job.store import read_report
+from quantize.job.store import read_record
 from quantize.measure.transform_check import (
     COLOR,
     COLOR_CHANNELS,
@@ -107,12 +107,12 @@ def with_reported_transform(config: Config) -> Config:
     Raises:
         InputError: nothing has been quantized yet.
     """
-    report = read_report(config.output)
+    record = read_record(config.output)
     given = config.data.transform
-    if ARITHMETIC & given.model_fields_set or not (report.get("transform") or {}).get("chosen"):
+    if ARITHMETIC & given.model_fields_set or record.transform is None or record.transform.chosen is None:
         return config
-    reported = report["settings"]["data"]["transform"]
-    keys = {"mean_value": reported["mean_value"], "scale": reported["scale"]}
+    recorded = record.settings.data.transform
+    keys = {"mean_value": recorded.mean_value, "scale": recorded.scale}
     return with_transform(
         config, TransformKeys.model_validate({**given.model_dump(exclude_unset=True), **keys})
     )

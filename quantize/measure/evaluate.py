@@ -17,6 +17,7 @@ from quantize.engines.base import Engine, OpenEngine
 from quantize.errors import InputError, LabelfreeError
 from quantize.numerics.decibels import decibels
 from quantize.progress import SILENT, Progress
+from quantize.record import Accuracy, Closeness, Evaluation
 from quantize.sweep.plan import Costs, micro_batch_size
 
 TOP_K = (1, 5)
@@ -35,44 +36,6 @@ class Candidate:
     net: NetParameter
     weights: Weights
     scores: str
-
-
-@dataclass(frozen=True)
-class Closeness:
-    """How close the scores of a net are to those of full precision, over all images.
-
-    Attributes:
-        agreement: percent of the images on which both put the same class first.
-        divergence: mean Kullback-Leibler divergence of the softmax of the scores from that of full
-            precision, in nats: 0 where every probability is the same.
-        sqnr_db: 10 log10(||full||^2 / ||full - own||^2) of the scores, None where the loss is 0.
-    """
-
-    agreement: float
-    divergence: float
-    sqnr_db: float | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Percent over ``images`` images.
-
-    Attributes:
-        images: how many.
-        accuracy: top-1 and top-5 by candidate, ``{"top1": .., "top5": ..}``; None without labels.
-        closeness: to the first candidate, by the name of every other one.
-        classes: scores per image.
-    """
-
-    images: int
-    accuracy: dict[str, dict[str, float | None]]
-    closeness: dict[str, Closeness]
-    classes: int
-
-    @property
-    def agreement(self) -> float:
-        """The last candidate's agreement with the first."""
-        return list(self.closeness.values())[-1].agreement
 
 
 def evaluate(
@@ -140,7 +103,7 @@ def _compare(
         progress.advance(len(images))
     count = len(feed)
     accuracy = {
-        name: {f"top{k}": 100 * hits[name][k] / count if labeled == count else None for k in TOP_K}
+        name: Accuracy(*(100 * hits[name][k] / count if labeled == count else None for k in TOP_K))
         for name, _ in candidates
     }
     closeness = {name: found.closeness(count) for name, found in sums.items()}

@@ -20,6 +20,7 @@ from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine, Range
 from quantize.numerics.decibels import decibels
 from quantize.progress import SILENT, Progress
+from quantize.record import LayerSqnr
 
 MOST_IMAGES = 32
 """Enough for a tenth of a decibel: every image adds thousands of values per layer."""
@@ -36,19 +37,6 @@ class Version:
 
     net: NetParameter
     weights: Weights
-
-
-@dataclass(frozen=True)
-class LayerSqnr:
-    """Output of one layer against full precision.
-
-    Attributes:
-        name: the layer.
-        sqnr_db: 10 log10(||full||^2 / ||full - own||^2) by version; None where either is 0.
-    """
-
-    name: str
-    sqnr_db: dict[str, float | None]
 
 
 def images_to_measure(passed: int) -> int:

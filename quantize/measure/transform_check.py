@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from quantize.data.feed import Feed, thinned
 from quantize.data.loader import Images
 from quantize.engines.base import Engine, OpenEngine
 from quantize.numerics.moments import Moments
+from quantize.record import TransformFit, TransformRecord
 from quantize.sweep.plan import Costs, micro_batch_size
 
 COLOR_CHANNELS = 3
@@ -138,10 +138,9 @@ class Fit:
     misfit: float
 
     @property
-    def measured(self) -> dict[str, float]:
+    def record(self) -> TransformFit:
         """What was seen, for programs."""
-        shift, ratio, misfit = self.mean_shift, self.variance_ratio, self.misfit
-        return {"mean_shift": shift, "variance_ratio": ratio, "misfit": misfit}
+        return TransformFit(self.transform, self.mean_shift, self.variance_ratio, self.misfit)
 
     @property
     def figures(self) -> str:
@@ -229,19 +228,16 @@ class TransformCheck:
         mean = ", ".join(f"{value:g}" for value in best.mean)
         return f"--set 'data.transform={{mean_value: [{mean}], scale: {best.scale:.6g}}}'"
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """It as JSON values, for report.json."""
-        fits = [{"transform": f.transform, **f.measured} for f in (self.given, *self.tried) if f is not None]
-        return {
-            "layers": self.layers,
-            "images": self.images,
-            "given": fits[0] if fits else None,
-            "tried": fits[1:],
-            "doubtful": self.doubtful,
-            "finding": self.finding,
-            "remedy": self.remedy,
-        }
+    def record(self, chosen: str | None) -> TransformRecord:
+        """It for report.json.
+
+        Args:
+            chosen: which transform was chosen, and why.
+        """
+        given = self.given.record if self.given is not None else None
+        tried = [fit.record for fit in self.tried]
+        doubts = (self.doubtful, self.finding, self.remedy)
+        return TransformRecord(chosen, self.layers, self.images, given, tried, *doubts)
 
     @property
     def where(self) -> str:

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from quantize.measure.plausible import doubt
-from quantize.report.facts import NormPlot, Record, Row
+from quantize.record import RunRecord
+from quantize.report.facts import NormPlot, Row
 from quantize.settings import GRID_BITS
 
 ENOUGH_IMAGES = {"paired": 16, "measured": 500}
@@ -43,30 +43,30 @@ class Advice:
     code: str = ""
 
 
-def advise(report: dict[str, Any], rows: Sequence[Row], norms: Sequence[NormPlot]) -> list[Advice]:
+def advise(record: RunRecord, rows: Sequence[Row], norms: Sequence[NormPlot]) -> list[Advice]:
     """Everything worth saying about a run, the most important first."""
     found = [
-        *_transform(report),
-        *_accuracy(report),
-        *_unfinished(report),
-        *_given(report),
-        *_images(report),
-        *_weights(report, rows),
-        *_norms(report, norms),
-        *_activations(report),
+        *_transform(record),
+        *_accuracy(record),
+        *_unfinished(record),
+        *_given(record),
+        *_images(record),
+        *_weights(record, rows),
+        *_norms(record, norms),
+        *_activations(record),
     ]
     order = ("warning", "note", "good")
     found.sort(key=lambda advice: order.index(advice.level))
     if all(advice.level == "good" for advice in found):
         found.append(Advice("good", "Nothing needs attention."))
-    return [*found, *_result(report)]
+    return [*found, *_result(record)]
 
 
-def _result(report: Record) -> list[Advice]:
+def _result(record: RunRecord) -> list[Advice]:
     """The files to use."""
-    if "activations" not in report["stages"]:
+    if record.stages.activations is None:
         return []
-    name = report["name"]
+    name = record.name
     return [
         Advice(
             "next",
@@ -78,29 +78,25 @@ def _result(report: Record) -> list[Advice]:
     ]
 
 
-def _transform(report: Record) -> list[Advice]:
+def _transform(record: RunRecord) -> list[Advice]:
     """Before everything else: with a wrong transform no other number means what it says."""
     found = []
-    check = report.get("transform") or {}
-    if check.get("doubtful"):
-        remedy = check["remedy"]
-        is_code = remedy.startswith("--set")
-        finding = f"Images probably do not come as in training. {check['finding']}."
-        found.append(Advice("warning", finding, *(("", remedy) if is_code else (remedy, ""))))
-    accuracy = (report.get("evaluation") or {}).get("accuracy")
-    if accuracy:
-        evaluation = report["evaluation"]
-        agreement = evaluation["closeness"]["quantized"]["agreement"]
-        full, final = (accuracy[name]["top1"] for name in ("fp32", "quantized"))
-        reason = doubt(full, final, agreement, evaluation["images"], evaluation.get("classes", 0))
+    check = record.transform
+    if check is not None and check.doubtful:
+        is_code = check.remedy.startswith("--set")
+        finding = f"Images probably do not come as in training. {check.finding}."
+        found.append(Advice("warning", finding, *(("", check.remedy) if is_code else (check.remedy, ""))))
+    evaluation = record.evaluation
+    if evaluation is not None and evaluation.accuracy:
+        full, final = (evaluation.accuracy[name].top1 for name in ("fp32", "quantized"))
+        reason = doubt(full, final, evaluation.agreement, evaluation.images, evaluation.classes)
         if reason:
             found.append(Advice("warning", f"{reason[0].upper()}{reason[1:]}."))
     return found
 
 
-def _accuracy(report: Record) -> list[Advice]:
-    evaluation = report.get("evaluation")
-    if evaluation is None:
+def _accuracy(record: RunRecord) -> list[Advice]:
+    if record.evaluation is None:
         return [
             Advice(
                 "note",
@@ -109,9 +105,8 @@ def _accuracy(report: Record) -> list[Advice]:
                 "labelfree report --evaluate --config YOUR.yaml",
             )
         ]
-    agreement = evaluation["closeness"]["quantized"]["agreement"]
-    settings = report["settings"]["weights"]
-    best = settings["solver"] == "data_aware"
+    agreement = record.evaluation.agreement
+    best = record.settings.weights.solver == "data_aware"
     if agreement >= LOW_AGREEMENT:
         more = "" if best else "Closer still, at the same size, with what takes longer: --quality best."
         found = f"Both networks choose the same class for {agreement:.2f} % of the images."
@@ -123,13 +118,13 @@ def _accuracy(report: Record) -> list[Advice]:
             "Give the layers with the lowest output SQNR 8 bits, or try more bits everywhere:"
             if best
             else "Fit the weights to what each layer's output should be, at the same size:",
-            _more_bits(report) if best else "--quality best",
+            _more_bits(record) if best else "--quality best",
         )
     ]
 
 
-def _unfinished(report: Record) -> list[Advice]:
-    missing = [stage for stage in ("renorm", "activations") if stage not in report["stages"]]
+def _unfinished(record: RunRecord) -> list[Advice]:
+    missing = record.stages.missing
     if not missing:
         return []
     return [
@@ -142,60 +137,60 @@ def _unfinished(report: Record) -> list[Advice]:
     ]
 
 
-def _given(report: Record) -> list[Advice]:
+def _given(record: RunRecord) -> list[Advice]:
     """What was wrong with the model before anything was done to it."""
-    return [Advice("warning", f"{line}.") for line in report["stages"]["weights"]["doubtful"]]
+    stage = record.stages.weights
+    return [Advice("warning", f"{line}.") for line in stage.doubtful] if stage is not None else []
 
 
-def _images(report: Record) -> list[Advice]:
-    renorm = report["stages"].get("renorm")
-    if renorm is None or not renorm["layers"]:
+def _images(record: RunRecord) -> list[Advice]:
+    renorm = record.stages.renorm
+    if renorm is None or not renorm.layers:
         return []
-    fewest = min(renorm["layers"], key=lambda layer: int(layer["values"]))
-    statistics = renorm["statistics"]
-    enough = fewest["values"] >= ENOUGH_VALUES[statistics]
-    if enough and renorm["images"] >= ENOUGH_IMAGES[statistics]:
+    fewest = min(renorm.layers, key=lambda layer: layer.values)
+    enough = fewest.values >= ENOUGH_VALUES[renorm.statistics]
+    if enough and renorm.images >= ENOUGH_IMAGES[renorm.statistics]:
         return []
     return [
         Advice(
             "note" if enough else "warning",
-            f"Renorm saw {renorm['images']:,} images: {fewest['values']:,} values per channel at "
-            f"{fewest['name']}.",
-            f"{USUAL_IMAGES[statistics]:,} images are usual, and they need no labels. With more of them the "
-            "statistics of the deep layers get steadier:",
-            f"--set renorm.images={USUAL_IMAGES[statistics]}",
+            f"Renorm saw {renorm.images:,} images: {fewest.values:,} values per channel at {fewest.name}.",
+            f"{USUAL_IMAGES[renorm.statistics]:,} images are usual, and they need no labels. With more of "
+            "them the statistics of the deep layers get steadier:",
+            f"--set renorm.images={USUAL_IMAGES[renorm.statistics]}",
         )
     ]
 
 
-def _more_bits(report: Record) -> str:
+def _more_bits(record: RunRecord) -> str:
     """The option for half a bit more where a budget was kept, for 5 bits otherwise."""
-    budget = report["stages"]["weights"].get("budget")
+    budget = record.stages.weights.budget if record.stages.weights else None
     if budget is None:
         return "--set weights.bits=5"
-    grid = report["settings"]["weights"]["grid"]
-    if budget["limit"] + 0.5 <= GRID_BITS[grid][1]:
-        return f"--set weights.budget={budget['limit'] + 0.5:g}"
+    grid = record.settings.weights.grid
+    if budget.limit + 0.5 <= GRID_BITS[grid][1]:
+        return f"--set weights.budget={budget.limit + 0.5:g}"
     return "--set activations.levels=255" if grid == "uniform" else "--set weights.grid=uniform"
 
 
-def _weights(report: Record, rows: Sequence[Row]) -> list[Advice]:
-    coarse = [row for row in rows if row.is_low_bit and row.weights and row.weights["sqnr_db"] is not None]
-    stage = report["stages"]["weights"]
+def _weights(record: RunRecord, rows: Sequence[Row]) -> list[Advice]:
+    stage = record.stages.weights
+    if stage is None:
+        return []
+    coarse = [row for row in rows if row.is_low_bit and row.weights and row.weights.sqnr_db is not None]
     found = [
-        Advice("note", f"{name} keeps full precision, as the configuration says.")
-        for name in stage["skipped"]
+        Advice("note", f"{name} keeps full precision, as the configuration says.") for name in stage.skipped
     ]
-    found += [Advice("note", f"{name} keeps full precision: {why}.") for name, why in stage["kept"].items()]
-    if len(coarse) < 2 or "budget" in report["stages"]["weights"]:
+    found += [Advice("note", f"{name} keeps full precision: {why}.") for name, why in stage.kept.items()]
+    if len(coarse) < 2 or stage.budget is not None:
         return found  # with a budget the bits were chosen by what they do to the whole network
     figure, what = (_output_sqnr, "output") if all(map(_output_sqnr, coarse)) else (_weight_sqnr, "weight")
     worst = min(coarse, key=figure)
     own, typical = figure(worst), median(map(figure, coarse))
     if typical - own < STANDS_OUT_DB or worst.weights is None:
         return found
-    bits = worst.weights["bits"]
-    cost = worst.weights["weights"] * (8 - bits) / 8
+    bits = worst.weights.bits
+    cost = worst.weights.weights * (8 - bits) / 8
     return [
         *found,
         Advice(
@@ -209,18 +204,18 @@ def _weights(report: Record, rows: Sequence[Row]) -> list[Advice]:
 
 
 def _weight_sqnr(row: Row) -> float:
-    return row.weights["sqnr_db"] or 0.0 if row.weights else 0.0
+    return row.weights.sqnr_db or 0.0 if row.weights else 0.0
 
 
 def _output_sqnr(row: Row) -> float:
-    return (row.output or {}).get("quantized") or 0.0
+    return row.output.get("quantized") or 0.0
 
 
-def _norms(report: Record, norms: Sequence[NormPlot]) -> list[Advice]:
-    renorm = report["stages"].get("renorm")
+def _norms(record: RunRecord, norms: Sequence[NormPlot]) -> list[Advice]:
+    renorm = record.stages.renorm
     if renorm is None:
         return []
-    if not renorm["layers"]:
+    if not renorm.layers:
         return [
             Advice(
                 "warning",
@@ -230,7 +225,7 @@ def _norms(report: Record, norms: Sequence[NormPlot]) -> list[Advice]:
         ]
     found = []
     dead = {norm.name: norm.dead for norm in norms if norm.dead}
-    dead |= {layer["name"]: layer["dead"] for layer in renorm["layers"] if layer["dead"]}
+    dead |= {layer.name: layer.dead for layer in renorm.layers if layer.dead}
     if dead:
         layers = ", ".join(f"{name} ({count})" for name, count in list(dead.items())[:5])
         more = f" and {len(dead) - 5} more layers" if len(dead) > 5 else ""
@@ -242,13 +237,13 @@ def _norms(report: Record, norms: Sequence[NormPlot]) -> list[Advice]:
                 "network smaller still.",
             )
         )
-    moved = max(renorm["layers"], key=lambda layer: max(layer["variance_ratio"], 1 / layer["variance_ratio"]))
-    ratio = moved["variance_ratio"]
+    moved = max(renorm.layers, key=lambda layer: max(layer.variance_ratio, 1 / layer.variance_ratio))
+    ratio = moved.variance_ratio
     if not 1 / MUCH_MOVED < ratio < MUCH_MOVED:
         found.append(
             Advice(
                 "note",
-                f"At {moved['name']} the variance is {ratio:.2f} times what BatchNorm had stored.",
+                f"At {moved.name} the variance is {ratio:.2f} times what BatchNorm had stored.",
                 "Renorm repaired it. So large a change also comes from calibration images that are unlike "
                 "the training images: check data.transform (mean, scale, crop, order of channels).",
             )
@@ -256,26 +251,26 @@ def _norms(report: Record, norms: Sequence[NormPlot]) -> list[Advice]:
     return found
 
 
-def _activations(report: Record) -> list[Advice]:
-    stage = report["stages"].get("activations")
+def _activations(record: RunRecord) -> list[Advice]:
+    stage = record.stages.activations
     if stage is None:
         return []
     found = [
         Advice(
             "note",
-            f"{layer['name']} is dead: its output was 0 for every calibration image.",
+            f"{layer.name} is dead: its output was 0 for every calibration image.",
             "Check data.transform and the images; if they are right, the layer does nothing.",
         )
-        for layer in stage["layers"]
-        if layer["dead"]
+        for layer in stage.layers
+        if layer.dead
     ]
-    clipped = [layer for layer in stage["layers"] if layer["clipped"] > MUCH_CLIPPED]
+    clipped = [layer for layer in stage.layers if layer.clipped > MUCH_CLIPPED]
     if clipped:
-        worst = max(clipped, key=lambda layer: float(layer["clipped"]))
+        worst = max(clipped, key=lambda layer: layer.clipped)
         found.append(
             Advice(
                 "note",
-                f"{worst['name']} clips {100 * worst['clipped']:.2f} % of its outputs, more than usual.",
+                f"{worst.name} clips {100 * worst.clipped:.2f} % of its outputs, more than usual.",
                 "Least squares chose that range. Twice the levels would cost nothing in an unsigned byte:",
                 "--set activations.levels=255",
             )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,9 +12,8 @@ from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assi
 from quantize.caffenet.chains import LINEAR, followers
 from quantize.caffenet.kernels import to_kernels
 from quantize.numerics.grids import make_grid
+from quantize.record import BatchNormShift, QuantizedActivation, QuantizedLayer, RunRecord
 from quantize.stages.weights import ALPHA_SUFFIX, QUANTIZED_TYPES
-
-Record = Mapping[str, Any]
 
 DEAD_VARIANCE = 1e-10
 """A channel whose variance is below this share of its layer's median does not depend on the image."""
@@ -35,29 +33,31 @@ class Row:
     """
 
     name: str
-    weights: Record | None = None
-    output: Mapping[str, float | None] | None = None
-    norm: Record | None = None
-    relu: Record | None = None
+    weights: QuantizedLayer | None = None
+    output: Mapping[str, float | None] = field(default_factory=dict)
+    norm: BatchNormShift | None = None
+    relu: QuantizedActivation | None = None
     same_as: str | None = None
 
     @property
     def is_low_bit(self) -> bool:
         """Whether it has the coarse grid, not that of the first and last layer."""
-        return self.weights is not None and self.weights["bits"] < 8
+        return self.weights is not None and self.weights.bits < 8
 
 
-def rows_of(report: Record, net: NetParameter) -> list[Row]:
+def rows_of(record: RunRecord, net: NetParameter) -> list[Row]:
     """The lines of the table, in network order.
 
     Args:
-        report: the content of report.json.
+        record: the content of report.json.
         net: the full-precision inference net.
     """
-    stages = report["stages"]
-    records = {stage: {layer["name"]: layer for layer in stages[stage]["layers"]} for stage in stages}
-    outputs = {layer["name"]: layer["sqnr_db"] for layer in report.get("output_sqnr", {}).get("layers", [])}
-    same_as = {user: record["name"] for record in stages["weights"]["layers"] for user in record["shared_by"]}
+    stages = record.stages
+    quantized = {layer.name: layer for layer in stages.weights.layers} if stages.weights else {}
+    norms = {layer.name: layer for layer in stages.renorm.layers} if stages.renorm else {}
+    relus = {layer.name: layer for layer in stages.activations.layers} if stages.activations else {}
+    outputs = {layer.name: layer.sqnr_db for layer in record.output_sqnr.layers} if record.output_sqnr else {}
+    same_as = {user: layer.name for layer in quantized.values() for user in layer.shared_by}
     flat = single_assignment(net)
     done: set[str] = set()
     rows = []
@@ -68,13 +68,11 @@ def rows_of(report: Record, net: NetParameter) -> list[Row]:
         if layer.type in QUANTIZED_TYPES:
             behind = followers(flat, layer.name, LINEAR | {"ReLU"})
         group = [layer.name, *(follower.name for follower in behind)]
-        norm, relu = (
-            next((records[stage][name] for name in group if name in records.get(stage, {})), None)
-            for stage in ("renorm", "activations")
-        )
-        weights = records["weights"].get(layer.name)
+        norm = next((norms[name] for name in group if name in norms), None)
+        relu = next((relus[name] for name in group if name in relus), None)
+        weights = quantized.get(layer.name)
         if weights or norm or relu or layer.name in same_as:
-            output = outputs.get(layer.name)
+            output = outputs.get(layer.name, {})
             rows.append(Row(layer.name, weights, output, norm, relu, same_as.get(layer.name)))
             done.update(group)
     return rows
@@ -90,17 +88,15 @@ class WeightPlot:
     logarithmic: bool
 
 
-def weight_plot(row: Record, layer: LayerParameter, full: Weights, quantized: Weights) -> WeightPlot:
-    """The weights of a layer as its grid sees them: w / alpha, where alpha is not 0.
-
-    Args:
-        row: stage 1's record of the layer.
-    """
-    alpha = np.asarray(quantized[row["name"] + ALPHA_SUFFIX][0], np.float64).reshape(-1)
-    kernels = to_kernels(layer, full[row["name"]][0])
+def weight_plot(
+    record: QuantizedLayer, layer: LayerParameter, full: Weights, quantized: Weights
+) -> WeightPlot:
+    """The weights of a layer as its grid sees them: w / alpha, where alpha is not 0."""
+    alpha = np.asarray(quantized[record.name + ALPHA_SUFFIX][0], np.float64).reshape(-1)
+    kernels = to_kernels(layer, full[record.name][0])
     used = alpha != 0
-    grid = make_grid(row["grid"], row["bits"])
-    Q = to_kernels(layer, quantized[row["name"]][0])
+    grid = make_grid(record.grid, record.bits)
+    Q = to_kernels(layer, quantized[record.name][0])
     largest = np.abs(Q).max(initial=0)
     # The reference solver chooses among variants of one shape: the one whose levels all Q are.
     fitting = [v for v in grid.variants if np.isin(np.unique(Q), grid.levels(v)).all()]
@@ -108,10 +104,10 @@ def weight_plot(row: Record, layer: LayerParameter, full: Weights, quantized: We
         (grid.levels(v) for v in fitting or [grid.canonical]), key=lambda found: abs(found.max() - largest)
     )
     return WeightPlot(
-        row["name"],
+        record.name,
         (kernels[used] / alpha[used, None]).reshape(-1).astype(np.float64),
         levels,
-        row["grid"] == "power_of_two",
+        record.grid == "power_of_two",
     )
 
 

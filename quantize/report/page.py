@@ -8,9 +8,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
 from quantize.caffenet import NetParameter, Weights
+from quantize.record import RunRecord
 from quantize.report import plots
 from quantize.report.advice import advise
 from quantize.report.facts import Row, norm_plot, rows_of, weight_plot
@@ -43,24 +43,22 @@ class Caffemodels:
     renorm: Weights | None
 
 
-def render(report: dict[str, Any], net: NetParameter, weights: Caffemodels) -> str:
+def render(record: RunRecord, net: NetParameter, weights: Caffemodels) -> str:
     """The report as HTML that needs nothing from outside.
 
     Args:
-        report: the content of report.json.
+        record: the content of report.json.
         net: the full-precision inference net.
         weights: the caffemodels of the run.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    rows = rows_of(report, net)
+    rows = rows_of(record, net)
     after = weights.renorm
-    norms = [
-        norm_plot(layer["name"], weights.quantized, after)
-        for layer in report["stages"].get("renorm", {}).get("layers", [])
-        if after is not None
-    ]
+    shifts = record.stages.renorm.layers if record.stages.renorm else []
+    norms = [norm_plot(shift.name, weights.quantized, after) for shift in shifts if after is not None]
+    moved = max(shifts, key=lambda shift: shift.mean_shift).name if shifts else None
     script = files("quantize.report").joinpath("sort.js").read_text(encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("quantize.report", "."),
@@ -70,24 +68,22 @@ def render(report: dict[str, Any], net: NetParameter, weights: Caffemodels) -> s
         lstrip_blocks=True,
     )
     environment.filters |= {"db": decibels, "percent": percent, "size": size, "number": number}
-    stage = report["stages"].get("renorm")
-    moved = max(stage["layers"], key=_shift)["name"] if stage and stage["layers"] else None
     pictures = {
         "depth": [plots.depth_plot(rows)] if any(row.weights for row in rows) else [],
         "weights": _weight_plots(rows, net, weights),
         "norms": plots.norm_scatters(norms, moved) if norms else [],
-        "activations": _activation_plots(report),
+        "activations": _activation_plots(record),
     }
     return environment.get_template("report.html.j2").render(
-        report=report,
+        record=record,
         rows=rows,
-        advice=advise(report, rows, norms),
+        advice=advise(record, rows, norms),
         plots={name: [Markup(svg) for svg in found] for name, found in pictures.items()},
         moved=moved,
         versions=VERSIONS,
         stage_titles=STAGE_TITLES,
         images_from=IMAGES_FROM,
-        settings=json.dumps(report["settings"], indent=2, ensure_ascii=False),
+        settings=json.dumps(record.settings.model_dump(mode="json"), indent=2, ensure_ascii=False),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -95,23 +91,19 @@ def render(report: dict[str, Any], net: NetParameter, weights: Caffemodels) -> s
 
 def _weight_plots(rows: Sequence[Row], net: NetParameter, weights: Caffemodels) -> list[str]:
     layers = {layer.name: layer for layer in net.layer}
-    coarse = [row.weights for row in rows if row.weights and row.weights["sqnr_db"] is not None]
-    coarse.sort(key=lambda record: float(record["sqnr_db"]))
+    coarse = [row.weights for row in rows if row.weights and row.weights.sqnr_db is not None]
+    coarse.sort(key=lambda found: found.sqnr_db or 0.0)
     return [
-        plots.weight_histogram(weight_plot(record, layers[record["name"]], weights.full, weights.quantized))
-        for record in coarse[:SMALL_MULTIPLES]
+        plots.weight_histogram(weight_plot(found, layers[found.name], weights.full, weights.quantized))
+        for found in coarse[:SMALL_MULTIPLES]
     ]
 
 
-def _activation_plots(report: dict[str, Any]) -> list[str]:
-    layers = report["stages"].get("activations", {}).get("layers", [])
-    seen = [layer for layer in layers if not layer["dead"] and layer.get("histogram")]
-    seen.sort(key=lambda layer: layer["sqnr_db"] if layer["sqnr_db"] is not None else float("inf"))
+def _activation_plots(record: RunRecord) -> list[str]:
+    layers = record.stages.activations.layers if record.stages.activations else []
+    seen = [layer for layer in layers if not layer.dead and layer.histogram]
+    seen.sort(key=lambda layer: layer.sqnr_db if layer.sqnr_db is not None else float("inf"))
     return [plots.activation_histogram(layer) for layer in seen[:SMALL_MULTIPLES]]
-
-
-def _shift(layer: dict[str, Any]) -> float:
-    return float(layer["mean_shift"])
 
 
 def decibels(value: float | None) -> str:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from quantize.report.facts import NormPlot, Record, Row, WeightPlot
+from quantize.record import QuantizedActivation
+from quantize.report.facts import NormPlot, Row, WeightPlot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,9 +85,9 @@ def depth_plot(rows: Sequence[Row]) -> str:
     def draw(axes: Axes) -> None:
         place = np.arange(1, len(layers) + 1) if named else np.array([number for number, _ in numbered])
         for label, color, style, values in (
-            ("weights alone", WEIGHTS, "o", [row.weights and row.weights["sqnr_db"] for row in layers]),
-            ("output without renorm", BEFORE, "s--", [_output(row, "without_renorm") for row in layers]),
-            ("output, final network", FINAL, "D-", [_output(row, "quantized") for row in layers]),
+            ("weights alone", WEIGHTS, "o", [row.weights and row.weights.sqnr_db for row in layers]),
+            ("output without renorm", BEFORE, "s--", [row.output.get("without_renorm") for row in layers]),
+            ("output, final network", FINAL, "D-", [row.output.get("quantized") for row in layers]),
         ):
             numbers = np.array([np.nan if v is None else v for v in values], float)
             if not np.isnan(numbers).all():
@@ -183,25 +184,21 @@ def norm_scatters(plots: Sequence[NormPlot], worst: str | None) -> list[str]:
     ]
 
 
-def activation_histogram(record: Record) -> str:
-    """The positive outputs of a ReLU and the largest value that its codes reach.
-
-    Args:
-        record: stage 3's record of the layer.
-    """
+def activation_histogram(record: QuantizedActivation) -> str:
+    """The positive outputs of a ReLU and the largest value that its codes reach."""
     _import_quietly()
     from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Axes) -> None:
-        counts = np.array(record["histogram"], float)
-        edges = np.linspace(0, record["maximum"], len(counts) + 1)
+        counts = np.array(record.histogram, float)
+        edges = np.linspace(0, record.maximum, len(counts) + 1)
         axes.stairs(np.maximum(counts, LOWEST), edges, baseline=LOWEST, fill=True, color=WEIGHTS)
         axes.set_yscale("log")
         axes.set_ylim(bottom=LOWEST)
-        clip = record["levels"] * record["step"]
+        clip = record.levels * record.step
         axes.axvline(clip, color=FINAL, linewidth=1.4)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        right = max(clip, record["maximum"])
+        right = max(clip, record.maximum)
         axes.set_xlim(0, right * 1.02)
         side = "right" if clip > right / 2 else "left"
         text = f" clips at {clip:.3g} "
@@ -210,9 +207,9 @@ def activation_histogram(record: Record) -> str:
         axes.minorticks_off()
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("output (log count)")
-        axes.set_title(shortened(record["name"]))
+        axes.set_title(shortened(record.name))
 
-    return _svg(draw, SMALL, f"Histogram of the outputs of {record['name']} with its clip point")
+    return _svg(draw, SMALL, f"Histogram of the outputs of {record.name} with its clip point")
 
 
 def shortened(name: str) -> str:
@@ -221,10 +218,6 @@ def shortened(name: str) -> str:
         return name
     half = (LABEL_CHARACTERS - 1) // 2
     return f"{name[:half]}…{name[-half:]}"
-
-
-def _output(row: Row, version: str) -> float | None:
-    return (row.output or {}).get(version)
 
 
 def _identity(x: Any) -> Any:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass, field
 from itertools import cycle
 
 import numpy as np
@@ -25,6 +24,7 @@ from quantize.numerics import histogram
 from quantize.numerics.decibels import decibels
 from quantize.numerics.histogram import Histogram
 from quantize.progress import SILENT, Progress
+from quantize.record import QuantizedActivation
 from quantize.settings import ActivationSettings
 from quantize.sweep.plan import IN_FLIGHT, even_batch
 from quantize.sweep.run import overlapped
@@ -35,31 +35,6 @@ BINS = 48
 """Of the histogram kept for the report."""
 MICRO_BATCH_BYTES = 96 << 20
 """What all ReLU outputs of one micro-batch may take; so much is held IN_FLIGHT + 1 times."""
-
-
-@dataclass(frozen=True)
-class QuantizedActivation:
-    """What stage 3 found for one ReLU.
-
-    Attributes:
-        name: the layer.
-        step: the quantization step a.
-        levels: the largest code.
-        clipped: share of all outputs above levels * a by half a step or more.
-        maximum: the largest output.
-        sqnr_db: 10 log10(||x||^2 / ||x - a * q||^2), None where the output is 0 or the loss is.
-        dead: whether every output was 0.
-        histogram: how many positive outputs lie in each of BINS equal parts of 0 to ``maximum``.
-    """
-
-    name: str
-    step: float
-    levels: int
-    clipped: float
-    maximum: float
-    sqnr_db: float | None
-    dead: bool
-    histogram: list[int] = field(default_factory=list)
 
 
 def plain_relus(net: NetParameter) -> list[str]:

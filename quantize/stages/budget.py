@@ -37,6 +37,7 @@ from quantize.numerics.grids import make_grid
 from quantize.numerics.moments import Moments
 from quantize.numerics.solvers import fit
 from quantize.progress import SILENT, Progress
+from quantize.record import Budget
 from quantize.settings import GRID_BITS, GridChoice, WeightSettings
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import only_normalized, variance_ratio
@@ -57,23 +58,6 @@ FULL = 0
 
 Sensitivities = dict[str, dict[int, float]]
 """By layer and bits: mean divergence in nats when that layer alone has so many bits."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What was found and chosen for ``weights.budget``.
-
-    Attributes:
-        limit: the setting, mean bits per weight.
-        mean_bits: per weight, over all quantized layers.
-        images: how many the divergences are means over.
-        divergence: by layer whose bits were free and by bits (a JSON key, so as text), in nats.
-    """
-
-    limit: float
-    mean_bits: float
-    images: int
-    divergence: dict[str, dict[str, float]]
 
 
 def keep_budget(

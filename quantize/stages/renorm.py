@@ -39,6 +39,7 @@ from quantize.engines.base import OpenEngine
 from quantize.errors import InputError, LabelfreeError
 from quantize.numerics.moments import Moments
 from quantize.progress import SILENT, Progress
+from quantize.record import BatchNormShift
 from quantize.sweep.early_pooling import with_early_pooling
 from quantize.sweep.pair import beside, both_weights, full_layers, names_of_one_net, of_layers
 from quantize.sweep.plan import Step, depth_order
@@ -47,27 +48,6 @@ from quantize.sweep.run import Shard
 NO_BIASES: Mapping[str, str] = MappingProxyType({})
 RESOLUTION = 2.0**-22
 """What float32 resolves of a value, and a little more."""
-
-
-@dataclass(frozen=True)
-class BatchNormShift:
-    """How far the statistics of one BatchNorm layer had moved.
-
-    Attributes:
-        name: the layer.
-        channels: number of channels.
-        values: values per channel that were measured.
-        mean_shift: root mean square over channels of (new mean - old mean) / old standard deviation.
-        variance_ratio: geometric mean over channels of new variance / old variance.
-        dead: number of channels that have one value for all images.
-    """
-
-    name: str
-    channels: int
-    values: int
-    mean_shift: float
-    variance_ratio: float
-    dead: int = 0
 
 
 @dataclass(frozen=True)

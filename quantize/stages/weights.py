@@ -10,7 +10,6 @@ name (``param``) share Q, and their Scale layers alpha.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -34,40 +33,12 @@ from quantize.numerics.decibels import decibels
 from quantize.numerics.grids import make_grid
 from quantize.numerics.solvers import Fit, Solver, fit
 from quantize.progress import SILENT, Progress
+from quantize.record import QuantizedLayer
 from quantize.settings import GridChoice, LayerChoice, WeightSettings
 from quantize.stages.data_aware import Calibration, DataAwareFit, data_aware
 
 QUANTIZED_TYPES = ("Convolution", "ConvolutionDepthwise", "DepthwiseConvolution", "InnerProduct")
 ALPHA_SUFFIX = "_alpha_term"
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """What stage 1 did to one layer.
-
-    Attributes:
-        name: the layer.
-        bits: bits per weight.
-        grid: name of the grid.
-        kernels: number of kernels n.
-        weights: number of weights n * k.
-        loss: the sum over kernels of ||w - alpha * Q||^2.
-        sqnr_db: 10 log10(||w||^2 / loss), None where the loss is 0.
-        output_sqnr_db: of the layer's output against full precision, measured by the data-aware solver.
-        nearest_sqnr_db: the same with every weight at its nearest level; None with other solvers.
-        shared_by: the other layers that have the same weights.
-    """
-
-    name: str
-    bits: int
-    grid: str
-    kernels: int
-    weights: int
-    loss: float
-    sqnr_db: float | None
-    output_sqnr_db: float | None = None
-    nearest_sqnr_db: float | None = None
-    shared_by: list[str] = field(default_factory=list)
 
 
 def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice]:

@@ -9,7 +9,8 @@ import pytest
 from quantize.caffenet import Weights, read_prototxt
 from quantize.caffenet.strings import to_text
 from quantize.commands.config import load
-from quantize.job.run import Run, evaluate_run
+from quantize.job.evaluation import evaluate_run
+from quantize.job.run import Run
 from tests.caffe.test_whole_job import IMAGES, PLUGIN
 
 DIGITS = Path(__file__).parents[2] / "configs/models/digits"
@@ -46,7 +47,7 @@ def test_caffe_finds_the_layers_of_what_is_written(
     assert to_text(GBK + b"_alpha_term") in Weights.read(weights)
     assert b"\x0a\x10%b_alpha_term" % GBK in weights.read_bytes()
     assert to_text(GBK) in [layer.name for layer in read_prototxt(prototxt).layer]
-    found = evaluate_run(config).accuracy["quantized"]["top1"]
+    found = evaluate_run(config).accuracy["quantized"].top1
     assert found is not None
     done = caffe_run(
         [

@@ -14,7 +14,8 @@ from google.protobuf import text_format
 from quantize import cli
 from quantize.caffenet import LayerParameter, NetParameter, filter_net, read_prototxt
 from quantize.commands.config import load
-from quantize.job.run import Run, evaluate_run
+from quantize.job.evaluation import evaluate_run
+from quantize.job.run import Run
 from quantize.settings import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -73,9 +74,9 @@ def test_caffe_test_of_a_deploy_prototxt(
     found = dict(re.findall(r"caffe\.cpp:\d+\] accuracy/(top-\d) = ([\d.e-]+)\n", done.stderr))  # type: ignore[attr-defined]
     assert found.keys() == {"top-1", "top-5"}, done.stderr  # type: ignore[attr-defined]
     for key, value in (("top1", found["top-1"]), ("top5", found["top-5"])):
-        assert ours[key] == pytest.approx(100 * float(value), abs=0.01)
-    assert ours["top1"] is not None
-    assert ours["top1"] > 90
+        assert getattr(ours, key) == pytest.approx(100 * float(value), abs=0.01)
+    assert ours.top1 is not None
+    assert ours.top1 > 90
 
 
 def test_caffe_reads_what_make_lmdb_writes(

@@ -11,8 +11,9 @@ from quantize.caffenet import InferenceNet, Weights, read_prototxt
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
-from quantize.job.feeds import validation_feed
-from quantize.job.run import Run, evaluate_run, read_model_prototxt
+from quantize.job.evaluation import evaluate_run
+from quantize.job.feeds import read_model_prototxt, validation_feed
+from quantize.job.run import Run
 from quantize.settings import CaffeProcess, Config
 from tests.nets import write_several
 
@@ -92,23 +93,24 @@ def test_either_engine_gives_the_same(
         load(yaml, {"output": str(tmp_path / "ours")}, given),
         load(yaml, {"output": str(tmp_path / "theirs")}, [*given, *through_caffe]),
     ]
-    reports = [Run(each).quantize() for each in configs]
-    layers = [report["stages"]["weights"]["layers"] for report in reports]
-    for ours, theirs in zip(*layers, strict=True):
-        assert (ours["name"], ours["bits"]) == (theirs["name"], theirs["bits"])
-        if ours["output_sqnr_db"] is not None:
-            assert ours["output_sqnr_db"] == pytest.approx(theirs["output_sqnr_db"], abs=1)
+    records = [Run(each).quantize() for each in configs]
+    layers = [record.stages.weights.layers for record in records if record.stages.weights is not None]
+    for first, second in zip(*layers, strict=True):
+        assert (first.name, first.bits) == (second.name, second.bits)
+        if first.output_sqnr_db is not None:
+            assert first.output_sqnr_db == pytest.approx(second.output_sqnr_db, abs=1)
     evaluations = [evaluate_run(each) for each in configs]
     assert evaluations[0].images == evaluations[1].images == 12
     if solver == "data_aware":
         return
+    stages = [record.stages.activations for record in records]
     feed = validation_feed(configs[0], read_model_prototxt(configs[0]))
     ours, theirs = (
         in_onnx(each.output / "several_deploy.prototxt", each.output / "several_renorm.caffemodel", feed)
         for each in configs
     )
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
-    steps = [[layer["step"] for layer in report["stages"]["activations"]["layers"]] for report in reports]
+    steps = [[layer.step for layer in stage.layers] for stage in stages if stage is not None]
     assert len(steps[0]) == 3
     assert steps[0] == pytest.approx(steps[1], rel=1e-3)
     assert evaluations[0].agreement == evaluations[1].agreement
@@ -116,11 +118,12 @@ def test_either_engine_gives_the_same(
 
 def test_deploy_has_all_inputs_and_layers(config: Config) -> None:
     """First and last layer are those of the whole net."""
-    report = Run(config).quantize()
+    record = Run(config).quantize()
+    assert record.stages.weights is not None
     deploy = read_prototxt(config.output / "several_deploy.prototxt")
     given = read_prototxt(config.model.prototxt)
     written = {layer.name for layer in deploy.layer}
     assert {layer.name for layer in given.layer} <= written
     assert [layer.name for layer in deploy.layer if layer.type == "Input"] == ["target", "image", "info"]
-    bits = {layer["name"]: layer["bits"] for layer in report["stages"]["weights"]["layers"]}
+    bits = {layer.name: layer.bits for layer in record.stages.weights.layers}
     assert bits == {"conv_t": 8, "conv_i": 4, "fc1": 4, "fc_info": 4, "fc2": 8}

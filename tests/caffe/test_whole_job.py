@@ -10,8 +10,9 @@ import pytest
 
 from quantize.caffenet import Weights, read_prototxt
 from quantize.commands.config import load
-from quantize.job.run import Run, evaluate_run
-from quantize.measure.evaluate import Evaluation
+from quantize.job.evaluation import evaluate_run
+from quantize.job.run import Run
+from quantize.record import Accuracy
 from quantize.settings import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,12 +48,11 @@ def caffe_test(caffe_run: Callable[..., object], prototxt: Path, weights: Path) 
     return {name: 100 * float(value) for name, value in found}
 
 
-def assert_same_images(caffe: dict[str, float], ours: dict[str, float | None]) -> None:
+def assert_same_images(caffe: dict[str, float], ours: Accuracy) -> None:
     """The same number of right images."""
-    for key, k in (("top1", 1), ("top5", 5)):
+    for value, k in ((ours.top1, 1), (ours.top5, 5)):
         tops = [name for name in caffe if re.search(rf"(top|acc\w*)\D*{k}$", name)]
         assert len(tops) == 1, caffe
-        value = ours[key]
         assert value is not None
         assert round(caffe[tops[0]] * IMAGES / 100) == round(value * IMAGES / 100)
 
@@ -61,7 +61,7 @@ def test_evaluate_counts_what_caffe_test_counts(
     quantized: Path, caffe_plugin: str, caffe_run: Callable[..., object]
 ) -> None:
     assert caffe_plugin == PLUGIN
-    found: Evaluation = evaluate_run(config_in(quantized))
+    found = evaluate_run(config_in(quantized))
     assert found.images == IMAGES
     models = CONFIGS / "models/digits"
     assert_same_images(
@@ -93,10 +93,7 @@ def test_either_engine_gives_the_same(
     assert steps[0] == pytest.approx(steps[1], rel=1e-3)
     found = evaluate_run(through_caffe)
     assert found.agreement > 97
-    assert (
-        found.accuracy["quantized"]["top1"]
-        == evaluate_run(config_in(quantized)).accuracy["quantized"]["top1"]
-    )
+    assert found.accuracy["quantized"].top1 == evaluate_run(config_in(quantized)).accuracy["quantized"].top1
 
 
 def test_the_deploy_prototxt_gives_the_same_scores_in_caffe(

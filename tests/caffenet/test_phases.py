@@ -223,10 +223,11 @@ def test_scores_of_nothing():
 def test_a_net_without_input_is_told_how_to_get_one():
     layers = 'layer { name: "conv" type: "Convolution" bottom: "data" top: "conv" }'
     table = 'layer { name: "p" type: "Parameter" top: "p" }'
-    with pytest.raises(InputError, match=r'no input in this phase: put layer { name: "data" type: "Input"'):
-        InferenceNet.of(net_of(layers))
-    with pytest.raises(InputError, match="no Input or Data layer that another reads"):
-        InferenceNet.of(net_of(table))
+    for text in (layers, table):
+        with pytest.raises(
+            InputError, match=r'no input in this phase: put layer { name: "data" type: "Input"'
+        ):
+            InferenceNet.of(net_of(text))
 
 
 def test_a_misspelt_bottom():

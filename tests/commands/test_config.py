@@ -119,7 +119,10 @@ def test_overrides_inherit_what_they_do_not_name() -> None:
         ("data=", ["data is empty"]),
         ("data=photos", ["data is a section", "calibration", "write data: {calibration: {source: photos}}"]),
         ("data.calibration=a/b", ["data.calibration is a section", "write calibration: {source: a/b}"]),
-        ("renorm=5", ["renorm is a section with the keys augment, bias_correction, images, memory", "'5'"]),
+        (
+            "renorm=5",
+            ["renorm is a section with the keys augment, bias_correction, images, memory, statistics", "'5'"],
+        ),
         ("weights.layers=[fc8]", ["weights.layers is a section with names as keys"]),
         ("weights.layers={fc8: 8}", ["weights.layers.fc8 is a section with the keys bits, grid, skip"]),
         ("model.prototxt={path: x}", ["model.prototxt", "expected a path, not a section"]),

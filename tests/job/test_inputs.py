@@ -13,9 +13,10 @@ from quantize.caffenet import TEST, InferenceNet, Weights, read_prototxt
 from quantize.commands.config import load
 from quantize.data import Images
 from quantize.errors import InputError
-from quantize.job.feeds import calibration_feed, effective_transform, validation_feed
+from quantize.job.evaluation import evaluate_run
+from quantize.job.feeds import calibration_feed, effective_transform, read_model_prototxt, validation_feed
 from quantize.job.inputs import told_shapes
-from quantize.job.run import Run, evaluate_run, read_model_prototxt
+from quantize.job.run import Run
 from quantize.progress import Progress
 from quantize.settings import Config
 from tests.nets import SEVERAL, parse, random_weights, write_images, write_several
@@ -111,10 +112,11 @@ def test_an_input_that_nothing_feeds(
 
 
 def test_weights_need_no_images_and_nothing_vanishes(several: Path) -> None:
-    report = Run(load(several, assignments=["data.calibration=null", "data.validation=null"])).quantize(
+    record = Run(load(several, assignments=["data.calibration=null", "data.validation=null"])).quantize(
         ["weights"]
     )
-    assert [layer["name"] for layer in report["stages"]["weights"]["layers"]] == [
+    assert record.stages.weights is not None
+    assert [layer.name for layer in record.stages.weights.layers] == [
         *("conv_t", "conv_i", "fc1", "fc_info", "fc2")
     ]
     for kind in ("deploy", "val"):
@@ -260,7 +262,7 @@ def test_a_net_that_takes_no_images(features: Callable[..., Config]) -> None:
     assert list(deploy.layer[0].input_param.shape[0].dim) == [1, 12]
     found = evaluate_run(config)
     assert found.images == 10  # those that no stage had used
-    assert found.accuracy["fp32"]["top1"] is None
+    assert found.accuracy["fp32"].top1 is None
     feed = validation_feed(config, read_model_prototxt(config), 3)
     np.testing.assert_array_equal(
         next(feed.batches(3)).feeds["features"],

@@ -13,9 +13,11 @@ import pytest
 
 from quantize.caffenet import InferenceNet, Weights, read_prototxt
 from quantize.errors import InputError, LabelfreeError
+from quantize.job.evaluation import evaluate_run
 from quantize.job.output import OutputFolder
-from quantize.job.run import Run, evaluate_run
+from quantize.job.run import Run
 from quantize.progress import Progress
+from quantize.record import RunRecord
 from tests.conftest import Job
 
 FILES = {
@@ -47,9 +49,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_files_and_what_is_in_them(job: Job) -> None:
-    report = Run(job.config()).quantize()
+    record = Run(job.config()).quantize()
     assert {path.name for path in job.out.iterdir()} == FILES
-    assert json.loads((job.out / "report.json").read_text()) == report
+    assert RunRecord.parse((job.out / "report.json").read_bytes()) == record
     val = read_prototxt(job.out / "residual_val.prototxt")
     deploy = read_prototxt(job.out / "residual_deploy.prototxt")
     final = Weights.read(job.out / "residual_renorm.caffemodel")
@@ -69,7 +71,8 @@ def test_the_files_and_what_is_in_them(job: Job) -> None:
 
 
 def test_the_report_holds_what_the_contract_says(job: Job) -> None:
-    report = Run(job.config()).quantize()
+    Run(job.config()).quantize()
+    report = json.loads((job.out / "report.json").read_text())
     layer = report["stages"]["weights"]["layers"][1]
     assert (layer["name"], layer["bits"], layer["grid"]) == ("left", 4, "power_of_two")
     assert layer["loss"] > 0
@@ -104,8 +107,8 @@ def test_a_stage_without_the_one_before_says_which(job: Job) -> None:
 
 def test_redoing_a_stage_drops_what_was_built_on_it(job: Job) -> None:
     Run(job.config()).quantize()
-    report = Run(job.config("weights.bits=3")).quantize(("weights",))
-    assert list(report["stages"]) == ["weights"]
+    record = Run(job.config("weights.bits=3")).quantize(("weights",))
+    assert list(record.stages.done) == ["weights"]
     assert not (job.out / "residual_renorm.caffemodel").exists()
     assert "ActQuantize" not in (job.out / "residual_val.prototxt").read_text()
 
@@ -143,8 +146,8 @@ def test_resume_takes_nothing_from_a_report_that_is_not_ours(job: Job, spoil: by
     Run(job.config()).quantize(("weights",))
     (job.out / "report.json").write_bytes(spoil)
     notes = Notes()
-    report = Run(job.config(), notes).quantize(("weights",), resume=True)
-    assert list(report["stages"]) == ["weights"]
+    record = Run(job.config(), notes).quantize(("weights",), resume=True)
+    assert list(record.stages.done) == ["weights"]
     assert not any("skipped" in note for note in notes.notes)
     assert any("nothing is taken over" in note for note in notes.notes)
 
@@ -171,9 +174,9 @@ def test_evaluate_counts_labels_and_agreement(job: Job) -> None:
     assert found.images == 15
     assert 0 <= found.agreement <= 100
     for accuracy in found.accuracy.values():
-        assert accuracy["top1"] is not None
-        assert accuracy["top5"] is not None
-        assert accuracy["top1"] <= accuracy["top5"]
+        assert accuracy.top1 is not None
+        assert accuracy.top5 is not None
+        assert accuracy.top1 <= accuracy.top5
     assert evaluate_run(job.config(), 7).images == 7
 
 
@@ -245,10 +248,11 @@ def test_dead_relus_and_negative_slopes_are_reported(job: Job) -> None:
         weights.write(file)
     os.replace(job.folder / "new.caffemodel", job.folder / "net.caffemodel")
     notes = Notes()
-    report = Run(job.config(), notes).quantize()
+    record = Run(job.config(), notes).quantize()
     assert any("relu_sum is left alone" in note for note in notes.notes)
     assert any("relu1 is dead" in note for note in notes.notes)
-    steps = {layer["name"]: layer["step"] for layer in report["stages"]["activations"]["layers"]}
+    assert record.stages.activations is not None
+    steps = {layer.name: layer.step for layer in record.stages.activations.layers}
     assert "relu_sum" not in steps
     assert steps["relu1"] > 0
 
@@ -261,8 +265,9 @@ def test_every_layer_skipped_is_questioned(job: Job) -> None:
         if name.startswith(("conv", "right", "fc", "left"))
     ]
     notes = Notes()
-    report = Run(job.config(*skips), notes).quantize()
-    assert not report["stages"]["weights"]["layers"]
+    record = Run(job.config(*skips), notes).quantize()
+    assert record.stages.weights is not None
+    assert not record.stages.weights.layers
     assert "weights: weights.layers skips every layer; no weights are quantized" in notes.notes
 
 
@@ -271,5 +276,5 @@ def test_layers_behind_all_work_may_be_of_any_type(job: Job) -> None:
     strange = 'layer { name: "boxes" type: "NobodyKnows" bottom: "fc2" top: "boxes" }\n'
     with open(job.folder / "net.prototxt", "a") as file:
         file.write(strange)
-    assert list(Run(job.config()).quantize()["stages"]) == ["weights", "renorm", "activations"]
+    assert list(Run(job.config()).quantize().stages.done) == ["weights", "renorm", "activations"]
     assert 'type: "NobodyKnows"' in (job.out / "residual_val.prototxt").read_text()

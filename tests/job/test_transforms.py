@@ -17,8 +17,9 @@ from quantize.caffenet import TRAIN, InferenceNet, NetParameter, format_prototxt
 from quantize.commands.config import load
 from quantize.data import Images, Transform, open_source
 from quantize.data.feed import Feed
+from quantize.job.evaluation import evaluate_run
 from quantize.job.prototxts import deploy_prototxt
-from quantize.job.run import Run, evaluate_run
+from quantize.job.run import Run
 from quantize.measure.transform_check import Values
 from quantize.progress import Progress
 from quantize.settings import RenormSettings

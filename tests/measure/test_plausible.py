@@ -6,7 +6,8 @@ import pytest
 
 from quantize.commands.config import load
 from quantize.commands.summary import evaluation_table
-from quantize.job.run import Run, evaluate_run
+from quantize.job.evaluation import evaluate_run
+from quantize.job.run import Run
 from quantize.measure.plausible import doubt
 
 DIGITS = Path(__file__).parents[2] / "configs/digits.yaml"
@@ -47,7 +48,7 @@ def test_digits_with_a_wrong_transform(tmp_path: Path, statistics: str) -> None:
     config = load(DIGITS, {"output": str(tmp_path / "out")}, wrong)
     Run(config).quantize()
     found = evaluate_run(config)
-    full, final = found.accuracy["fp32"]["top1"], found.accuracy["quantized"]["top1"]
+    full, final = found.accuracy["fp32"].top1, found.accuracy["quantized"].top1
     assert full is not None
     assert final is not None
     assert (final - full > 20) == (statistics == "measured")

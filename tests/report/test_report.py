@@ -18,11 +18,28 @@ import pytest
 
 from quantize import cli
 from quantize.caffenet import InferenceNet, Weights, read_prototxt
+from quantize.commands.config import load
 from quantize.commands.terminal import Lines, rate_text
-from quantize.job.run import Run, evaluate_run, report_run
+from quantize.job.evaluation import evaluate_run, report_run
+from quantize.job.run import Run
 from quantize.measure.evaluate import log_softmax
 from quantize.measure.sqnr import images_to_measure
 from quantize.progress import Progress
+from quantize.record import (
+    ActivationsRecord,
+    BatchNormShift,
+    Closeness,
+    Evaluation,
+    LayerSqnr,
+    OutputSqnr,
+    QuantizedActivation,
+    QuantizedLayer,
+    RenormRecord,
+    RunRecord,
+    Sizes,
+    Stages,
+    WeightsRecord,
+)
 from quantize.report import plots
 from quantize.report.advice import advise
 from quantize.report.facts import NormPlot, Row, rows_of
@@ -99,9 +116,10 @@ def test_output_sqnr_is_what_numpy_says(done: Job) -> None:
     assert [layer["name"] for layer in layers] == [
         layer["name"] for layer in report["stages"]["weights"]["layers"]
     ]
-    report = Run(done.config("renorm.augment=test")).quantize()
+    record = Run(done.config("renorm.augment=test")).quantize()
     found = evaluate_run(done.config("data.validation=null", "renorm.augment=test"), 16)
-    last = report["output_sqnr"]["layers"][-1]["sqnr_db"]["quantized"]
+    assert record.output_sqnr is not None
+    last = record.output_sqnr.layers[-1].sqnr_db["quantized"]
     assert last == pytest.approx(found.closeness["quantized"].sqnr_db, abs=1e-3)
 
 
@@ -164,8 +182,8 @@ def test_resuming_a_finished_run_keeps_everything(done: Job) -> None:
     Run(done.config()).quantize()
     evaluate_run(done.config())
     before = page_of(done)
-    report = Run(done.config()).quantize(resume=True)
-    assert report == report_of(done)
+    record = Run(done.config()).quantize(resume=True)
+    assert json.loads(record.to_json()) == report_of(done)
     assert page_of(done) == before
 
 
@@ -291,152 +309,129 @@ def test_a_large_network_has_a_small_page() -> None:
         quantized.add(layer, [rng.choice([-64, -8, 0, 8, 64], size=(outputs, few)).astype(np.float32)])
         alpha = parse(f'layer {{ name: "{layer.name}_alpha_term" type: "Scale" }}').layer[0]
         quantized.add(alpha, [rng.uniform(0.01, 0.02, outputs).astype(np.float32)])
+        sqnr = 15 + place / 10
         weights.append(
-            {
-                **{"name": layer.name, "bits": 4, "grid": "power_of_two", "kernels": outputs},
-                **{"weights": outputs * few, "loss": 1.0, "shared_by": [], "sqnr_db": 15 + place / 10},
-            }
+            QuantizedLayer(layer.name, 4, "power_of_two", outputs, outputs * few, loss=1.0, sqnr_db=sqnr)
         )
     for norm, layer in zip(norms, layers, strict=False):
         channels = layer.convolution_param.num_output
         for model in (quantized, after):
             mean, variance = rng.normal(size=channels), rng.uniform(0.5, 2, channels)
             model.add(norm, [mean.astype(np.float32), variance.astype(np.float32), np.ones(1, np.float32)])
-    shift = {"channels": 64, "values": 10**6, "mean_shift": 0.1, "variance_ratio": 0.9, "dead": 0}
-    step = {"step": 0.1, "levels": 127, "clipped": 0.0, "maximum": 14.0, "sqnr_db": 40.0, "dead": False}
-    record = {"seconds": 1.0, "peak_memory_bytes": 10**9, "outputs": {}, "images": 1000}
-    report = {
-        **{"tool": "labelfree", "name": "resnet50", "versions": {}, "inputs": {}},
-        "settings": {"weights": {"bits": 4}, "activations": {"bits": 8}},
-        "sizes": {"model": 10**8, "written": 10**8, "packed": 14 * 10**6},
-        "stages": {
-            "weights": {**record, "layers": weights, "skipped": [], "kept": {}, "doubtful": []},
-            "renorm": {
-                **record,
-                "statistics": "paired",
-                "layers": [{"name": norm.name, **shift} for norm in norms],
-            },
-            "activations": {
-                **record,
-                "layers": [{"name": r.name, **step, "histogram": list(range(48, 0, -1))} for r in relus],
-            },
-        },
-        "output_sqnr": {
-            "images": 32,
-            "layers": [{"name": w["name"], "sqnr_db": {"quantized": 20.0}} for w in weights],
-        },
-    }
+    shifts = [BatchNormShift(norm.name, 64, 10**6, 0.1, 0.9) for norm in norms]
+    bars = list(range(48, 0, -1))
+    steps = [QuantizedActivation(r.name, 0.1, 127, 0.0, 14.0, 40.0, False, bars) for r in relus]
+    record = a_record(
+        None,
+        weights=WeightsRecord(**RAN, layers=weights, skipped=[], kept={}, doubtful=[]),
+        renorm=RenormRecord(**RAN, statistics="measured", images=1000, layers=shifts),
+        activations=ActivationsRecord(**RAN, images=1000, layers=steps),
+    ).model_copy(
+        update={"output_sqnr": OutputSqnr(32, [LayerSqnr(w.name, {"quantized": 20.0}) for w in weights])}
+    )
     began = time.monotonic()
-    page = render(report, net, Caffemodels(full, quantized, after))
+    page = render(record, net, Caffemodels(full, quantized, after))
     assert len(page) < 3e6
     assert time.monotonic() - began < 30
-    assert len(rows_of(report, net)) == len(layers) + 16  # a ReLU behind each sum
+    assert len(rows_of(record, net)) == len(layers) + 16  # a ReLU behind each sum
 
 
 # ---- Advice ----
 
 
-def the_report(**stages: Any) -> dict[str, Any]:
-    weights = {"layers": [], "skipped": [], "kept": {}, "doubtful": []}
-    evaluation = {"closeness": {"quantized": {"agreement": 99.0}}}
-    settings = {"weights": {"solver": "optimal"}}
-    stages = {"weights": weights, **stages}
-    return {"name": "n", "settings": settings, "evaluation": evaluation, "stages": stages}
+def a_record(
+    agreement: float | None = 99.0,
+    *settings: str,
+    weights: WeightsRecord | None = None,
+    renorm: RenormRecord | None = None,
+    activations: ActivationsRecord | None = None,
+) -> RunRecord:
+    close = None if agreement is None else Closeness(agreement, 0.01, 20.0)
+    return RunRecord(
+        **{"tool": "labelfree", "name": "n", "versions": {}, "inputs": {}, "prototxts": {}},
+        settings=load(None, {"model.prototxt": "p", "model.weights": "w", "output": "o"}, settings),
+        stages=Stages(weights=weights or NO_WEIGHTS, renorm=renorm, activations=activations),
+        sizes=Sizes(model=10**8, written=10**8, packed=14 * 10**6),
+        evaluation=close and Evaluation(100, {}, {"quantized": close}, 10),
+    )
 
 
-RENORM = {
-    "statistics": "measured",
-    "images": 1000,
-    "layers": [{"name": "bn", "values": 10**5, "mean_shift": 0.1, "variance_ratio": 1.1, "dead": 0}],
-}
-RELU = {"name": "relu", "dead": False, "clipped": 1e-4}
-STEPS = {"layers": [RELU], "images": 400}
+RAN: Any = {"depends_on": {}, "seconds": 1.0, "peak_memory_bytes": 10**9, "outputs": {}}
+NO_WEIGHTS = WeightsRecord(**RAN, layers=[], skipped=[], kept={}, doubtful=[])
 
 
-def findings(report: dict[str, Any], rows: list[Row] | None = None, *norms: NormPlot) -> str:
+def renormed(images: int = 1000, values: int = 10**5, ratio: float = 1.1) -> RenormRecord:
+    return RenormRecord(
+        **RAN, statistics="measured", images=images, layers=[BatchNormShift("bn", 8, values, 0.1, ratio)]
+    )
+
+
+def paired(images: int) -> RenormRecord:
+    return renormed(images).model_copy(update={"statistics": "paired"})
+
+
+def stepped(clipped: float = 1e-4, dead: bool = False) -> ActivationsRecord:
+    relu = QuantizedActivation("relu", 0.1, 127, clipped, 14.0, 40.0, dead)
+    return ActivationsRecord(**RAN, images=400, layers=[relu])
+
+
+def findings(record: RunRecord, rows: list[Row] | None = None, *norms: NormPlot) -> str:
     return " | ".join(
-        f"{advice.level}: {advice.finding} {advice.code}" for advice in advise(report, rows or [], norms)
+        f"{advice.level}: {advice.finding} {advice.code}" for advice in advise(record, rows or [], norms)
     )
 
 
 def row(name: str, sqnr: float, bits: int = 4) -> Row:
-    return Row(name, {"bits": bits, "weights": 8000, "sqnr_db": sqnr}, {"quantized": sqnr + 5})
+    weights = QuantizedLayer(name, bits, "power_of_two", 8, 8000, 1.0, sqnr)
+    return Row(name, weights, {"quantized": sqnr + 5})
 
 
 def test_advice_where_all_is_well() -> None:
-    text = findings(the_report(renorm=RENORM, activations=STEPS), [row("a", 15), row("b", 15.5)])
+    text = findings(a_record(renorm=renormed(), activations=stepped()), [row("a", 15), row("b", 15.5)])
     assert "good: Nothing needs attention" in text
     assert "next: Use n_deploy.prototxt" in text
     assert "warning" not in text
 
 
 @pytest.mark.parametrize(
-    ("report", "rows", "expected"),
+    ("record", "rows", "expected"),
     [
-        (the_report(), [row("a", 15), row("b", 15), row("c", 11)], 'c is furthest.*{"c": {"bits": 8'),
-        (the_report(), [], "warning: Not run yet: renorm and activations"),
-        (the_report(renorm={**RENORM, "images": 100}), [], "note: Renorm saw 100 images.*=1000"),
+        (a_record(), [row("a", 15), row("b", 15), row("c", 11)], 'c is furthest.*{"c": {"bits": 8'),
+        (a_record(), [], "warning: Not run yet: renorm and activations"),
+        (a_record(renorm=renormed(images=100)), [], "note: Renorm saw 100 images.*=1000"),
+        (a_record(renorm=paired(images=8)), [], "note: Renorm saw 8 images.*renorm.images=64"),
         (
-            the_report(renorm={**RENORM, "statistics": "paired", "images": 8}),
-            [],
-            "note: Renorm saw 8 images.*renorm.images=64",
-        ),
-        (
-            the_report(renorm={**RENORM, "images": 600, "layers": [{**RENORM["layers"][0], "values": 600}]}),
+            a_record(renorm=renormed(images=600, values=600)),
             [],
             "warning: Renorm saw 600 images: 600 values per channel at bn",
         ),
         (
-            the_report(renorm={**RENORM, "images": 9, "layers": []}),
+            a_record(renorm=RenormRecord(**RAN, statistics="measured", images=9, layers=[])),
             [],
             "warning: The network has no BatchNorm",
         ),
-        (
-            the_report(
-                renorm={**RENORM, "images": 999, "layers": [{**RENORM["layers"][0], "variance_ratio": 0.2}]}
-            ),
-            [],
-            "At bn the variance is 0.20 times",
-        ),
-        (the_report(activations={"layers": [{**RELU, "dead": True}]}), [], "relu is dead"),
-        (
-            the_report(activations={"layers": [{**RELU, "clipped": 0.05}]}),
-            [],
-            "relu clips 5.00 %.*activations.levels=255",
-        ),
-        ({**the_report(), "evaluation": None}, [], "labelfree report --evaluate"),
-        (
-            {**the_report(), "evaluation": {"closeness": {"quantized": {"agreement": 80.0}}}},
-            [],
-            "warning: .*only 80.00 %.*--quality best",
-        ),
-        (
-            {
-                **the_report(),
-                "evaluation": {"closeness": {"quantized": {"agreement": 80.0}}},
-                "settings": {"weights": {"solver": "data_aware"}},
-            },
-            [],
-            "warning: .*only 80.00 %.*weights.bits=5",
-        ),
+        (a_record(renorm=renormed(ratio=0.2)), [], "At bn the variance is 0.20 times"),
+        (a_record(activations=stepped(dead=True)), [], "relu is dead"),
+        (a_record(activations=stepped(clipped=0.05)), [], "relu clips 5.00 %.*activations.levels=255"),
+        (a_record(None), [], "labelfree report --evaluate"),
+        (a_record(80.0), [], "warning: .*only 80.00 %.*--quality best"),
+        (a_record(80.0, "weights.solver=data_aware"), [], "warning: .*only 80.00 %.*weights.bits=5"),
     ],
 )
-def test_advice(report: dict[str, Any], rows: list[Row], expected: str) -> None:
-    assert re.search(expected, findings(report, rows))
+def test_advice(record: RunRecord, rows: list[Row], expected: str) -> None:
+    assert re.search(expected, findings(record, rows))
 
 
 def test_advice_names_channels_that_renorm_found_dead() -> None:
-    layer = {**RENORM["layers"][0], "dead": 3}  # type: ignore[index, dict-item]
-    assert "Dead channels, the same value for every image: bn (3)." in findings(
-        the_report(renorm={**RENORM, "layers": [layer]})
-    )
+    renorm = renormed().model_copy(update={"layers": [BatchNormShift("bn", 8, 10**5, 0.1, 1.1, dead=3)]})
+    assert "Dead channels, the same value for every image: bn (3)." in findings(a_record(renorm=renorm))
 
 
 def test_advice_counts_dead_channels() -> None:
     ones = np.ones(3)
     norm = NormPlot("bn7", ones, ones, ones, np.array([1.0, 0.0, 2.0]))
     assert "Dead channels, the same value for every image: bn7 (1)." in findings(
-        the_report(renorm=RENORM), [], norm
+        a_record(renorm=renormed()), [], norm
     )
 
 

@@ -27,11 +27,13 @@ from quantize.data import Transform
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
-from quantize.job.run import Run, evaluate_run
+from quantize.job.evaluation import evaluate_run
+from quantize.job.run import Run
 from quantize.numerics.grids import make_grid
 from quantize.numerics.moments import moments_of
 from quantize.numerics.solvers import fit
 from quantize.progress import Progress
+from quantize.record import QuantizedLayer, RunRecord
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.budget import Sensitivities, allocate, bits_left, keep_budget, sensitivities
 from quantize.stages.data_aware import Calibration
@@ -322,27 +324,37 @@ def test_overrides_and_the_ends_keep_their_bits(calibration: Calibration, weight
 # ---- The whole job ----
 
 
-def bits_of(report: dict) -> dict[str, int]:
-    return {layer["name"]: layer["bits"] for layer in report["stages"]["weights"]["layers"]}
+def layers_of(record: RunRecord) -> list[QuantizedLayer]:
+    assert record.stages.weights is not None
+    return record.stages.weights.layers
+
+
+def bits_of(record: RunRecord) -> dict[str, int]:
+    return {layer.name: layer.bits for layer in layers_of(record)}
 
 
 def test_the_whole_job(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     config = job.config("weights.budget=4.5", "weights.images=20")
-    report = Run(config).quantize()
-    stage = report["stages"]["weights"]
-    total = sum(layer["weights"] for layer in stage["layers"])
-    mean = sum(layer["weights"] * layer["bits"] for layer in stage["layers"]) / total
-    assert stage["budget"]["mean_bits"] == mean <= 4.5
-    assert stage["budget"]["images"] == 20
-    assert list(stage["budget"]["divergence"]) == list(NORMS)
-    assert list(stage["budget"]["divergence"]["left"]) == ["2", "3", "4", "5"]
-    assert json.loads((job.out / "report.json").read_text()) == report
+    record = Run(config).quantize()
+    assert record.stages.weights is not None
+    budget = record.stages.weights.budget
+    total = sum(layer.weights for layer in layers_of(record))
+    mean = sum(layer.weights * layer.bits for layer in layers_of(record)) / total
+    assert budget is not None
+    assert budget.mean_bits == mean <= 4.5
+    assert budget.images == 20
+    assert list(budget.divergence) == list(NORMS)
+    assert list(budget.divergence["left"]) == ["2", "3", "4", "5"]
+    assert RunRecord.parse((job.out / "report.json").read_bytes()) == record
+    settings = json.loads(record.to_json())["settings"]["weights"]
+    assert settings["budget"] == 4.5
+    assert "bits" not in settings
     page = (job.out / "report.html").read_text()
     assert "Bits within the budget" in page
     assert f"Weights of {mean:.2f} bits on average" in page
-    chosen = stage["budget"]["divergence"]["left"][str(bits_of(report)["left"])]
+    chosen = budget.divergence["left"][str(bits_of(record)["left"])]
     assert f"<b>{chosen:.3g}</b>" in page
-    print_summary(report, config)
+    print_summary(record, config)
     assert f"mean {mean:.2f} bits, median SQNR" in capsys.readouterr().out
     first = (job.out / "residual_renorm.caffemodel").read_bytes()
     Run(config).quantize(force=True)
@@ -350,8 +362,8 @@ def test_the_whole_job(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_a_budget_nothing_is_said_of_one(job: Job) -> None:
-    report = Run(job.config()).quantize(("weights",))
-    assert "budget" not in report["stages"]["weights"]
+    record = Run(job.config()).quantize(("weights",))
+    assert "budget" not in json.loads(record.to_json())["stages"]["weights"]
     assert "Bits within the budget" not in (job.out / "report.html").read_text()
 
 
@@ -359,10 +371,10 @@ def test_without_a_budget_nothing_is_said_of_one(job: Job) -> None:
 def test_every_solver_takes_the_bits(job: Job, solver: str) -> None:
     wanted = bits_of(Run(job.config("weights.budget=4.5", "weights.images=20")).quantize(("weights",)))
     given = ("weights.budget=4.5", f"weights.solver={solver}", "weights.images=20")
-    report = Run(job.config(*given)).quantize(("weights",))
-    assert bits_of(report) == wanted
+    record = Run(job.config(*given)).quantize(("weights",))
+    assert bits_of(record) == wanted
     assert len(set(wanted.values())) > 2
-    measured = [layer["output_sqnr_db"] for layer in report["stages"]["weights"]["layers"]]
+    measured = [layer.output_sqnr_db for layer in layers_of(record)]
     assert all(value is not None for value in measured) == (solver == "data_aware")
 
 
@@ -400,9 +412,9 @@ def test_the_digits_come_nearer_at_the_same_mean_bits(tmp_path: Path) -> None:
     def divergence(name: str, *assignments: str) -> tuple[float, float]:
         given = (f"output={tmp_path / name}", *assignments)
         config = load(ROOT / "configs/digits.yaml", assignments=given)
-        layers = Run(config).quantize(("weights", "renorm"))["stages"]["weights"]["layers"]
-        total = sum(layer["weights"] for layer in layers)
-        mean = sum(layer["weights"] * layer["bits"] for layer in layers) / total
+        layers = layers_of(Run(config).quantize(("weights", "renorm")))
+        total = sum(layer.weights for layer in layers)
+        mean = sum(layer.weights * layer.bits for layer in layers) / total
         return evaluate_run(config).closeness["quantized"].divergence, mean
 
     same, mean = divergence("same", "weights.grid=uniform", "weights.bits=3")

@@ -13,7 +13,8 @@ from quantize.data import Transform
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
-from quantize.job.run import Run, evaluate_run
+from quantize.job.evaluation import evaluate_run
+from quantize.job.run import Run
 from quantize.numerics.grids import Grid, make_grid
 from quantize.numerics.rounding import (
     Nearest,
@@ -430,10 +431,11 @@ def test_a_net_that_overflows_is_one_line(
 
 def test_the_whole_job(job: Job) -> None:
     config = job.config("weights.solver=data_aware", "weights.images=20")
-    report = Run(config).quantize()
+    record = Run(config).quantize()
     first = (job.out / "residual_renorm.caffemodel").read_bytes()
-    layers = report["stages"]["weights"]["layers"]
-    assert all(layer["output_sqnr_db"] > layer["nearest_sqnr_db"] - 1 for layer in layers)
+    assert record.stages.weights is not None
+    layers = record.stages.weights.layers
+    assert all(layer.output_sqnr_db > layer.nearest_sqnr_db - 1 for layer in layers)
     notes = Notes()
     Run(config, notes).quantize(resume=True)
     assert sum("skipped" in note for note in notes.notes) == 3

@@ -1,7 +1,6 @@
 """Layers that share their weights are quantized as one; layers of several tops have an alpha behind each."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.job.run import Run
+from quantize.record import RunRecord
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
 from quantize.stages.weights import (
@@ -270,7 +270,7 @@ def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) 
     np.testing.assert_array_equal(quantized["c4"][1], wanted["c4"].bias)
 
 
-def run_job(folder: Path, text: str) -> dict[str, Any]:
+def run_job(folder: Path, text: str) -> RunRecord:
     """The report of the three stages."""
     (folder / "net.prototxt").write_text(text)
     with open(folder / "net.caffemodel", "wb") as file:
@@ -290,7 +290,7 @@ def test_what_is_shared_counts_once(tmp_path: Path) -> None:
     rows = {row.name: row for row in inspect_net(parse(CHAIN), {"data": IMAGE}, settings())}
     assert [rows[name].parameters for name in ("c2", "c3", "c5")] == [6 * 6 * 9 + 6, 6, 6 * 6 * 9]
     assert rows["c3"].plan == "weights: 4 bits power_of_two, those of c2"
-    report = run_job(tmp_path, CHAIN)
+    record = run_job(tmp_path, CHAIN)
     packed = {
         "c1": 6 * 3 * 9,
         "c2": 6 * 6 * 9 / 2,
@@ -299,8 +299,9 @@ def test_what_is_shared_counts_once(tmp_path: Path) -> None:
         "fc": 4 * 6 * 64,
     }
     alphas, biases = 6 * 4 + 4, 6 * 4 + 4  # c1, c2, c4 and c5, and fc; b of c2 and c5 is one, c3 has its own
-    assert report["sizes"]["packed"] == sum(packed.values()) + 4 * (alphas + biases)
-    assert [layer["name"] for layer in report["output_sqnr"]["layers"]] == [
+    assert record.sizes.packed == sum(packed.values()) + 4 * (alphas + biases)
+    assert record.output_sqnr is not None
+    assert [layer.name for layer in record.output_sqnr.layers] == [
         "c1",
         "c2",
         "c3",
@@ -312,6 +313,9 @@ def test_what_is_shared_counts_once(tmp_path: Path) -> None:
 
 
 def test_the_output_of_several_tops_is_measured_behind_alpha(tmp_path: Path) -> None:
-    measured = run_job(tmp_path, TOPS)["output_sqnr"]["layers"]
-    assert [layer["name"] for layer in measured] == ["both", "fc"]
-    assert measured[0]["sqnr_db"]["quantized"] > 40  # 8 bits
+    measured = run_job(tmp_path, TOPS).output_sqnr
+    assert measured is not None
+    assert [layer.name for layer in measured.layers] == ["both", "fc"]
+    found = measured.layers[0].sqnr_db["quantized"]
+    assert found is not None
+    assert found > 40  # 8 bits
