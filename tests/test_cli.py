@@ -393,6 +393,7 @@ def bad_input_shape(job: Job) -> None:
 
 def bad_budget(job: Job) -> None:
     set_key(job, "weights", "budget", 2.1)
+    set_key(job, "weights", "images", 20)
 
 
 def bad_memory(job: Job) -> None:
