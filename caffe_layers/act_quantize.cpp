@@ -1,6 +1,7 @@
 #include "caffe/layers/act_quantize.hpp"
 
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "caffe/layer_factory.hpp"
@@ -10,6 +11,7 @@ namespace caffe {
 namespace {
 const float kDefaultLevels = 127;
 const float kMaxLevels = 255;
+const float kMaxSignedLevels = 127;
 }  // namespace
 
 template <typename Dtype>
@@ -21,13 +23,25 @@ void ActQuantizeLayer<Dtype>::LayerSetUp(const vector<Blob<Dtype>*>& bottom,
       << "ActQuantize layer " << param.name() << ": the step, "
       << "relu_param.negative_slope, must be positive and finite, not " << step;
   const float threshold = param.threshold_param().threshold();
-  const float levels = threshold == 0 ? kDefaultLevels : threshold;
-  CHECK(levels >= 1 && levels <= kMaxLevels && levels == std::floor(levels))
+  const float levels = threshold == 0 ? kDefaultLevels : std::abs(threshold);
+  const float most = threshold < 0 ? kMaxSignedLevels : kMaxLevels;
+  CHECK(levels >= 1 && levels <= most && levels == std::floor(levels))
       << "ActQuantize layer " << param.name() << ": the largest level, "
       << "threshold_param.threshold, must be a whole number from 1 to "
-      << kMaxLevels << ", or 0 for " << kDefaultLevels << ", not " << levels;
+      << kMaxLevels << ", or 0 for " << kDefaultLevels
+      << ", or for signed codes from -1 to -" << kMaxSignedLevels << ", not "
+      << threshold;
   step_ = step;
   levels_ = levels;
+  lowest_ = threshold < 0 ? -levels_ : Dtype(0);
+  const Dtype range = step_ * levels_;
+  if (threshold < 0) {
+    above_ = range + step_ / 2;
+    below_ = -above_;
+  } else {
+    above_ = std::nextafter(range, std::numeric_limits<Dtype>::infinity());
+    below_ = 0;
+  }
 }
 
 template <typename Dtype>
@@ -48,13 +62,12 @@ void ActQuantizeLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
   Dtype* top_data = top[0]->mutable_cpu_data();
   unsigned char* inside =
       static_cast<unsigned char*>(inside_->mutable_cpu_data());
-  const Dtype range = step_ * levels_;
   for (size_t i = 0; i < count; ++i) {
     const Dtype x = bottom_data[i];
-    inside[i] = x > 0 && x <= range ? 1 : 0;
+    inside[i] = x > below_ && x < above_ ? 1 : 0;
     // Comparisons in this order keep NaN; the GPU code does the same.
     Dtype q = std::floor(x / step_ + Dtype(0.5));
-    q = q < 0 ? Dtype(0) : q;
+    q = q < lowest_ ? lowest_ : q;
     q = q > levels_ ? levels_ : q;
     top_data[i] = step_ * q;
   }

@@ -42,14 +42,15 @@ __device__ double product(double a, double b) { return __dmul_rn(a, b); }
 
 template <typename Dtype>
 __global__ void ActQuantizeForward(const size_t count, const Dtype step,
-                                   const Dtype levels, const Dtype range,
+                                   const Dtype lowest, const Dtype levels,
+                                   const Dtype below, const Dtype above,
                                    const Dtype* in, Dtype* out,
                                    unsigned char* inside) {
   for (size_t i = first_index(); i < count; i += index_stride()) {
     const Dtype x = in[i];
-    inside[i] = x > 0 && x <= range ? 1 : 0;
+    inside[i] = x > below && x < above ? 1 : 0;
     Dtype q = code(x, step);
-    q = q < 0 ? Dtype(0) : q;
+    q = q < lowest ? lowest : q;
     q = q > levels ? levels : q;
     out[i] = product(step, q);
   }
@@ -79,7 +80,8 @@ void ActQuantizeLayer<Dtype>::Forward_gpu(const vector<Blob<Dtype>*>& bottom,
       static_cast<unsigned char*>(inside_->mutable_gpu_data());
   // NOLINT_NEXT_LINE(whitespace/operators)
   ActQuantizeForward<Dtype><<<blocks_for(count), CAFFE_CUDA_NUM_THREADS>>>(
-      count, step_, levels_, step_ * levels_, bottom_data, top_data, inside);
+      count, step_, lowest_, levels_, below_, above_, bottom_data, top_data,
+      inside);
   CUDA_POST_KERNEL_CHECK;
 }
 

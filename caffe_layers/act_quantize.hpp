@@ -12,19 +12,23 @@
 namespace caffe {
 
 /**
- * @brief A ReLU whose output is rounded to one of levels + 1 equidistant values
- *        and is dequantized, on CPU and GPU alike:
- *        @f$ y = a \min(\max(\lfloor x / a + 0.5 \rfloor, 0), levels) @f$.
+ * @brief Rounds to equidistant values and dequantizes, on CPU and GPU alike:
+ *        @f$ y = a \min(\max(\lfloor x / a + 0.5 \rfloor, lowest), levels) @f$.
+ *        Unsigned codes (lowest = 0) make it a ReLU as well; signed ones
+ *        (lowest = -levels) serve any other blob.
  *
- * The gradient is straight-through: it passes unchanged where
- * @f$ 0 < x \le a \cdot levels @f$ and is 0 elsewhere. One byte per value says
+ * The gradient is straight-through: it passes unchanged inside the range and is
+ * 0 elsewhere. Inside is @f$ 0 < x \le a \cdot levels @f$ for unsigned codes
+ * and
+ * @f$ |x| < a (levels + 0.5) @f$ for signed ones. One byte per value says
  * which, so that working in place (bottom and top the same blob) gives the same
  * gradient. NaN stays NaN and passes no gradient.
  *
  * The parameters travel in fields that every caffe.proto has:
  *   - relu_param.negative_slope: the step a, positive and finite.
  *   - threshold_param.threshold: levels, an integer from 1 to 255; absent or 0
- *     means 127.
+ *     means 127. From -1 to -127: signed codes from there to levels, its
+ *     absolute value.
  *
  * Bottom and top: one blob of any shape. Type names: ActQuantize, and Quant for
  * old prototxts.
@@ -33,7 +37,12 @@ template <typename Dtype>
 class ActQuantizeLayer : public NeuronLayer<Dtype> {
  public:
   explicit ActQuantizeLayer(const LayerParameter& param)
-      : NeuronLayer<Dtype>(param), step_(0), levels_(0) {}
+      : NeuronLayer<Dtype>(param),
+        step_(0),
+        lowest_(0),
+        levels_(0),
+        below_(0),
+        above_(0) {}
   virtual void LayerSetUp(const vector<Blob<Dtype>*>& bottom,
                           const vector<Blob<Dtype>*>& top);
   virtual void Reshape(const vector<Blob<Dtype>*>& bottom,
@@ -58,7 +67,11 @@ class ActQuantizeLayer : public NeuronLayer<Dtype> {
 
  private:
   Dtype step_;
+  Dtype lowest_;
   Dtype levels_;
+  /// The gradient passes where below_ < bottom < above_.
+  Dtype below_;
+  Dtype above_;
   /// One unsigned char per value: 1 where the last bottom was inside the range.
   shared_ptr<SyncedMemory> inside_;
 };

@@ -62,10 +62,11 @@ class ActQuantizeLayerTest : public MultiDeviceTest<TypeParam> {
     }
   }
 
-  // The formula, written on the host.
+  // The formula, written on the host; levels below 0: codes of both signs.
   static Dtype Quantized(Dtype x, Dtype step, Dtype levels) {
     const Dtype code = std::floor(x / step + Dtype(0.5));
-    return step * std::min(std::max(code, Dtype(0)), levels);
+    const Dtype lowest = std::min(levels, Dtype(0));
+    return step * std::min(std::max(code, lowest), std::abs(levels));
   }
 
   static std::vector<Dtype> Quantized(const Blob<Dtype>& blob, Dtype step,
@@ -76,6 +77,29 @@ class ActQuantizeLayerTest : public MultiDeviceTest<TypeParam> {
       values.push_back(Quantized(blob.cpu_data()[i], step, levels));
     }
     return values;
+  }
+
+  // Runs the layer forwards and backwards and compares the gradient with the
+  // one above, which is i + 1, where it should pass, and with 0 elsewhere.
+  void ExpectGradients(float step, float levels,
+                       const std::vector<Dtype>& values,
+                       const std::vector<Dtype>& passes) {
+    const std::vector<bool> propagate_down(1, true);
+    for (const bool in_place : {false, true}) {
+      FillBottom(values);
+      std::vector<Blob<Dtype>*>& tops = in_place ? bottom_vec_ : top_vec_;
+      shared_ptr<Layer<Dtype>> layer = MakeLayer(step, levels);
+      layer->SetUp(bottom_vec_, tops);
+      layer->Forward(bottom_vec_, tops);
+      for (size_t i = 0; i < values.size(); ++i) {
+        tops[0]->mutable_cpu_diff()[i] = i + 1;
+      }
+      layer->Backward(tops, propagate_down, bottom_vec_);
+      for (size_t i = 0; i < values.size(); ++i) {
+        EXPECT_EQ(passes[i] * (i + 1), bottom_.cpu_diff()[i])
+            << "of " << values[i] << (in_place ? " in place" : "");
+      }
+    }
   }
 
   Blob<Dtype> bottom_;
@@ -109,6 +133,15 @@ TYPED_TEST(ActQuantizeLayerTest, TestForwardFullByte) {
                       this->Quantized(this->bottom_, step, 255));
 }
 
+TYPED_TEST(ActQuantizeLayerTest, TestForwardSigned) {
+  const float step = 0.0371F;
+  this->FillBottomAtRandom(4);
+  this->ExpectForward(this->MakeLayer(step, -127).get(),
+                      this->Quantized(this->bottom_, step, -127));
+  this->ExpectForward(this->MakeLayer(step, -7).get(),
+                      this->Quantized(this->bottom_, step, -7));
+}
+
 TYPED_TEST(ActQuantizeLayerTest, TestOldTypeName) {
   typedef typename TypeParam::Dtype Dtype;
   this->FillBottomAtRandom(2);
@@ -121,6 +154,12 @@ TYPED_TEST(ActQuantizeLayerTest, TestTiesGoUp) {
   this->FillBottom({0.125, 0.375, 0.625, 0.124, 0.126, 31.625});
   this->ExpectForward(this->MakeLayer(0.25).get(),
                       {0.25, 0.5, 0.75, 0, 0.25, 31.75});
+}
+
+TYPED_TEST(ActQuantizeLayerTest, TestTiesGoUpSigned) {
+  this->FillBottom({-0.125, -0.126, -0.375, -0.376, 0.125, -31.625, -31.626});
+  this->ExpectForward(this->MakeLayer(0.25, -127).get(),
+                      {0, -0.25, -0.25, -0.5, 0.25, -31.5, -31.75});
 }
 
 TYPED_TEST(ActQuantizeLayerTest, TestSaturation) {
@@ -140,13 +179,23 @@ TYPED_TEST(ActQuantizeLayerTest, TestNegativeInput) {
   this->ExpectForward(this->MakeLayer(0.25).get(), std::vector<Dtype>(8, 0));
 }
 
+TYPED_TEST(ActQuantizeLayerTest, TestSaturationSigned) {
+  typedef typename TypeParam::Dtype Dtype;
+  const Dtype infinity = std::numeric_limits<Dtype>::infinity();
+  this->FillBottom({-31.75, -31.875, -32, -1e30, -infinity, 32, infinity});
+  this->ExpectForward(this->MakeLayer(0.25, -127).get(),
+                      {-31.75, -31.75, -31.75, -31.75, -31.75, 31.75, 31.75});
+}
+
 TYPED_TEST(ActQuantizeLayerTest, TestNanStaysNan) {
   typedef typename TypeParam::Dtype Dtype;
-  this->FillBottom({std::numeric_limits<Dtype>::quiet_NaN()});
-  shared_ptr<Layer<Dtype>> layer = this->MakeLayer(0.25);
-  layer->SetUp(this->bottom_vec_, this->top_vec_);
-  layer->Forward(this->bottom_vec_, this->top_vec_);
-  EXPECT_TRUE(std::isnan(this->top_.cpu_data()[0]));
+  for (const float levels : {127.0F, -127.0F}) {
+    this->FillBottom({std::numeric_limits<Dtype>::quiet_NaN()});
+    shared_ptr<Layer<Dtype>> layer = this->MakeLayer(0.25, levels);
+    layer->SetUp(this->bottom_vec_, this->top_vec_);
+    layer->Forward(this->bottom_vec_, this->top_vec_);
+    EXPECT_TRUE(std::isnan(this->top_.cpu_data()[0]));
+  }
 }
 
 TYPED_TEST(ActQuantizeLayerTest, TestInPlace) {
@@ -177,36 +226,27 @@ TYPED_TEST(ActQuantizeLayerTest, TestReshape) {
 
 // The gradient passes for 0 < x <= step * levels, not in place and in place.
 TYPED_TEST(ActQuantizeLayerTest, TestGradientRange) {
-  typedef typename TypeParam::Dtype Dtype;
-  const std::vector<Dtype> values = {-1, -0.1, 0, 0.01, 5, 31.75, 31.76, 99};
-  const std::vector<Dtype> passes = {0, 0, 0, 1, 1, 1, 0, 0};
-  const std::vector<bool> propagate_down(1, true);
-  for (const bool in_place : {false, true}) {
-    this->FillBottom(values);
-    std::vector<Blob<Dtype>*>& tops =
-        in_place ? this->bottom_vec_ : this->top_vec_;
-    shared_ptr<Layer<Dtype>> layer = this->MakeLayer(0.25);
-    layer->SetUp(this->bottom_vec_, tops);
-    layer->Forward(this->bottom_vec_, tops);
-    for (size_t i = 0; i < values.size(); ++i) {
-      tops[0]->mutable_cpu_diff()[i] = i + 1;
-    }
-    layer->Backward(tops, propagate_down, this->bottom_vec_);
-    for (size_t i = 0; i < values.size(); ++i) {
-      EXPECT_EQ(passes[i] * (i + 1), this->bottom_.cpu_diff()[i])
-          << "of " << values[i] << (in_place ? " in place" : "");
-    }
-  }
+  this->ExpectGradients(0.25, 0, {-1, -0.1, 0, 0.01, 5, 31.75, 31.76, 99},
+                        {0, 0, 0, 1, 1, 1, 0, 0});
+}
+
+// Of signed codes, for |x| < step * (levels + 0.5).
+TYPED_TEST(ActQuantizeLayerTest, TestGradientRangeSigned) {
+  this->ExpectGradients(0.25, -127,
+                        {-99, -31.875, -31.874, -0.1, 0, 5, 31.874, 31.875, 99},
+                        {0, 0, 1, 1, 1, 1, 1, 0, 0});
 }
 
 // Differences over whole steps see the straight-through slope exactly: 1
 // inside the range, 0 outside.
 TYPED_TEST(ActQuantizeLayerTest, TestGradient) {
   typedef typename TypeParam::Dtype Dtype;
-  this->FillBottom({-9, -2.1, 1.3, 2, 15.6, 30.7, 32.9, 50});
+  this->FillBottom({-50, -9, -2.1, 1.3, 2, 15.6, 30.7, 33.1, 50});
   GradientChecker<Dtype> checker(1, 1e-3);
   checker.CheckGradientEltwise(this->MakeLayer(0.25).get(), this->bottom_vec_,
                                this->top_vec_);
+  checker.CheckGradientEltwise(this->MakeLayer(0.25, -127).get(),
+                               this->bottom_vec_, this->top_vec_);
 }
 
 }  // namespace caffe

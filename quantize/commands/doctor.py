@@ -29,7 +29,9 @@ from quantize.settings import CaffeProcess, Config
 REPORT_LIBRARIES = ("matplotlib", "Jinja2")
 MEMINFO = Path("/proc/meminfo")
 PROBE = np.array([[[[-1.0, 0.24, 0.26, 99.0]]]], np.float32)
-"""Input of the engine check: an ActQuantize of step 0.5 makes 0, 0, 0.5 and 63.5 of it."""
+"""Input of the engine check."""
+PROBED = {0: [0.0, 0.0, 0.5, 63.5], -127: [-1.0, 0.0, 0.5, 63.5]}
+"""What ActQuantize layers of step 0.5 make of it, by threshold."""
 
 
 @dataclass(frozen=True)
@@ -104,20 +106,22 @@ def _attempt(what: str, work: Callable[[], str]) -> Check:
 
 
 def _engine(name: str, process: CaffeProcess) -> str:
-    """Run one ActQuantize layer."""
-    layer = LayerParameter(name="probe", type="ActQuantize", bottom=["data"], top=["probe"])
-    layer.relu_param.negative_slope = 0.5
-    engine = engine_opener(name, process, 1)(
-        NetParameter(layer=[layer]), Weights(), {"data": PROBE.shape[1:]}
-    )
-    try:
-        found = engine.compile(0, 1, ["probe"]).run({"data": PROBE}).blobs["probe"]
-    finally:
-        engine.close()
-    if found.ravel().tolist() != [0.0, 0.0, 0.5, 63.5]:
-        raise LabelfreeError(
-            f"its ActQuantize computes {found.ravel().tolist()}: install ours (docs/caffe.md)"
+    """Run two ActQuantize layers, of unsigned and of signed codes."""
+    for threshold, wanted in PROBED.items():
+        layer = LayerParameter(name="probe", type="ActQuantize", bottom=["data"], top=["probe"])
+        layer.relu_param.negative_slope = 0.5
+        layer.threshold_param.threshold = threshold
+        engine = engine_opener(name, process, 1)(
+            NetParameter(layer=[layer]), Weights(), {"data": PROBE.shape[1:]}
         )
+        try:
+            found = engine.compile(0, 1, ["probe"]).run({"data": PROBE}).blobs["probe"]
+        finally:
+            engine.close()
+        if found.ravel().tolist() != wanted:
+            raise LabelfreeError(
+                f"its ActQuantize computes {found.ravel().tolist()}: install ours (docs/caffe.md)"
+            )
     return "runs, ActQuantize too"
 
 

@@ -50,14 +50,15 @@ std::vector<Dtype> Inputs(float step, float levels) {
   const Dtype infinity = std::numeric_limits<Dtype>::infinity();
   std::vector<Dtype> values = {0, Dtype(-0.0), infinity, -infinity, std::numeric_limits<Dtype>::quiet_NaN(),
                                std::numeric_limits<Dtype>::denorm_min()};
-  for (int q = -2; q <= levels + 2; ++q) {
+  const int most = static_cast<int>(std::abs(levels));
+  for (int q = levels < 0 ? -most - 2 : -2; q <= most + 2; ++q) {
     const Dtype border = Dtype(step) * (Dtype(q) + Dtype(0.5));
     for (Dtype x : {border, Dtype(step) * Dtype(q)}) {
       values.insert(values.end(), {x, std::nextafter(x, infinity), std::nextafter(x, -infinity)});
     }
   }
   std::mt19937_64 random(1);
-  std::normal_distribution<Dtype> normal(0, Dtype(step) * Dtype(levels) / 2);
+  std::normal_distribution<Dtype> normal(0, Dtype(step) * Dtype(most) / 2);
   for (int i = 0; i < 1000000; ++i) {
     values.push_back(normal(random));
     const uint64_t bits = random();
@@ -136,7 +137,7 @@ int LargeDifferences() {
 int main(int argc, char** argv) {
   int differences = 0;
   for (float step : {0.0371F, 0.25F, 1e-30F, 3e35F}) {
-    for (float levels : {127.0F, 255.0F, 1.0F}) {
+    for (float levels : {127.0F, 255.0F, 1.0F, -127.0F, -1.0F}) {
       for (bool in_place : {false, true}) {
         differences += Differences<float>(step, levels, in_place);
         differences += Differences<double>(step, levels, in_place);

@@ -45,9 +45,10 @@ def npy(array: FloatArray) -> bytes:
 
 
 def quantized(x: FloatArray, step: float, levels: int) -> FloatArray:
-    """The layer's formula in float32."""
+    """The layer's formula in float32; levels below 0: codes of both signs."""
     a = np.float32(step)
-    return a * np.clip(np.floor(x / a + np.float32(0.5)), np.float32(0), np.float32(levels))
+    lowest = np.float32(min(levels, 0))
+    return a * np.clip(np.floor(x / a + np.float32(0.5)), lowest, np.float32(abs(levels)))
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,8 @@ def quantized(x: FloatArray, step: float, levels: int) -> FloatArray:
         ("ActQuantize", "", 127, False),
         ("ActQuantize", "threshold_param { threshold: 0 }", 127, True),
         ("ActQuantize", "threshold_param { threshold: 255 }", 255, False),
+        ("ActQuantize", "threshold_param { threshold: -127 }", -127, False),
+        ("ActQuantize", "threshold_param { threshold: -7 }", -7, True),
         ("Quant", "", 127, True),
         ("Quant", "threshold_param { threshold: 255 }", 255, True),
     ],
@@ -65,8 +68,10 @@ def test_forward_and_backward_are_the_formula(
 ) -> None:
     step = 0.0371
     rng = np.random.default_rng(0)
-    values = rng.normal(scale=step * levels, size=SHAPE).astype(np.float32)
-    ties = np.float32(step) * (np.arange(-2, levels + 3, dtype=np.float32) + np.float32(0.5))
+    values = rng.normal(scale=step * abs(levels), size=SHAPE).astype(np.float32)
+    ties = np.float32(step) * (
+        np.arange(min(levels, 0) - 2, abs(levels) + 3, dtype=np.float32) + np.float32(0.5)
+    )
     values.flat[: len(ties)] = ties
     gradients = rng.normal(size=SHAPE).astype(np.float32)
     net = prototxt(f"relu_param {{ negative_slope: {step} }} {threshold}", in_place, type_name)
@@ -79,7 +84,11 @@ def test_forward_and_backward_are_the_formula(
     assert done.returncode == 0, done.stderr
     top, bottom_diff = (np.array(array, np.float32) for array in json.loads(done.stdout))
     np.testing.assert_array_equal(top, quantized(values, step, levels))
-    inside = (values > 0) & (values <= np.float32(step) * np.float32(levels))
+    a = np.float32(step)
+    if levels < 0:
+        inside = np.abs(values) < a * np.float32(-levels) + a / 2
+    else:
+        inside = (values > 0) & (values <= a * np.float32(levels))
     np.testing.assert_array_equal(bottom_diff, np.where(inside, gradients, 0))
 
 
@@ -96,10 +105,11 @@ OPEN = 'import caffe; caffe.Net("net.prototxt", caffe.TEST)'
         (
             "relu_param { negative_slope: 0.1 } threshold_param { threshold: 256 }",
             "layer quantize: the largest level, threshold_param.threshold, must be a whole number "
-            "from 1 to 255, or 0 for 127, not 256",
+            "from 1 to 255, or 0 for 127, or for signed codes from -1 to -127, not 256",
         ),
-        ("relu_param { negative_slope: 0.1 } threshold_param { threshold: 0.5 }", "or 0 for 127, not 0.5"),
-        ("relu_param { negative_slope: 0.1 } threshold_param { threshold: -1 }", "or 0 for 127, not -1"),
+        ("relu_param { negative_slope: 0.1 } threshold_param { threshold: 0.5 }", "from -1 to -127, not 0.5"),
+        ("relu_param { negative_slope: 0.1 } threshold_param { threshold: -128 }", "-1 to -127, not -128"),
+        ("relu_param { negative_slope: 0.1 } threshold_param { threshold: -0.5 }", "-1 to -127, not -0.5"),
     ],
 )
 def test_impossible_parameters_end_caffe(params: str, message: str, caffe_plugin, caffe_run) -> None:

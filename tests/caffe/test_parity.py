@@ -244,8 +244,9 @@ def activations() -> Iterator[Case]:
 def quantizations() -> Iterator[Case]:
     for step, shape in product((0.01, 0.3), ((4, 6, 5), (7,))):
         yield Case("ActQuantize", block("relu_param", negative_slope=step), (shape,))
-        fields = block("relu_param", negative_slope=step) + block("threshold_param", threshold=255)
-        yield Case("ActQuantize", fields, (shape,), draw="large")
+        for threshold in (255, -127, -3):
+            fields = block("relu_param", negative_slope=step) + block("threshold_param", threshold=threshold)
+            yield Case("ActQuantize", fields, (shape,), draw="large")
     yield Case("Quant", block("relu_param", negative_slope=0.1))
 
 

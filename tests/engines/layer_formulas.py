@@ -45,8 +45,9 @@ def logarithm(layer: LayerParameter, x: Array) -> Array:
 def act_quantize(layer: LayerParameter, x: Array) -> Array:
     """In float32, where the rounding of x / a decides."""
     a = np.float32(layer.relu_param.negative_slope)
-    levels = layer.threshold_param.threshold or 127
-    return a * np.clip(np.floor(x.astype(np.float32) / a + np.float32(0.5)), 0, levels)
+    threshold = layer.threshold_param.threshold
+    codes = np.floor(x.astype(np.float32) / a + np.float32(0.5))
+    return a * np.clip(codes, min(threshold, 0), abs(threshold) or 127)
 
 
 elementwise("ReLU", lambda layer, x: np.where(x > 0, x, layer.relu_param.negative_slope * x))

@@ -37,6 +37,12 @@ def misbehave(name, place):
         sys.stderr.write("*** Check failure stack trace: ***\\n    @ 0x7f  (unknown)\\n")
         sys.stderr.flush()
         os.abort()
+    if name == place + " old layer":
+        sys.stderr.write("\\nF1124 18:30:01.123456  1234 act_quantize.cpp:24] Check failed: levels >= 1 "
+                         "ActQuantize layer x: the largest level, threshold_param.threshold, must be a whole "
+                         "number from 1 to 255, or 0 for 127, not -127\\n")
+        sys.stderr.flush()
+        os.abort()
     if name == place + " killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if name == place + " hang":
@@ -231,6 +237,7 @@ def test_preload_loads_a_library_or_says_why_not(fake_path):
             "check",
             r"\(SIGABRT\): Check failed: .* type: ActQuantize \(layer_factory.hpp:81\); .*labelfree layers",
         ),
+        ("old layer", r"not -127 \(act_quantize.cpp:24\); its ActQuantize is older than codes of both signs"),
         ("killed", r"\(SIGKILL\)"),
         ("hang", r"no answer within 2 s"),
         ("raise", r"RuntimeError: could not find it"),

@@ -63,6 +63,16 @@ def test_codes_round_half_up_and_stay_in_range() -> None:
     np.testing.assert_array_equal(run(net, Weights(), {"x": x})["y"], wanted)
 
 
+def test_signed_codes_round_half_up_and_stay_in_range() -> None:
+    net = parse(
+        'layer { name: "l" type: "ActQuantize" bottom: "x" top: "y" relu_param { negative_slope: 0.5 } '
+        "threshold_param { threshold: -3 } }"
+    )
+    x = np.array([[-1e30, -1.74, -0.76, -0.75, -0.26, -0.25, 0.25, 1.6, 99]], np.float32)
+    wanted = [[-1.5, -1.5, -1, -0.5, -0.5, 0, 0.5, 1.5, 1.5]]
+    np.testing.assert_array_equal(run(net, Weights(), {"x": x})["y"], wanted)
+
+
 def test_a_constant_power_of_infinity() -> None:
     net = parse(
         'layer { name: "l" type: "Power" bottom: "x" top: "y" power_param { scale: 0 shift: 3 power: 2 } }'
@@ -77,6 +87,14 @@ def test_a_constant_power_of_infinity() -> None:
         ('type: "Pooling" pooling_param { pool: STOCHASTIC kernel_size: 2 }', "stochastic pooling"),
         ('type: "ActQuantize" relu_param { negative_slope: 0 }', "must be positive"),
         ('type: "ActQuantize"', "must be positive"),
+        *(
+            (
+                'type: "ActQuantize" relu_param { negative_slope: 1 } '
+                f"threshold_param {{ threshold: {L} }}",
+                f"threshold_param.threshold is {L}; must be a whole number from -127 to 255",
+            )
+            for L in (-128, 256, 0.5)
+        ),
         ('type: "Exp" exp_param { base: 0 }', "exp_param.base is 0.0; must be positive"),
         ('type: "Log" log_param { base: 1 }', "log_param.base is 1"),
         ('type: "Softmax" softmax_param { axis: 0 }', "along the batch axis"),

@@ -28,13 +28,13 @@ def histogram_of(*arrays: np.ndarray) -> Histogram:
 
 
 def assert_same(one: Histogram, other: Histogram) -> None:
-    np.testing.assert_array_equal(one.counts, other.counts)
-    np.testing.assert_array_equal(one.means()[0], other.means()[0])
-    assert (one.zeros, one.negatives, one.maximum) == (other.zeros, other.negatives, other.maximum)
+    for mine, others in zip(one.means(signed=True), other.means(signed=True), strict=True):
+        np.testing.assert_array_equal(mine, others)
+    assert (one.zeros, one.minimum, one.maximum) == (other.zeros, other.minimum, other.maximum)
 
 
-def raw_loss(x: np.ndarray, step: float, levels: int) -> float:
-    q = np.clip(np.floor(x / step + 0.5), 0, levels)
+def raw_loss(x: np.ndarray, step: float, levels: int, signed: bool = False) -> float:
+    q = np.clip(np.floor(x / step + 0.5), -levels if signed else 0, levels)
     return float(np.sum((x - step * q) ** 2))
 
 
@@ -108,7 +108,7 @@ def test_counts_sums_and_maximum_are_exact(kind):
     assert np.all(np.diff(means) > 0)
     keys, key_counts = np.unique(x[x > 0].view(np.uint32) >> 12, return_counts=True)
     np.testing.assert_array_equal(counts, key_counts)
-    np.testing.assert_array_equal(np.flatnonzero(histogram.counts), keys)
+    np.testing.assert_array_equal(np.flatnonzero(histogram.positive.counts), keys)
     np.testing.assert_allclose(means @ counts, x.sum(dtype=np.float64), rtol=1e-12)
     places = np.searchsorted(keys, x[x > 0].view(np.uint32) >> 12)
     sums = np.bincount(places, x[x > 0].astype(np.float64))
@@ -141,7 +141,15 @@ def test_any_finite_values(x):
     means, counts = histogram.means()
     assert counts.sum() == positive.size
     assert histogram.maximum == max(positive, default=0.0)
+    assert histogram.minimum == min([*x[x < 0], 0])
     np.testing.assert_allclose(means @ counts, positive.sum(), rtol=1e-12)
+    negative = x[x < 0].astype(np.float64)
+    means, counts = histogram.means(signed=True)
+    below = means < 0
+    np.testing.assert_allclose(means[below] @ counts[below], negative.sum(), rtol=1e-12)
+    assert counts[below].sum() == negative.size
+    assert np.all(np.diff(means) > 0)
+    assert np.float32(optimal_step(histogram, 127, signed=True)) > 0
     for solve in (optimal_step, reference_step):
         assert np.float32(solve(histogram, 127)) > 0
 
@@ -191,6 +199,67 @@ def test_optimal_step_beats_every_other_on_the_histogram(kind, levels):
     assert least <= loss(histogram, reference_step(histogram, levels), levels) * (1 + 1e-8) + 1e-12 * norm
     for other in np.geomspace(histogram.maximum / levels / 30, histogram.maximum * 2, 100):
         assert least <= loss(histogram, other, levels) * (1 + 1e-8) + 1e-12 * norm
+
+
+SIGNED = [
+    "linear",
+    "skewed",
+    "negative",
+    "leaky",
+    "heavy tail",
+    "integers",
+    "huge",
+]
+
+
+def signed_activations(kind: str, count: int = 4000) -> np.ndarray:
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal(count)
+    values = {
+        "linear": x,
+        "skewed": np.exp(x) - 1,
+        "negative": -np.abs(x),
+        "leaky": np.where(x > 0, x, 0.1 * x),
+        "heavy tail": rng.standard_t(1.5, count),
+        "integers": rng.integers(-9, 9, count),
+        "huge": x * 1e37,
+    }[kind]
+    return np.asarray(values, np.float32)
+
+
+@pytest.mark.parametrize("levels", [7, 127])
+@pytest.mark.parametrize("kind", SIGNED)
+def test_the_optimal_step_of_signed_codes_is_the_global_minimum(kind, levels):
+    """Brute force: the nearest of -levels .. levels is that of the magnitude, with the sign of the value."""
+    x = signed_activations(kind).astype(np.float64)
+    step = optimal_step(histogram_of(x), levels, signed=True)
+    least = least_raw_loss(np.abs(x), levels)
+    assert raw_loss(x, step, levels, signed=True) <= least * (1 + 1e-4) + 1e-12 * (x @ x)
+    # and no step of a fine comb is better
+    largest = np.abs(x).max()
+    comb = min(raw_loss(x, a, levels, signed=True) for a in np.geomspace(largest / levels / 30, largest, 300))
+    assert raw_loss(x, step, levels, signed=True) <= comb * (1 + 1e-4) + 1e-12 * (x @ x)
+
+
+@pytest.mark.parametrize("kind", SIGNED)
+def test_signed_loss_and_clipped_share_are_those_of_the_values(kind):
+    x = signed_activations(kind).astype(np.float64)
+    histogram = histogram_of(x)
+    for step in np.abs(x).max() / 127 / np.array([1, 5]):
+        assert loss(histogram, step, 127, signed=True) == pytest.approx(
+            raw_loss(x, step, 127, signed=True), rel=5e-3
+        )
+        share = np.mean(np.abs(x) >= 127.5 * step)
+        assert clipped_share(histogram, step, 127, signed=True) == pytest.approx(share, abs=1e-3)
+
+
+def test_signed_values_merged_equal_the_whole_whatever_the_order():
+    x = np.tile(signed_activations("linear"), 2 * CHUNK // 4000 + 1)[: 2 * CHUNK + 3]
+    parts = histogram_of(*np.array_split(x, 5))
+    halves = histogram_of(x[::2][::-1])
+    halves.merge(histogram_of(x[1::2]))
+    for found in (parts, halves):
+        assert_same(found, histogram_of(x))
 
 
 @pytest.mark.parametrize("levels", LEVELS)

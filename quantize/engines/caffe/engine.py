@@ -48,6 +48,9 @@ MESSAGE_CHARS = 500
 EXIT_SECONDS = 5.0
 POLL_SECONDS = 0.5
 
+OLD_LAYER = "threshold_param.threshold, must be a whole number from 1 to 255, or 0 for 127, not -"
+"""What an ActQuantize says to a negative threshold that is older than codes of both signs."""
+
 _GLOG_FATAL = re.compile(r"^F\d{4,8} \S+\s+\d+ (?P<place>[^\]]+)\] (?P<text>.*)")
 
 
@@ -329,6 +332,8 @@ class _Log:
         words = _one_line(" | ".join(said or lines[-5:]))
         if "Unknown layer type" in words:
             words += "; build that layer (`labelfree layers DIR`) and name its library in caffe.preload"
+        elif OLD_LAYER in words:
+            words += "; its ActQuantize is older than codes of both signs: install ours again (docs/caffe.md)"
         return f": {words}" if words else ""
 
 

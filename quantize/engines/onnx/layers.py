@@ -23,6 +23,8 @@ from quantize.engines.onnx.graph import Graph
 
 DEFAULT_LEVELS = 127
 """The largest code of ActQuantize where threshold_param says nothing."""
+MOST_LEVELS = 255
+MOST_SIGNED_LEVELS = 127
 
 LOWEST = float(np.finfo(np.float32).min)
 """What Caffe's maximum pooling makes of a window without pixels."""
@@ -384,16 +386,22 @@ def threshold(g: Graph, layer: Layer) -> str:
 
 @translator("ActQuantize", "Quant")
 def act_quantize(g: Graph, layer: Layer) -> str:
-    """y = a * min(max(floor(x / a + 0.5), 0), levels), in float32 as labelfree's Caffe layer.
+    """y = a * min(max(floor(x / a + 0.5), lowest), levels), in float32 as labelfree's Caffe layer.
 
+    lowest is 0. A threshold of -L means codes of both signs: lowest -L, levels L.
     prototxt: a = relu_param.negative_slope; levels = threshold_param.threshold, 127 where that is 0
     """
-    step = layer.proto.relu_param.negative_slope
-    if not step > 0:
+    step, threshold = layer.proto.relu_param.negative_slope, layer.proto.threshold_param.threshold
+    if not (step > 0 and math.isfinite(step)):
         raise UnsupportedError(f"the step relu_param.negative_slope is {step}; must be positive")
-    a, levels = g.floats(step), layer.proto.threshold_param.threshold or DEFAULT_LEVELS
+    if not (-MOST_SIGNED_LEVELS <= threshold <= MOST_LEVELS and threshold == int(threshold)):
+        raise UnsupportedError(
+            f"threshold_param.threshold is {threshold:g}; must be a whole number from -{MOST_SIGNED_LEVELS} "
+            f"to {MOST_LEVELS}"
+        )
+    a, levels = g.floats(step), abs(threshold) or DEFAULT_LEVELS
     code = g.op("Floor", _plus(g, g.op("Div", layer.x, a), 0.5))
-    return g.op("Mul", g.op("Clip", code, g.floats(0), g.floats(levels)), a)
+    return g.op("Mul", g.op("Clip", code, g.floats(min(threshold, 0)), g.floats(levels)), a)
 
 
 @translator("Dropout", "Split")
