@@ -21,6 +21,7 @@ from quantize.caffenet import (
     is_measure,
     known_part,
 )
+from quantize.caffenet.norms import with_stored_statistics
 from quantize.caffenet.schema import DataParameter
 from quantize.caffenet.strings import from_path
 from quantize.data.sources import LmdbSource, open_source
@@ -65,19 +66,6 @@ def validation_prototxt(net: NetParameter, config: Config, shapes: Mapping[str, 
     if not any(layer.type == "Accuracy" for layer in filtered.layer):
         classes = _classes(test, shapes)
         changed.layer.extend(_accuracy(test.scores, label, k) for k in (1, 5) if k <= classes)
-    return changed
-
-
-def with_stored_statistics(net: NetParameter) -> NetParameter:
-    """A copy whose BatchNorms use their stored statistics in the TEST phase, whatever the given net says.
-
-    ``use_global_stats: false`` there would make Caffe normalise by each batch and ignore what renorm found.
-    """
-    changed = NetParameter()
-    changed.CopyFrom(net)
-    for layer in changed.layer:
-        if layer.type == "BatchNorm" and not layer.batch_norm_param.use_global_stats:
-            layer.batch_norm_param.ClearField("use_global_stats")
     return changed
 
 
