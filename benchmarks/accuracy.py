@@ -16,6 +16,7 @@ import click
 import numpy as np
 
 from quantize.caffenet import InferenceNet, NetParameter, Weights
+from quantize.caffenet.quantized import with_alpha_terms
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
@@ -27,7 +28,7 @@ from quantize.settings import ActivationSettings, Config, StatisticsName, Weight
 from quantize.stages.activations import activations_quan, with_act_quantize
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision, renorm
-from quantize.stages.weights import choices, weights_quan, with_alpha_terms
+from quantize.stages.weights import choices, weights_quan
 
 SOLVERS = {
     "published": ("reference", "reference"),

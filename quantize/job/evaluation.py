@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantize.caffenet import InferenceNet, NetParameter, Weights, load_weights, read_prototxt, schema_of
+from quantize.caffenet.quantized import with_alpha_terms
 from quantize.engines import engine_opener
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError, LabelfreeError
@@ -28,7 +29,6 @@ from quantize.measure.sqnr import Version, images_to_measure, output_sqnr
 from quantize.progress import SILENT, Progress
 from quantize.record import Evaluation, OutputSqnr, RunRecord
 from quantize.settings import Config
-from quantize.stages.weights import with_alpha_terms
 
 
 def evaluate_run(

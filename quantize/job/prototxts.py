@@ -21,6 +21,7 @@ from quantize.caffenet import (
     is_measure,
     known_part,
 )
+from quantize.caffenet.norms import with_stored_statistics
 from quantize.caffenet.schema import DataParameter
 from quantize.caffenet.strings import from_path
 from quantize.data.sources import LmdbSource, open_source
@@ -96,19 +97,6 @@ def caffe_test(net: NetParameter, config: Config) -> CaffeTest:
     images = f"the images of {given}" if given is not None else "labeled images"
     make = f"`labelfree make-lmdb {given or 'IMAGES'} LMDB{option}`, then `--validation LMDB`"
     return CaffeTest(None, f"{images} in an LMDB: {make}")
-
-
-def with_stored_statistics(net: NetParameter) -> NetParameter:
-    """A copy whose BatchNorms use their stored statistics in the TEST phase, whatever the given net says.
-
-    ``use_global_stats: false`` there would make Caffe normalise by each batch and ignore what renorm found.
-    """
-    changed = NetParameter()
-    changed.CopyFrom(net)
-    for layer in changed.layer:
-        if layer.type == "BatchNorm" and not layer.batch_norm_param.use_global_stats:
-            layer.batch_norm_param.ClearField("use_global_stats")
-    return changed
 
 
 def _label_blob(net: NetParameter, images: LayerParameter) -> str:

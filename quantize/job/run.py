@@ -39,6 +39,7 @@ from quantize.caffenet import (
     load_weights,
     owners,
 )
+from quantize.caffenet.quantized import QUANTIZED_TYPES, correctable, with_alpha_terms
 from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
@@ -73,15 +74,7 @@ from quantize.stages.activations import activations_quan, plain_relus, with_act_
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision, renorm
-from quantize.stages.weights import (
-    QUANTIZED_TYPES,
-    check_kernels,
-    choices,
-    correctable,
-    unquantizable,
-    weights_quan,
-    with_alpha_terms,
-)
+from quantize.stages.weights import check_kernels, choices, unquantizable, weights_quan
 
 LIBRARIES = (
     *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb", "threadpoolctl"),
