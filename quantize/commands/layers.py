@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from quantize.errors import InputError, LabelfreeError
-from quantize.job.output import PART_SUFFIX
+from quantize.files import PART_SUFFIX
 
 SOURCES = files("quantize") / "caffe_layers"
 IN_CAFFE = {
