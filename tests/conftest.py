@@ -32,7 +32,6 @@ model: {prototxt: net.prototxt, weights: net.caffemodel}
 data:
   calibration: {source: train_lmdb}
   validation: {source: test_lmdb, batch_size: 5}
-weights: {images: 20}
 renorm: {images: 20}
 activations: {images: 12}
 output: out

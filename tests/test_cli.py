@@ -245,11 +245,11 @@ def bad_input_shape(job: Job) -> None:
 
 
 def bad_budget(job: Job) -> None:
-    job.yaml.write_text(job.yaml.read_text() + "weights: {budget: 2.1}\n")
+    job.yaml.write_text(job.yaml.read_text().replace("weights: {", "weights: {budget: 2.1, "))
 
 
 def bad_memory(job: Job) -> None:
-    job.yaml.write_text(job.yaml.read_text().replace("{images: 20}", "{images: 20, memory: 1kB}"))
+    job.yaml.write_text(job.yaml.read_text().replace("renorm: {", "renorm: {memory: 1kB, "))
 
 
 def bad_validation(job: Job) -> None:

@@ -106,14 +106,16 @@ layer { name: "fc2" type: "InnerProduct" bottom: "both" top: "fc2" inner_product
 def user_files(folder: Path) -> None:
     """What a reader of your-model.md brings along: a network without data layers, photographs, some labels.
 
-    The network is that of the digits, made to look at the sum of three colors.
+    The network is that of the digits, made to look at the sum of three colors of photographs: it wants
+    104/117/123 subtracted, as most do, and computes what the digits network does.
     """
     config = load(ROOT / "configs/digits.yaml")
     net = deploy_prototxt(read_prototxt(config.model.prototxt), {"data": (3, 8, 8)})
     net.name = "net"
     (folder / "net.prototxt").write_text(format_prototxt(net))
     weights = Weights.read(config.model.weights)
-    weights.replace("conv1", [weights["conv1"][0].repeat(3, axis=1) / 3])
+    contrast, mean, mean_of_digits, scale_of_digits = 12, np.array([104, 117, 123]), 5, 0.125
+    weights.replace("conv1", [weights["conv1"][0].repeat(3, axis=1) * scale_of_digits / (3 * contrast)])
     with open(folder / "net.caffemodel", "wb") as file:
         weights.write(file)
     (folder / "photos").mkdir()
@@ -122,7 +124,8 @@ def user_files(folder: Path) -> None:
     lines = []
     for number in range(1050):
         image = source.read(number % len(source))
-        pixels = np.kron(image.pixels[0], np.ones((3, 4), np.uint8)).astype(np.uint8)
+        digit = np.kron(image.pixels[0], np.ones((3, 4), np.uint8))[:, :, None].astype(np.int64)
+        pixels = (contrast * (digit - mean_of_digits) + mean).astype(np.uint8)
         path = folder / "photos" / f"{number:04d}.png"
         assert cv2.imwrite(str(path), pixels)
         if number < 100:

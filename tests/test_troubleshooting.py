@@ -89,8 +89,9 @@ def too_many_bits(_job: Job) -> None:
 
 
 @mistake
-def budget_too_small(_job: Job) -> None:
+def budget_too_small(job: Job) -> None:
     """The command line has the bad value."""
+    replace(job.yaml, "source: train_lmdb", "source: train_lmdb, images: 20")
 
 
 @mistake

@@ -197,7 +197,7 @@ def _first_line(error: ValidationError, where: str) -> str:
         what = "a section" if isinstance(value, dict) else "a list" if isinstance(value, list) else value
         return f"{where}: {key}: expected a path, not {what}; write {location[-1]}: path/to/it"
     message = first["msg"].removeprefix("Value error, ")
-    if isinstance(value, dict):  # of a whole section, where the message says what is wrong in it
+    if isinstance(value, dict) and _keys_at(location):  # a section, in which the message says what is wrong
         return f"{where}: {key or 'configuration'}: {message[0].lower()}{message[1:]}"
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     return f"{where}: {key}: {shown}: {message[0].lower()}{message[1:]}"

@@ -219,7 +219,7 @@ def _norms(record: RunRecord, norms: Sequence[NormPlot]) -> list[Advice]:
         return [
             Advice(
                 "warning",
-                "The network has no BatchNorm, so renorm had nothing to repair.",
+                "The network has no BatchNorm, so renorm had only biases to repair.",
                 "If BatchNorm was folded into the convolutions, quantize the network from before.",
             )
         ]
