@@ -31,7 +31,8 @@ from quantize.measure.evaluate import Candidate, evaluate
 from quantize.settings import ActivationSettings, CaffeProcess, WeightSettings
 from quantize.stages.activations import activations_quan
 from quantize.stages.renorm import renorm
-from quantize.stages.weights import choices, weights_quan, with_alpha_terms
+from quantize.stages.sites import find_sites
+from quantize.stages.weights import choices, weights_quan, with_alpha_terms, with_quantized_weights
 
 PLAIN_BATCHES = (1, 4, 8, 16, 32)
 TRIAL_IMAGES = 64
@@ -128,7 +129,9 @@ def stage(setting: Setting, row: Row) -> Measurement:
         if row.stage == "renorm":
             renorm(test.net, weights, feed, opener, row.memory)
         elif row.stage == "activations":
-            activations_quan(test.net, weights, feed, ActivationSettings(), opener)
+            settings = ActivationSettings()
+            sites = find_sites(test.net, test.inputs, with_quantized_weights(test.net), settings)
+            activations_quan(test.net, weights, feed, sites, settings, opener)
         else:
             evaluate({"fp32": Candidate(test.net, weights, test.scores)}, feed, opener)
     return found

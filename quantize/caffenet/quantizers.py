@@ -1,19 +1,19 @@
 """How quantized activations stand in a prototxt: layers of type ActQuantize, written and read here alone.
 
-An ActQuantize layer makes a * clip(floor(x / a + 0.5), lowest, levels) of x. caffe.proto needs no new field for
-it: ``relu_param.negative_slope`` is a, and ``threshold_param.threshold`` is levels (absent: 127), or -levels for
-codes of both signs.
+An ActQuantize layer makes a * clip(floor(x / a + 0.5), lowest, levels) of x. caffe.proto needs no new field
+for it: ``relu_param.negative_slope`` is a, and ``threshold_param.threshold`` is levels (absent: 127), or
+-levels for codes of both signs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from quantize.caffenet.fork import foreign_fields
 from quantize.caffenet.phases import exists, filter_net
 from quantize.caffenet.schema import TEST, LayerParameter, NetParameter
 from quantize.caffenet.surgery import single_assignment
+from quantize.record import Quantizer, Reader
 
 ACT_QUANTIZE = "ActQuantize"
 QUANTIZER_TYPES = (ACT_QUANTIZE, "Quant")
@@ -28,44 +28,12 @@ PASSING_TYPES = frozenset(
 """Layers whose tops hold values of their first bottom and no others."""
 
 
-@dataclass(frozen=True)
-class Reader:
-    """One bottom of a layer.
-
-    Attributes:
-        layer: the layer.
-        bottom: which of its bottoms, from 0.
-    """
-
-    layer: str
-    bottom: int
-
-
-@dataclass(frozen=True)
-class Quantizer:
-    """An ActQuantize layer.
-
-    Attributes:
-        name: of the layer.
-        step: the quantization step a.
-        levels: the largest code.
-        signed: whether codes go down to -levels; otherwise to 0.
-        readers: who reads what it makes. Empty: it takes the place of the ReLU of its name.
-    """
-
-    name: str
-    step: float
-    levels: int
-    signed: bool
-    readers: list[Reader]
-
-
 def with_quantizers(net: NetParameter, quantizers: Iterable[Quantizer]) -> NetParameter:
     """A copy of a net with some ActQuantize layers.
 
-    One without readers takes the place of the ReLU of its name: same bottom and top. Any other is put in front
-    of the first of its readers: in place where nobody else reads the blob, otherwise with a top of its own name
-    that its readers read instead.
+    One without readers takes the place of the ReLU of its name: same bottom and top. Any other is put in
+    front of the first of its readers: in place where nobody else reads the blob, otherwise with a top of its
+    own name that its readers read instead.
 
     Args:
         net: the net with all its phases; readers are layers of the TEST phase.
@@ -119,7 +87,7 @@ def _is(layer: LayerParameter, name: str) -> bool:
 
 
 def origins(net: NetParameter, inputs: Iterable[str] = ()) -> dict[str, str]:
-    """Of every blob the one whose values it holds: itself, or what layers that pass values on have made it of.
+    """Of every blob the one whose values it holds: itself, unless layers made it that pass values on.
 
     A Concat passes values on where all its bottoms hold those of one blob.
 

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from quantize.caffenet import LayerParameter, NetParameter, foreign_fields, single_assignment
-from quantize.caffenet.quantizers import QUANTIZER_TYPES, Reader, origins
+from quantize.caffenet.quantizers import QUANTIZER_TYPES, origins
+from quantize.record import Reader
 from quantize.settings import ActivationSettings
 
 
@@ -53,9 +54,9 @@ def find_sites(
 ) -> list[Site]:
     """The sites of a net, in its order.
 
-    With ``scope: relu`` the outputs of all plain ReLUs, behind the Clip where one cuts them off (ReLU6), and of
-    Clips from 0 on. With ``scope: inputs`` what quantized layers read (and with ``sums`` the branches of sums),
-    as far back as layers only pass values on, so that one quantizer serves many readers.
+    With ``scope: relu`` the outputs of all plain ReLUs, behind the Clip where one cuts them off (ReLU6), and
+    of Clips from 0 on. With ``scope: inputs`` what quantized layers read (and with ``sums`` the branches of
+    sums), as far back as layers only pass values on, so that one quantizer serves many readers.
 
     Args:
         net: the inference net.
@@ -150,8 +151,8 @@ class _Graph:
     def _wanting(self, quantized: set[str], sums: bool) -> set[Reader]:
         """Who wants codes: quantized layers, sums, and what passes values on to nobody but these.
 
-        A layer that passes on the values of a plain ReLU does for the sake of any reader: where the ReLU becomes
-        a quantizer, all see codes.
+        A layer that passes on the values of a plain ReLU does for the sake of any reader: where the ReLU
+        becomes a quantizer, all see codes.
         """
         wanting: set[Reader] = set()
         for layer in reversed(self.layers):

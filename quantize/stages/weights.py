@@ -26,7 +26,7 @@ from quantize.caffenet import (
     foreign_fields,
     sharers,
 )
-from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
+from quantize.caffenet.kernels import are_kernels, from_kernels, outputs, to_kernels
 from quantize.caffenet.shapes import no_weights
 from quantize.errors import InputError
 from quantize.numerics.decibels import decibels
@@ -37,7 +37,10 @@ from quantize.record import QuantizedLayer
 from quantize.settings import GridChoice, LayerChoice, WeightSettings
 from quantize.stages.data_aware import Calibration, DataAwareFit, data_aware
 
-QUANTIZED_TYPES = ("Convolution", "ConvolutionDepthwise", "DepthwiseConvolution", "InnerProduct")
+QUANTIZED_TYPES = (
+    *("Convolution", "ConvolutionDepthwise", "DepthwiseConvolution", "Deconvolution"),
+    "InnerProduct",
+)
 ALPHA_SUFFIX = "_alpha_term"
 
 
@@ -137,9 +140,11 @@ def _names(net: NetParameter) -> list[str]:
     return [layer.name for layer in net.layer if layer.type in QUANTIZED_TYPES]
 
 
-def _kernel_order(layer: LayerParameter) -> tuple[int, bool]:
-    """What makes kernels of a weight blob: their number, and whether they are its columns."""
-    return outputs(layer), layer.type == "InnerProduct" and layer.inner_product_param.transpose
+def _kernel_order(layer: LayerParameter) -> tuple[int, int]:
+    """What makes kernels of a weight blob: their number, and in how many parts they are its columns."""
+    if layer.type == "Deconvolution":
+        return outputs(layer), layer.convolution_param.group
+    return outputs(layer), int(layer.type == "InnerProduct" and layer.inner_product_param.transpose)
 
 
 def _override(users: Iterable[str], settings: WeightSettings) -> LayerChoice | None:
@@ -156,6 +161,22 @@ def _override(users: Iterable[str], settings: WeightSettings) -> LayerChoice | N
                 "the same weights (param); give one of them, or the same for both"
             )
     return given[0][1] if given else None
+
+
+def to_be_quantized(net: NetParameter, settings: WeightSettings) -> set[str]:
+    """The layers whose weights the settings have quantized.
+
+    Args:
+        net: the inference net.
+    """
+    users = weight_users(net)
+    return {user for name in choices(net, settings) for user in users[name]}
+
+
+def with_quantized_weights(net: NetParameter) -> set[str]:
+    """The layers of a net that have an ``*_alpha_term`` layer behind them."""
+    names = {layer.name for layer in net.layer}
+    return {name for name in _names(net) if name + ALPHA_SUFFIX in names}
 
 
 def check_unquantized(net: NetParameter) -> None:
@@ -191,8 +212,7 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
             raise InputError(f"{where} {no_weights(name)}")
         blobs = weights[name]
         kernels = outputs(layer)
-        size = blobs[0].size
-        if kernels < 1 or not size or size % kernels or any(bias.size != kernels for bias in blobs[1:]):
+        if not are_kernels(layer, blobs[0].shape) or any(bias.size != kernels for bias in blobs[1:]):
             shapes = ", ".join(str(blob.shape) for blob in blobs)
             raise InputError(
                 f"{where}: its blobs in the caffemodel have the shapes {shapes}, which are not weights and "
