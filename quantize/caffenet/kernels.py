@@ -48,6 +48,6 @@ def from_kernels(layer: LayerParameter, kernels: FloatArray, shape: tuple[int, .
 
 
 def _deconvolution_axes(layer: LayerParameter, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Groups, inputs and outputs of each, and places of a kernel: the blob's axes are (C, n / groups, ...)."""
+    """Groups, inputs and outputs of each, and places of a kernel: the blob is (C, n / groups, ...)."""
     groups = layer.convolution_param.group
     return groups, shape[0] // groups, outputs(layer) // groups, math.prod(shape[2:])

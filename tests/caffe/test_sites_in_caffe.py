@@ -1,4 +1,4 @@
-"""Nets with quantized activations of all kinds, as pycaffe runs what is written, against the embedded engine."""
+"""Nets with quantized activations of all kinds: pycaffe and the embedded engine make the same of them."""
 
 import io
 from collections.abc import Callable

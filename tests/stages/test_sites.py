@@ -9,6 +9,7 @@ from quantize.caffenet.quantizers import QUANTIZER_TYPES, coded_by, with_quantiz
 from quantize.data.feed import Feed
 from quantize.data.values import Values
 from quantize.engines import engine_opener
+from quantize.errors import LabelfreeError
 from quantize.record import Quantizer
 from quantize.settings import ActivationSettings, CaffeProcess, WeightSettings
 from quantize.stages.activations import activations_quan
@@ -272,7 +273,32 @@ def test_an_activation_that_is_constant() -> None:
         assert (found.signed, found.dead) == (signed, bias == 0)
 
 
-def test_the_writer_puts_it_before_the_first_reader() -> None:
+def test_values_that_overflow_are_named() -> None:
+    huge = layer("t", "Power", "c1", "t", "power_param { scale: 1e38 }")
+    net = parse(HEAD + conv("c1", "data", 4, norm=False) + huge + dense("fc", "t", 3))
+    test = InferenceNet.of(net)
+    weights = random_weights(test.net, INPUT)
+    x = np.random.default_rng(0).normal(0, 9, (4, *INPUT["data"])).astype(np.float32)
+    sites = find_sites(test.net, test.inputs, ["fc"], settings())
+    opener = engine_opener("onnx", CaffeProcess(), 1)
+    with pytest.raises(LabelfreeError, match="blob 't': activations hold NaN or infinity"):
+        activations_quan(test.net, weights, values_feed(x), sites, settings(), opener)
+
+
+def test_settings_that_make_no_sense() -> None:
+    assert settings(solver="reference").scope == "relu"
+    for values, words in (
+        ({"solver": "reference", "scope": "inputs"}, "no codes of both signs"),
+        ({"scope": "relu", "sums": True}, "sums: true needs scope inputs"),
+        ({"scope": "relu", "input": True}, "input: true needs scope inputs"),
+        ({"levels": 0}, "greater than or equal to 1"),
+        ({"levels": 256}, "less than or equal to 255"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            settings(**values)
+
+
+def test_a_quantizer_for_no_relu_changes_nothing() -> None:
     net = family("mtcnn")
     names = [each.name for each in net.layer]
     written = with_quantizers(net, [Quantizer("q", 0.5, 7, True, [])])
