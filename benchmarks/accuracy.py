@@ -16,19 +16,21 @@ import click
 import numpy as np
 
 from quantize.caffenet import InferenceNet, NetParameter, Weights
+from quantize.caffenet.quantized import alpha_terms, with_alpha_terms
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.job.feeds import calibration_feed, read_model_prototxt, validation_feed
 from quantize.measure.evaluate import Candidate, evaluate
+from quantize.measure.outputs import net_outputs
 from quantize.record import Closeness
 from quantize.settings import ActivationSettings, Config, StatisticsName, WeightSettings
 from quantize.stages.activations import activations_quan
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision, renorm
 from quantize.stages.sites import find_sites
-from quantize.stages.weights import choices, weights_quan, with_alpha_terms, with_quantized_weights
+from quantize.stages.weights import choices, weights_quan
 
 SOLVERS = {
     "published": ("reference", "reference"),
@@ -78,15 +80,14 @@ class Subject:
         scope = "relu" if solver == "published" else activation_settings.scope
         steps = activation_settings.model_copy(update={"solver": of_activations, "scope": scope})
         first = self.feed(numbers[: activation_settings.images])
-        quantized = with_quantized_weights(with_terms)
+        quantized = alpha_terms(with_terms)
         sites = find_sites(with_terms, list(first.shapes), quantized, steps)
         found = activations_quan(with_terms, weights, first, sites, steps, self.open_engine)
         return self.candidate(with_quantizers(net, found), weights)
 
     def candidate(self, net: NetParameter, weights: Weights) -> Candidate:
         """A net for `evaluate`."""
-        inference = InferenceNet.of(net)
-        return Candidate(inference.net, weights, inference.scores)
+        return Candidate(InferenceNet.of(net).net, weights)
 
 
 def row(subject: Subject, setting: str, grid: str, subsets: int, count: int) -> str:
@@ -109,13 +110,13 @@ def row(subject: Subject, setting: str, grid: str, subsets: int, count: int) -> 
             start = time.monotonic()
             candidates[solver] = subject.quantized(solver, settings, numbers)
             seconds += (time.monotonic() - start) / subsets if solver == "data_aware" else 0
-        found = evaluate(candidates, subject.validation, subject.open_engine)
+        found = evaluate(candidates, net_outputs(subject.net), subject.validation, subject.open_engine)
         for name in top1:
             top1[name].append(found.accuracy[name].top1 or 0.0)
         for name in close:
             close[name].append(found.closeness[name])
     cells = [mean_and_spread(top1[name]) for name in SOLVERS]
-    cells += [mean_and_spread([c.agreement for c in close[name]]) for name in SOLVERS]
+    cells += [mean_and_spread([c.agreement or 0.0 for c in close[name]]) for name in SOLVERS]
     fp32 = f"{np.mean(top1['fp32']):.2f}"
     return f"| {' | '.join([subject.config.name, grid, setting, fp32, *cells, f'{seconds:.0f} s'])} |"
 

@@ -1,9 +1,4 @@
-"""How quantized activations stand in a prototxt: layers of type ActQuantize, written and read here alone.
-
-An ActQuantize layer makes a * clip(floor(x / a + 0.5), lowest, levels) of x. caffe.proto needs no new field
-for it: ``relu_param.negative_slope`` is a, and ``threshold_param.threshold`` is levels (absent: 127), or
--levels for codes of both signs.
-"""
+"""Where ActQuantize layers stand in a net: how they are put there, and which blobs are on codes."""
 
 from __future__ import annotations
 
@@ -11,15 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from quantize.caffenet.fork import foreign_fields
 from quantize.caffenet.phases import exists, filter_net
+from quantize.caffenet.quantized import QUANTIZER_TYPES, Quantizer, become_quantizer
 from quantize.caffenet.schema import TEST, LayerParameter, NetParameter
 from quantize.caffenet.surgery import single_assignment
-from quantize.record import Quantizer, Reader
+from quantize.record import QuantizerLayer, Reader
 
-ACT_QUANTIZE = "ActQuantize"
-QUANTIZER_TYPES = (ACT_QUANTIZE, "Quant")
-"""The second is the name in old prototxts."""
-DEFAULT_LEVELS = 127
-"""The largest code where a layer does not say it."""
 MOST_SIGNED_LEVELS = 127
 """Of codes of both signs, so that they fit a byte."""
 PASSING_TYPES = frozenset(
@@ -28,7 +19,7 @@ PASSING_TYPES = frozenset(
 """Layers whose tops hold values of their first bottom and no others."""
 
 
-def with_quantizers(net: NetParameter, quantizers: Iterable[Quantizer]) -> NetParameter:
+def with_quantizers(net: NetParameter, quantizers: Iterable[QuantizerLayer]) -> NetParameter:
     """A copy of a net with some ActQuantize layers.
 
     One without readers takes the place of the ReLU of its name: same bottom and top. Any other is put in
@@ -56,16 +47,11 @@ def with_quantizers(net: NetParameter, quantizers: Iterable[Quantizer]) -> NetPa
     return changed
 
 
-def _become(layer: LayerParameter, quantizer: Quantizer) -> None:
-    layer.type = ACT_QUANTIZE
-    layer.relu_param.negative_slope = quantizer.step
-    if quantizer.signed:
-        layer.threshold_param.threshold = -quantizer.levels
-    elif quantizer.levels != DEFAULT_LEVELS:
-        layer.threshold_param.threshold = quantizer.levels
+def _become(layer: LayerParameter, found: QuantizerLayer) -> None:
+    become_quantizer(layer, Quantizer(found.step, -found.levels if found.signed else 0, found.levels))
 
 
-def _insert(net: NetParameter, quantizer: Quantizer, first: Reader, in_place: bool) -> None:
+def _insert(net: NetParameter, quantizer: QuantizerLayer, first: Reader, in_place: bool) -> None:
     reading = {r: layer for r in quantizer.readers for layer in net.layer if _is(layer, r.layer)}
     blob = reading[first].bottom[first.bottom]
     top = blob if in_place else quantizer.name

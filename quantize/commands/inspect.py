@@ -25,24 +25,19 @@ from quantize.caffenet import (
     owners,
     read_net,
 )
+from quantize.caffenet.quantized import QUANTIZED_TYPES
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.shape_rules import has_rule
 from quantize.commands.summary import coverage_text, table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
-from quantize.record import Coverage, Quantizer
+from quantize.record import Coverage, QuantizerLayer
 from quantize.settings import ActivationSettings, WeightSettings, parse_size
 from quantize.stages.coverage import coverage
 from quantize.stages.renorm import Tour
 from quantize.stages.sites import Site, find_sites
-from quantize.stages.weights import (
-    QUANTIZED_TYPES,
-    choices,
-    to_be_quantized,
-    unquantizable,
-    weight_users,
-)
+from quantize.stages.weights import choices, to_be_quantized, unquantizable, weight_users
 from quantize.sweep.plan import Costs, Route, Step, plan
 
 COLOR_CHANNELS = 3
@@ -125,7 +120,7 @@ def planned_coverage(found: Inspection) -> Coverage:
     """How much of the net's work would be quantized with the default settings."""
     test, settings = InferenceNet.of(found.net), WeightSettings()
     sites = planned_sites(test, settings, ActivationSettings())
-    planned = [Quantizer(site.name, 1.0, 1, False, list(site.readers)) for site in sites]
+    planned = [QuantizerLayer(site.name, 1.0, 1, False, list(site.readers)) for site in sites]
     return coverage(
         with_quantizers(test.net, planned),
         test.inputs,

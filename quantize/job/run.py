@@ -39,6 +39,7 @@ from quantize.caffenet import (
     load_weights,
     owners,
 )
+from quantize.caffenet.quantized import QUANTIZED_TYPES, alpha_terms, correctable, with_alpha_terms
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
@@ -49,10 +50,11 @@ from quantize.job.checks import Checks
 from quantize.job.evaluation import measure_outputs
 from quantize.job.feeds import input_shapes, read_model_prototxt, stage_feed
 from quantize.job.output import Files, OutputFolder
-from quantize.job.prototxts import deploy_prototxt, validation_prototxt
-from quantize.job.resume import changes, dependencies, model_hashes, sha256
+from quantize.job.prototxts import caffe_test, deploy_prototxt, validation_prototxt
+from quantize.job.resume import changes, dependencies, made_from, model_hashes, sha256
 from quantize.job.store import PAGE, previous_record, show_page, write_record
 from quantize.job.transforms import says_transform, transform_check, with_chosen_transform
+from quantize.measure.outputs import class_scores
 from quantize.measure.transform_check import TransformCheck
 from quantize.progress import SILENT, Progress
 from quantize.record import (
@@ -76,16 +78,7 @@ from quantize.stages.coverage import coverage
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision, renorm
 from quantize.stages.sites import find_sites
-from quantize.stages.weights import (
-    QUANTIZED_TYPES,
-    check_kernels,
-    choices,
-    correctable,
-    unquantizable,
-    weights_quan,
-    with_alpha_terms,
-    with_quantized_weights,
-)
+from quantize.stages.weights import check_kernels, choices, unquantizable, weights_quan
 
 LIBRARIES = (
     *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb", "threadpoolctl"),
@@ -242,7 +235,7 @@ class Run:
         return check.record(self.chosen)
 
     def _weights(self, begun: _Begun) -> WeightsRecord:
-        weights = load_weights(self.config.model.weights, self.net)
+        weights = self.model_weights
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
@@ -256,7 +249,8 @@ class Run:
             self.progress.note(f"weights: {line}")
         budget, calibration = None, self._calibration()
         if settings.budget is not None and calibration is not None:
-            chosen, budget = keep_budget(weights, settings, calibration, test.scores, self.progress)
+            scores = class_scores(self.net, "weights.budget")
+            chosen, budget = keep_budget(weights, settings, calibration, scores, self.progress)
         _, quantized, layers = weights_quan(
             self.net, weights, chosen, settings.solver, self.progress, calibration
         )
@@ -307,7 +301,7 @@ class Run:
         feed = self._activations_feed()
         settings = self.config.activations
         taken = [name for layer in self.net.layer for name in (layer.name, *layer.bottom, *layer.top)]
-        sites = find_sites(net, list(feed.shapes), with_quantized_weights(net), settings, taken)
+        sites = find_sites(net, list(feed.shapes), alpha_terms(net), settings, taken)
         found = activations_quan(net, weights, feed, sites, settings, self.open_engine, self.progress)
         if not found:
             self.progress.note("activations: the net has nothing to quantize")
@@ -354,9 +348,7 @@ class Run:
                 f"{path}: the result of the stage before this one is not there; run `labelfree quantize`, "
                 f"or with `--stages {stage},...`"
             )
-        before = self.record.settings.model
-        state = (self.config.model.stages, self.config.model.level)
-        if self.record.inputs != self.inputs or (before.stages, before.level) != state:
+        if not made_from(self.record, self.config, self.inputs):
             raise InputError(
                 f"{path}: made from another model.prototxt or model.weights; run the weights stage again"
             )
@@ -399,6 +391,7 @@ class Run:
                 transform=transform,
                 stages=stages,
                 prototxts=self._write_prototxts(self._prototxts(stages)),
+                caffe_test=caffe_test(self.net, self.config),
                 sizes=self._sizes(stages),
                 coverage=self._coverage(stages),
             )
@@ -432,6 +425,7 @@ class Run:
             update={
                 "settings": settings,
                 "prototxts": digests,
+                "caffe_test": caffe_test(self.net, self.config),
                 "evaluation": record.evaluation if same_images and digests == record.prototxts else None,
             }
         )
@@ -456,7 +450,7 @@ class Run:
             return None
         one = {blob: (1, *shape) for blob, shape in shapes.items()}
         macs = infer_shapes(known_part(test.net, one), one).macs
-        return coverage(test.net, test.inputs, with_quantized_weights(test.net), macs)
+        return coverage(test.net, test.inputs, alpha_terms(test.net), macs)
 
     def _prototxts(self, stages: Stages) -> dict[str, bytes]:
         """The texts of the prototxts by name, for what the stages that have run have found."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 from quantize.caffenet import LayerParameter, NetParameter, single_assignment
+from quantize.caffenet.quantized import QUANTIZED_TYPES
 from quantize.caffenet.quantizers import coded_by, origins
 from quantize.record import Coverage
-from quantize.stages.weights import QUANTIZED_TYPES, unquantizable
+from quantize.stages.weights import unquantizable
 
 
 def coverage(

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from quantize.caffenet import LayerParameter, NetParameter, foreign_fields, single_assignment
-from quantize.caffenet.quantizers import QUANTIZER_TYPES, origins
+from quantize.caffenet.quantized import QUANTIZER_TYPES
+from quantize.caffenet.quantizers import origins
 from quantize.record import Reader
 from quantize.settings import ActivationSettings
 

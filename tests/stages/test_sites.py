@@ -5,22 +5,21 @@ import pytest
 
 from quantize.arrays import FloatArray
 from quantize.caffenet import InferenceNet, NetParameter, Weights, infer_shapes, single_assignment
-from quantize.caffenet.quantizers import QUANTIZER_TYPES, coded_by, with_quantizers
+from quantize.caffenet.quantized import QUANTIZED_TYPES, QUANTIZER_TYPES, alpha_terms
+from quantize.caffenet.quantizers import coded_by, with_quantizers
 from quantize.data.feed import Feed
 from quantize.data.values import Values
 from quantize.engines import engine_opener
 from quantize.errors import LabelfreeError
-from quantize.record import Quantizer
+from quantize.record import QuantizerLayer
 from quantize.settings import ActivationSettings, CaffeProcess, WeightSettings
 from quantize.stages.activations import activations_quan
 from quantize.stages.coverage import coverage
 from quantize.stages.sites import find_sites
 from quantize.stages.weights import (
-    QUANTIZED_TYPES,
     choices,
     to_be_quantized,
     weights_quan,
-    with_quantized_weights,
 )
 from tests.families import FAMILIES, HEAD, INPUT, conv, dense, family, layer
 from tests.nets import parse, random_weights
@@ -91,7 +90,7 @@ def quantized_net(
     test = InferenceNet.of(with_terms)
     x = np.random.default_rng(seed).normal(0, 2, (4, *INPUT["data"])).astype(np.float32)
     chosen = settings(**values)
-    sites = find_sites(test.net, test.inputs, with_quantized_weights(test.net), chosen)
+    sites = find_sites(test.net, test.inputs, alpha_terms(test.net), chosen)
     opener = engine_opener("onnx", CaffeProcess(), 1)
     found = activations_quan(test.net, weights, values_feed(x), sites, chosen, opener)
     return with_quantizers(with_terms, found), weights, {"data": x}
@@ -240,7 +239,7 @@ def test_shares_of_the_work() -> None:
     net, _, _ = quantized_net(family("mobilenet_v2"))
     test = InferenceNet.of(net)
     macs = infer_shapes(test.net, {"data": (1, *INPUT["data"])}).macs
-    found = coverage(test.net, test.inputs, with_quantized_weights(test.net), macs)
+    found = coverage(test.net, test.inputs, alpha_terms(test.net), macs)
     per_layer = {"stem": 9 * 9 * 8 * 27, "dw1": 81 * 8 * 9, "project1": 81 * 4 * 8, "expand2": 81 * 12 * 4}
     per_layer |= {"dw2": 81 * 12 * 9, "project2": 81 * 4 * 12, "last": 81 * 16 * 4, "fc": 16 * 7}
     total = sum(per_layer.values())
@@ -249,7 +248,7 @@ def test_shares_of_the_work() -> None:
     assert found.inputs == found.both == pytest.approx(1 - per_layer["stem"] / total)
     assert found.in_float == {"stem": "reads the net's input data (activations.input)"}
     relus = InferenceNet.of(quantized_net(family("mobilenet_v2"), scope="relu")[0])
-    found = coverage(relus.net, relus.inputs, with_quantized_weights(relus.net), macs)
+    found = coverage(relus.net, relus.inputs, alpha_terms(relus.net), macs)
     codes = sum(per_layer[name] for name in ("dw1", "project1", "dw2", "project2"))
     assert found.inputs == pytest.approx(codes / total)
     assert found.in_float["expand2"] == "reads what project1/scale (Scale) makes"
@@ -301,6 +300,6 @@ def test_settings_that_make_no_sense() -> None:
 def test_a_quantizer_for_no_relu_changes_nothing() -> None:
     net = family("mtcnn")
     names = [each.name for each in net.layer]
-    written = with_quantizers(net, [Quantizer("q", 0.5, 7, True, [])])
+    written = with_quantizers(net, [QuantizerLayer("q", 0.5, 7, True, [])])
     assert [each.name for each in written.layer] == names  # no ReLU of that name
     assert not any(each.type in QUANTIZER_TYPES for each in written.layer)

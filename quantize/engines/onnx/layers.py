@@ -18,7 +18,8 @@ from onnx import TensorProto, helper
 
 from quantize.arrays import FloatArray, Shape
 from quantize.caffenet import LayerParameter, PoolingParameter
-from quantize.caffenet.quantizers import DEFAULT_LEVELS, MOST_SIGNED_LEVELS
+from quantize.caffenet.quantized import DEFAULT_LEVELS
+from quantize.caffenet.quantizers import MOST_SIGNED_LEVELS
 from quantize.caffenet.shape_rules import canonical_axis, convolution_window, height_and_width, spp_pooling
 from quantize.engines.onnx.graph import Graph
 
