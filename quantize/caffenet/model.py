@@ -92,7 +92,7 @@ class Model:
     net: NetParameter = field(repr=False)
     weights: Weights = field(repr=False)
     prototxt: Path | None = None
-    grids: Mapping[str, GridChoice] = field(default_factory=dict)
+    grids: Mapping[str, GridChoice] = field(default_factory=dict, repr=False)
     solver: str | None = None
     full: Model | None = field(default=None, repr=False)
 
@@ -111,7 +111,8 @@ class Model:
     ) -> Model:
         """Read a model from Caffe's files.
 
-        >>> model = Model.load("digits.prototxt", "digits.caffemodel")
+        >>> import quantize
+        >>> model = quantize.Model.load("digits.prototxt", "digits.caffemodel")
         >>> model.inference.inputs, model.inference.scores
         (('data',), 'fc')
         >>> [layer.name for layer in model.layers if layer.type == "InnerProduct"]
@@ -168,6 +169,11 @@ class Model:
         return next((self.grids[user] for user in users if user in self.grids), None)
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether any weights or activations are."""
+        return any(layer.weights or layer.quantizer for layer in self.layers)
+
+    @property
     def declared_shapes(self) -> dict[str, Shape]:
         """By input the shape of one image's values, where the net says it."""
         shapes = {name: declared_shape(self.net, name) for name in self.inference.inputs}
@@ -192,9 +198,10 @@ class Model:
         BatchNorms in the prototxt use what they have stored, whatever the given net says. Each file appears
         under its name when it is whole.
 
-        >>> model = Model.load("digits.prototxt", "digits.caffemodel")
+        >>> import quantize
+        >>> model = quantize.Model.load("digits.prototxt", "digits.caffemodel")
         >>> prototxt, caffemodel = model.save("out", name="copy")
-        >>> Model.load(prototxt, caffemodel).layers[0].name == model.layers[0].name
+        >>> quantize.Model.load(prototxt, caffemodel).layers[0].name == model.layers[0].name
         True
 
         Args:

@@ -1,0 +1,5 @@
+"""`python -m quantize` is `labelfree`."""
+
+from quantize.cli import main
+
+main()
