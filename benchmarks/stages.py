@@ -29,6 +29,7 @@ from quantize.engines.onnx.engine import OnnxEngine, Translation
 from quantize.engines.onnx.graph import Graph
 from quantize.host import available_threads
 from quantize.measure.evaluate import Candidate, evaluate
+from quantize.measure.outputs import net_outputs
 from quantize.settings import ActivationSettings, CaffeProcess, WeightSettings
 from quantize.stages.activations import activations_quan
 from quantize.stages.renorm import renorm
@@ -131,7 +132,7 @@ def stage(setting: Setting, row: Row) -> Measurement:
         elif row.stage == "activations":
             activations_quan(test.net, weights, feed, ActivationSettings(), opener)
         else:
-            evaluate({"fp32": Candidate(test.net, weights, test.scores)}, feed, opener)
+            evaluate({"fp32": Candidate(test.net, weights)}, net_outputs(net), feed, opener)
     return found
 
 

@@ -1,5 +1,6 @@
-"""`python -m quantize` is `labelfree`."""
+"""``python -m quantize`` is ``labelfree``."""
 
 from quantize.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

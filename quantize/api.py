@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from quantize.arrays import FloatArray, Labels, Shape
+from quantize.arrays import FloatArray, Shape
 from quantize.caffenet import TEST, doubtful_norms, filter_net
 from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import correctable
@@ -32,11 +32,13 @@ from quantize.engines.base import OpenEngine
 from quantize.errors import InputError
 from quantize.host import using_threads
 from quantize.job.feeds import calibration_feed, calibration_images, stage_feed, validation_feed
+from quantize.job.labels import with_labels_that_fit
 from quantize.job.transforms import transform_check
 from quantize.measure.evaluate import Candidate
 from quantize.measure.evaluate import evaluate as compare
+from quantize.measure.outputs import class_scores, net_outputs
 from quantize.progress import Progress
-from quantize.record import StageName
+from quantize.record import Closeness, StageName
 from quantize.settings import Config
 from quantize.stages.activations import activations_quan, with_act_quantize
 from quantize.stages.budget import keep_budget
@@ -213,7 +215,7 @@ class Images:
             classes = np.asarray(labels)
             if classes.shape != (counts[names[0]],) or classes.dtype.kind not in "iu":
                 raise InputError(f"labels: {counts[names[0]]} whole numbers are needed, one for each image")
-            found[names[0]] = _Labeled(values[names[0]], classes.astype(np.int64))
+            found[names[0]] = _Labeled(values[names[0]], [int(label) for label in classes])
         return found
 
     def _stage_feed(self, config: Config, stage: StageName, progress: Progress) -> Feed:
@@ -249,7 +251,7 @@ class _Labeled:
     """Values with labels."""
 
     values: Values
-    labels: Labels
+    labels: list[int | None]
 
     @property
     def shape(self) -> Shape:
@@ -260,14 +262,17 @@ class _Labeled:
 
     def batches(
         self, size: int, start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[FloatArray, Labels]]:
+    ) -> Iterator[tuple[FloatArray, list[int | None]]]:
         first = start
         for rows, _ in self.values.batches(size, start, stop):
             yield rows, self.labels[first : first + len(rows)]
             first += len(rows)
 
     def selected(self, numbers: Sequence[int]) -> _Labeled:
-        return _Labeled(self.values.selected(numbers), self.labels[list(numbers)])
+        return _Labeled(self.values.selected(numbers), [self.labels[number] for number in numbers])
+
+    def unlabeled(self) -> Values:
+        return self.values
 
 
 def _values(samples: Samples, name: str, declared: Shape | None) -> Values:
@@ -445,7 +450,7 @@ class Comparison:
 
     Attributes:
         images: how many.
-        agreement: percent of the images on which both put the same class first.
+        agreement: percent of the images on which both put the same class first; None without class scores.
         divergence: mean Kullback-Leibler divergence of the softmax of its scores from that of the other's, in
             nats.
         sqnr_db: of the scores, in decibels; None where they are the same.
@@ -453,16 +458,19 @@ class Comparison:
         top5: percent of the images whose label is among its five best; None without labels.
         full_top1: of the other.
         full_top5: of the other.
+        p_value: how probable it is that two equally good models differ so much in top-1 (McNemar); None
+            without labels.
     """
 
     images: int
-    agreement: float
-    divergence: float
+    agreement: float | None
+    divergence: float | None
     sqnr_db: float | None
     top1: float | None
     top5: float | None
     full_top1: float | None
     full_top5: float | None
+    p_value: float | None
 
 
 def evaluate(model: Model, small: Model, images: Images, *, runtime: Runtime = DEFAULT_RUNTIME) -> Comparison:
@@ -487,13 +495,15 @@ def evaluate(model: Model, small: Model, images: Images, *, runtime: Runtime = D
     """
     config = _configuration(model, images, runtime, "evaluate", {}, fed="validation")
     candidates = {
-        name: Candidate(each.inference.net, each.weights, each.inference.scores)
+        name: Candidate(each.inference.net, each.weights)
         for name, each in (("fp32", model), ("quantized", small))
     }
     with using_threads(config.threads):
         feed = images._evaluation_feed(config, runtime.progress)
-        found = compare(candidates, feed, _opener(config), runtime.progress)
-    close, accuracy = found.closeness["quantized"], found.accuracy
+        feed = with_labels_that_fit(feed, model.net, runtime.progress)
+        found = compare(candidates, net_outputs(model.net), feed, _opener(config), runtime.progress)
+    close = found.closeness.get("quantized", Closeness(None, None, None))
+    paired, accuracy = found.paired.get("quantized"), found.accuracy
     own, other = accuracy["quantized"], accuracy["fp32"]
     return Comparison(
         images=found.images,
@@ -504,6 +514,7 @@ def evaluate(model: Model, small: Model, images: Images, *, runtime: Runtime = D
         top5=own.top5,
         full_top1=other.top1,
         full_top5=other.top5,
+        p_value=None if paired is None else paired.p_value,
     )
 
 
@@ -555,7 +566,8 @@ class _Work:
             feed = self.feed("weights")
             calibration = Calibration(test.net, feed, self.open_engine, renorm.memory, renorm.statistics)
             if settings.budget is not None:
-                chosen, _ = keep_budget(model.weights, settings, calibration, test.scores, self.progress)
+                scores = class_scores(model.net, "weights.budget")
+                chosen, _ = keep_budget(model.weights, settings, calibration, scores, self.progress)
         net, weights, _ = weights_quan(
             model.net, model.weights, chosen, settings.solver, self.progress, calibration
         )

@@ -131,7 +131,7 @@ def make_seed_job(folder: Path) -> None:
 
 def write_pictures(folder: Path, pictures: list[np.ndarray[Any, Any]]) -> None:
     """An image folder, a list of it, and an LMDB of encoded Datums."""
-    suffixes = (".png", ".jpg", ".bmp", ".pgm")
+    suffixes = (".png", ".jpg", ".bmp", ".pgm", ".webp", ".tiff")
     (folder / "photos").mkdir()
     lines, datums = [], []
     for i, pixels in enumerate(pictures):

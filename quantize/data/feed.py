@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from quantize.arrays import FloatArray, Labels, Shape
+from quantize.arrays import FloatArray, Shape
 
 
 class Input(Protocol):
@@ -24,11 +24,14 @@ class Input(Protocol):
 
     def batches(
         self, size: int, start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[FloatArray, Labels | None]]:
-        """Images ``start <= i < stop`` in order, ``size`` at a time, and their labels where all have one."""
+    ) -> Iterator[tuple[FloatArray, list[int | None] | None]]:
+        """Images ``start <= i < stop`` in order, ``size`` at a time; the label of each, or None for all."""
 
     def selected(self, numbers: Sequence[int]) -> Input:
         """Some of the images, by number."""
+
+    def unlabeled(self) -> Input:
+        """The same without labels."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ class Batch:
 
     Attributes:
         feeds: by input blob a C-contiguous float32 array, a row for each image.
-        labels: int64 (n,), or None where one of the images has no label.
+        labels: each image's, None where it has none.
     """
 
     feeds: dict[str, FloatArray]
-    labels: Labels | None
+    labels: list[int | None]
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -84,11 +87,16 @@ class Feed:
         streams = [values.batches(size, start, stop) for values in self.inputs.values()]
         for parts in zip(*streams, strict=True):
             feeds = {blob: array for blob, (array, _) in zip(self.inputs, parts, strict=True)}
-            yield Batch(feeds, next((labels for _, labels in parts if labels is not None), None))
+            unlabeled: list[int | None] = [None] * len(parts[0][0])
+            yield Batch(feeds, next((labels for _, labels in parts if labels is not None), unlabeled))
 
     def selected(self, numbers: Sequence[int]) -> Feed:
         """Some of the images, by number."""
         return replace(self, inputs={blob: values.selected(numbers) for blob, values in self.inputs.items()})
+
+    def unlabeled(self) -> Feed:
+        """The same without labels."""
+        return replace(self, inputs={blob: values.unlabeled() for blob, values in self.inputs.items()})
 
 
 def thinned(feed: Feed, count: int) -> Feed:

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 
 from quantize.arrays import FloatArray, Shape
-from quantize.data.sources import HDF5_SUFFIXES, printable
+from quantize.data.files import printable
+from quantize.data.sources import HDF5_SUFFIXES
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
 
@@ -84,6 +85,10 @@ class Values:
                     f"{self.where}: {name} holds a NaN, an infinity or a number beyond float32; correct it"
                 )
             yield rows, None
+
+    def unlabeled(self) -> Values:
+        """The same: values have no labels."""
+        return self
 
     def selected(self, numbers: Sequence[int]) -> Values:
         """Some of the values, by number; a constant stays what it is."""

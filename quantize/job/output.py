@@ -35,6 +35,18 @@ class Files:
         )
 
 
+def is_held(path: Path) -> bool:
+    """Whether a run holds a folder that is there."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class OutputFolder:
     """A folder held by this process; made where it is not there.
 
