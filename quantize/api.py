@@ -622,12 +622,10 @@ def _check_activations(model: Model) -> None:
     Raises:
         InputError: they are quantized already.
     """
-    for layer in model.layers:
-        if layer.quantizer is not None:
-            raise InputError(
-                f"layer {layer.name!r} quantizes activations already, which comes last: start from the model "
-                "before that"
-            )
+    for name in model.quantizers:
+        raise InputError(
+            f"layer {name!r} quantizes activations already, which comes last: start from the model before that"
+        )
 
 
 def _with(settings: Settings | None, section: str, *, bits: int | None) -> Settings:
