@@ -624,7 +624,7 @@ def _check_activations(model: Model) -> None:
     """
     for name in model.quantizers:
         raise InputError(
-            f"layer {name!r} quantizes activations already, which comes last: start from the model before that"
+            f"layer {name!r} quantizes activations already, which comes last: start from the model before"
         )
 
 
