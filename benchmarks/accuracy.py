@@ -16,7 +16,8 @@ import click
 import numpy as np
 
 from quantize.caffenet import InferenceNet, NetParameter, Weights
-from quantize.caffenet.quantized import with_alpha_terms
+from quantize.caffenet.quantized import alpha_terms, with_alpha_terms
+from quantize.caffenet.quantizers import with_quantizers
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
@@ -25,9 +26,10 @@ from quantize.measure.evaluate import Candidate, evaluate
 from quantize.measure.outputs import net_outputs
 from quantize.record import Closeness
 from quantize.settings import ActivationSettings, Config, StatisticsName, WeightSettings
-from quantize.stages.activations import activations_quan, with_act_quantize
+from quantize.stages.activations import activations_quan
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision, renorm
+from quantize.stages.sites import find_sites
 from quantize.stages.weights import choices, weights_quan
 
 SOLVERS = {
@@ -75,10 +77,13 @@ class Subject:
         )
         with_terms = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         weights, _ = renorm(with_terms, weights, feed, self.open_engine, memory, full=full)
-        steps = activation_settings.model_copy(update={"solver": of_activations})
+        scope = "relu" if solver == "published" else activation_settings.scope
+        steps = activation_settings.model_copy(update={"solver": of_activations, "scope": scope})
         first = self.feed(numbers[: activation_settings.images])
-        found = activations_quan(with_terms, weights, first, steps, self.open_engine)
-        return self.candidate(with_act_quantize(net, found), weights)
+        quantized = alpha_terms(with_terms)
+        sites = find_sites(with_terms, list(first.shapes), quantized, steps)
+        found = activations_quan(with_terms, weights, first, sites, steps, self.open_engine)
+        return self.candidate(with_quantizers(net, found), weights)
 
     def candidate(self, net: NetParameter, weights: Weights) -> Candidate:
         """A net for `evaluate`."""

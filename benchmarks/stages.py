@@ -19,7 +19,7 @@ import onnxruntime
 from benchmarks.measure import Measurement, in_new_process, measured, spread
 from benchmarks.models import INPUT, fitted_weights, make_images, read_net
 from quantize.caffenet import TEST, TRAIN, InferenceNet, Weights, needed_layers
-from quantize.caffenet.quantized import with_alpha_terms
+from quantize.caffenet.quantized import alpha_terms, with_alpha_terms
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import open_source
@@ -33,6 +33,7 @@ from quantize.measure.outputs import net_outputs
 from quantize.settings import ActivationSettings, CaffeProcess, WeightSettings
 from quantize.stages.activations import activations_quan
 from quantize.stages.renorm import renorm
+from quantize.stages.sites import find_sites
 from quantize.stages.weights import choices, weights_quan
 
 PLAIN_BATCHES = (1, 4, 8, 16, 32)
@@ -130,7 +131,9 @@ def stage(setting: Setting, row: Row) -> Measurement:
         if row.stage == "renorm":
             renorm(test.net, weights, feed, opener, row.memory)
         elif row.stage == "activations":
-            activations_quan(test.net, weights, feed, ActivationSettings(), opener)
+            settings = ActivationSettings()
+            sites = find_sites(test.net, test.inputs, alpha_terms(test.net), settings)
+            activations_quan(test.net, weights, feed, sites, settings, opener)
         else:
             evaluate({"fp32": Candidate(test.net, weights)}, net_outputs(net), feed, opener)
     return found

@@ -519,7 +519,7 @@ def renorm(resume: bool, force: bool, **given: Any) -> None:
 @RESUME
 @FORCE
 def activations_quan(resume: bool, force: bool, **given: Any) -> None:
-    """Stage 3: one step per ReLU; every ReLU becomes an ActQuantize layer."""
+    """Stage 3: a step and codes for every activation that a quantized layer reads (ActQuantize layers)."""
     run_stages(given, ("activations",), resume, force)
 
 

@@ -105,28 +105,83 @@ class BatchNormShift:
 
 
 @dataclass(frozen=True)
-class QuantizedActivation:
-    """What stage 3 found for one ReLU.
+class Reader:
+    """One bottom of a layer.
 
     Attributes:
-        name: the layer.
+        layer: the layer.
+        bottom: which of its bottoms, from 0.
+    """
+
+    layer: str
+    bottom: int
+
+
+@dataclass(frozen=True)
+class QuantizerLayer:
+    """An ActQuantize layer and its place.
+
+    Attributes:
+        name: of the layer.
         step: the quantization step a.
         levels: the largest code.
-        clipped: share of all outputs above levels * a by half a step or more.
-        maximum: the largest output.
-        sqnr_db: 10 log10(||x||^2 / ||x - a * q||^2), None where the output is 0 or the loss is.
-        dead: whether every output was 0.
-        histogram: how many positive outputs lie in each of equally wide parts of 0 to ``maximum``.
+        signed: whether codes go down to -levels; otherwise to 0.
+        readers: who reads what it makes. Empty: everybody, for it takes the place of the ReLU of its name.
     """
 
     name: str
     step: float
     levels: int
+    signed: bool
+    readers: list[Reader]
+
+    @property
+    def codes(self) -> str:
+        """The codes, for people."""
+        return f"{-self.levels if self.signed else 0}..{self.levels}"
+
+
+@dataclass(frozen=True)
+class QuantizedActivation(QuantizerLayer):
+    """What stage 3 found for one site: an ActQuantize layer and what it was fitted to.
+
+    Attributes:
+        behind: the layer that makes the values; of an input of the net the input's name.
+        clipped: share of all values beyond the last code by half a step or more.
+        minimum: the least value.
+        maximum: the largest value.
+        sqnr_db: 10 log10(||x||^2 / ||x - a * q||^2), None where the values are 0 or the loss is.
+        dead: whether every value was 0.
+        histogram: how many values that are not 0 lie in each of equally wide parts of ``minimum`` to
+            ``maximum``.
+    """
+
+    behind: str
     clipped: float
+    minimum: float
     maximum: float
     sqnr_db: float | None
     dead: bool
     histogram: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the net's work is quantized.
+
+    Attributes:
+        macs: multiply-accumulates per image, of all layers whose shapes are known.
+        weights: share of them with quantized weights, 0 to 1.
+        inputs: share whose inputs are on codes.
+        both: share with both.
+        in_float: by layer with work of which one or the other is not so the reason.
+    """
+
+    macs: int
+    weights: float
+    inputs: float
+    both: float
+    in_float: dict[str, str]
 
 
 # ---- What is measured on the nets ----
@@ -369,7 +424,7 @@ class RenormRecord(StageRecord):
 
 
 class ActivationsRecord(StageRecord):
-    """Stage 3: how many images were measured, and the step of every ReLU."""
+    """Stage 3: how many images were measured, and the step and codes of every site."""
 
     images: int
     layers: list[QuantizedActivation]
@@ -439,6 +494,7 @@ class RunRecord(Part):
         prototxts: sha256 of the prototxts, by name.
         caffe_test: whether `caffe test` can run them.
         sizes: of the model.
+        coverage: how much of the net's work is quantized; None where no shapes are known.
         output_sqnr: of every quantized layer.
         evaluation: what `labelfree evaluate` has found for these stages.
     """
@@ -453,6 +509,7 @@ class RunRecord(Part):
     prototxts: dict[str, str]
     caffe_test: CaffeTest
     sizes: Sizes
+    coverage: Coverage | None = None
     transform: TransformRecord | None = None
     output_sqnr: OutputSqnr | None = None
     evaluation: Evaluation | None = None

@@ -331,9 +331,30 @@ class RenormSettings(Section):
 class ActivationSettings(Section):
     """Stage 3."""
 
-    bits: Whole = Field(8, ge=4, le=8, description="codes 0 .. 2^(bits-1) - 1")
+    bits: Whole = Field(
+        8,
+        ge=4,
+        le=8,
+        description="the largest code is 2^(bits-1) - 1, as in the paper: 8 means codes 0..127, or -127..127 "
+        "where values are negative; what others call 4 bits, codes 0..15, is levels: 15",
+    )
     levels: Whole | None = Field(
-        None, ge=1, le=255, description="the largest code, instead of bits; 255: full byte"
+        None,
+        ge=1,
+        le=255,
+        description="the largest code, instead of bits; 255: full byte; of both signs no more than -127..127",
+    )
+    scope: Literal["relu", "inputs"] = Field(
+        "inputs",
+        description="inputs: whatever a quantized layer reads, but for the net's input; relu: the outputs of "
+        "plain ReLUs and of ReLU6, as in the paper, and the default with a reference solver",
+    )
+    input: bool = Field(
+        False, description="the net's input too, with scope inputs; pixels are bytes before it"
+    )
+    sums: bool = Field(
+        False,
+        description="the branches of Eltwise sums too, with scope inputs: for runtimes that add codes",
     )
     images: Whole = Field(
         64, ge=1, description=f"calibration images; {PUBLISHED_IMAGES} with solver reference"
@@ -341,9 +362,17 @@ class ActivationSettings(Section):
     solver: Literal["optimal", "reference"] = Field("optimal", description="reference: the paper's iteration")
 
     @model_validator(mode="after")
-    def _published_takes_more_images(self) -> ActivationSettings:
+    def _as_published(self) -> ActivationSettings:
         if self.solver == "reference":
             _default(self, "images", PUBLISHED_IMAGES)
+            _default(self, "scope", "relu")
+            if self.scope != "relu":
+                raise ValueError(
+                    "solver reference knows no codes of both signs; give scope relu, or solver optimal"
+                )
+        for name in ("input", "sums"):
+            if getattr(self, name) and self.scope != "inputs":
+                raise ValueError(f"{name}: true needs scope inputs")
         return self
 
     @property
@@ -374,11 +403,15 @@ class Config(Section):
     @classmethod
     def _reference_is_the_paper(cls, values: Any) -> Any:
         """Who asks for the published solver means the published method."""
-        weights, renorm = (
-            (values.get(key) or {}) if isinstance(values, dict) else None for key in ("weights", "renorm")
-        )
-        if not (isinstance(weights, dict) and isinstance(renorm, dict)):
+        if not isinstance(values, dict):
             return values
-        if weights.get("solver") != "reference":
+        sections = {key: values.get(key) or {} for key in ("weights", "renorm", "activations")}
+        if not all(isinstance(section, dict) for section in sections.values()):
             return values
-        return {**values, "renorm": {"statistics": "measured", **renorm}}
+        if sections["weights"].get("solver") != "reference":
+            return values
+        return {
+            **values,
+            "renorm": {"statistics": "measured", **sections["renorm"]},
+            "activations": {"scope": "relu", **sections["activations"]},
+        }

@@ -8,6 +8,10 @@ from quantize.caffenet import LayerParameter, NetParameter
 
 LINEAR = frozenset({"BatchNorm", "Scale", "Bias"})
 """What only rescales a layer's output: its BatchNorm, and the Scale layers around it."""
+ACTIVATIONS = frozenset(
+    {"ReLU", "PReLU", "ELU", "Clip", "Sigmoid", "TanH", "Swish", "BNLL", "AbsVal", "ReLU6", "Power"}
+)
+"""What is applied to each value of a layer's output."""
 
 
 def followers(net: NetParameter, name: str, types: Collection[str]) -> list[LayerParameter]:

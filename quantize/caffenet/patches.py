@@ -39,11 +39,14 @@ class Patches:
     def of(cls, layer: LayerParameter, bottom: Shape, top: Shape, kernels: Shape) -> Patches | None:
         """For a layer and the shapes of its bottom, top and weight blob; None where this is not provided for.
 
-        Not provided for are convolutions over other than two axes or of several bottoms.
+        Not provided for are convolutions over other than two axes or of several bottoms, and Deconvolution,
+        whose outputs are sums over several places.
         """
         if layer.type == "InnerProduct":
             axis = canonical_axis(layer.inner_product_param.axis, bottom)
             return cls(1, math.prod(bottom[axis:]), math.prod(bottom[1:axis]), None, 1) if axis else None
+        if layer.type == "Deconvolution":
+            return None
         window = convolution_window(layer.convolution_param, bottom)
         if len(layer.bottom) != 1 or window.channel_axis != 1 or len(window.kernel) != 2:
             return None

@@ -27,7 +27,10 @@ from quantize.errors import InputError
 from quantize.numerics.grids import smallest_grid
 from quantize.settings import GridChoice
 
-QUANTIZED_TYPES = ("Convolution", "ConvolutionDepthwise", "DepthwiseConvolution", "InnerProduct")
+QUANTIZED_TYPES = (
+    *("Convolution", "ConvolutionDepthwise", "DepthwiseConvolution", "Deconvolution"),
+    "InnerProduct",
+)
 """Layers whose weights can be quantized."""
 ALPHA_SUFFIX = "_alpha_term"
 QUANTIZER_TYPES = ("ActQuantize", "Quant")
@@ -70,9 +73,11 @@ def same_weights(net: NetParameter) -> dict[str, list[str]]:
     }
 
 
-def kernel_order(layer: LayerParameter) -> tuple[int, bool]:
-    """What makes kernels of a weight blob: their number, and whether they are its columns."""
-    return outputs(layer), layer.type == "InnerProduct" and layer.inner_product_param.transpose
+def kernel_order(layer: LayerParameter) -> tuple[int, int]:
+    """What makes kernels of a weight blob: their number, and in how many parts they are its columns."""
+    if layer.type == "Deconvolution":
+        return outputs(layer), layer.convolution_param.group
+    return outputs(layer), int(layer.type == "InnerProduct" and layer.inner_product_param.transpose)
 
 
 def write_quantized(

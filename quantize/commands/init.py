@@ -55,7 +55,8 @@ renorm:
   augment: train                      # random crops and mirrors as in training; test: centre crops
   memory: 2GiB                        # bound on what the sweep keeps
 activations:
-  bits: 8                             # codes 0..127; `levels: 255` uses the full byte
+  bits: 8                             # codes 0..127, -127..127 with negative values; `levels: 255`: full byte
+  scope: inputs                       # what quantized layers read; relu: the outputs of ReLUs, as published
   # images: {activation_images}
 output: {output}
 """

@@ -26,15 +26,18 @@ from quantize.caffenet import (
     read_net,
 )
 from quantize.caffenet.quantized import QUANTIZED_TYPES
+from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.shape_rules import has_rule
-from quantize.commands.summary import table
+from quantize.commands.summary import coverage_text, table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
-from quantize.settings import WeightSettings, parse_size
-from quantize.stages.activations import plain_relus
+from quantize.record import Coverage, QuantizerLayer
+from quantize.settings import ActivationSettings, WeightSettings, parse_size
+from quantize.stages.coverage import coverage
 from quantize.stages.renorm import Tour
-from quantize.stages.weights import choices, unquantizable, weight_users
+from quantize.stages.sites import Site, find_sites
+from quantize.stages.weights import choices, to_be_quantized, unquantizable, weight_users
 from quantize.sweep.plan import Costs, Route, Step, plan
 
 COLOR_CHANNELS = 3
@@ -55,7 +58,12 @@ class LayerRow:
     plan: str
 
 
-def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: WeightSettings) -> list[LayerRow]:
+def inspect_net(
+    net: NetParameter,
+    inputs: Mapping[str, Shape],
+    settings: WeightSettings,
+    activations: ActivationSettings,
+) -> list[LayerRow]:
     """The layers of a net as they run in the TEST phase on inputs of these shapes for one image."""
     test = InferenceNet.of(net)
     shapes = shapes_of(test.net, inputs)
@@ -63,7 +71,7 @@ def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: Weight
     first_user = {user: name for name, users in weight_users(test.net).items() for user in users}
     left_out = unquantizable(test.net)
     shared = owners(test.net)
-    relus = plain_relus(test.net)
+    sites = {site.behind: site for site in planned_sites(test, settings, activations)}
     rows = []
     for layer in test.net.layer:
         first = first_user.get(layer.name, layer.name)
@@ -76,16 +84,15 @@ def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: Weight
             what = "kept: weights.layers says skip"
         elif layer.type == "BatchNorm":
             what = "renorm"
-        elif layer.name in relus:
-            what = "becomes ActQuantize"
-        elif layer.type == "ReLU":
-            what = "kept: it has a negative slope"
         elif not has_rule(layer.type):
             what = f"kept: type {layer.type} is unknown here, engine: caffe may run it"
         elif shapes.params.get(layer.name):
             what = f"kept: weights of type {layer.type} are not quantized"
         else:
             what = ""
+        if site := sites.get(layer.name):
+            then = "becomes ActQuantize" if not site.readers else f"then ActQuantize {site.name}"
+            what = f"{what}; {then}" if what else then
         known = layer.name in shapes.params
         blobs = enumerate(shapes.params.get(layer.name, ()))
         own = [math.prod(blob) for index, blob in blobs if BlobId(layer.name, index) not in shared]
@@ -100,6 +107,26 @@ def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: Weight
             )
         )
     return rows
+
+
+def planned_sites(
+    test: InferenceNet, settings: WeightSettings, activations: ActivationSettings
+) -> list[Site]:
+    """Where activations would be quantized."""
+    return find_sites(test.net, test.inputs, to_be_quantized(test.net, settings), activations)
+
+
+def planned_coverage(found: Inspection) -> Coverage:
+    """How much of the net's work would be quantized with the default settings."""
+    test, settings = InferenceNet.of(found.net), WeightSettings()
+    sites = planned_sites(test, settings, ActivationSettings())
+    planned = [QuantizerLayer(site.name, 1.0, 1, False, list(site.readers)) for site in sites]
+    return coverage(
+        with_quantizers(test.net, planned),
+        test.inputs,
+        to_be_quantized(test.net, settings),
+        shapes_of(test.net, found.inputs).macs,
+    )
 
 
 def shapes_of(net: NetParameter, inputs: Mapping[str, Shape]) -> Shapes:
@@ -175,17 +202,26 @@ def _cropped(net: NetParameter) -> tuple[int, ...] | None:
 
 def layers_text(found: Inspection, as_json: bool) -> str:
     """The layers as a table or as JSON."""
-    rows = inspect_net(found.net, found.inputs, WeightSettings())
+    rows = inspect_net(found.net, found.inputs, WeightSettings(), ActivationSettings())
     parameters, macs = sum(row.parameters or 0 for row in rows), sum(row.macs or 0 for row in rows)
+    planned = planned_coverage(found)
     if as_json:
         layers = [asdict(row) for row in rows]
-        return json.dumps({"layers": layers, "parameters": parameters, "macs": macs, "notes": found.notes})
+        return json.dumps(
+            {
+                "layers": layers,
+                "parameters": parameters,
+                "macs": macs,
+                "coverage": asdict(planned),
+                "notes": found.notes,
+            }
+        )
     cells = [("layer", "type", "shape", "parameters", "MMACs", "plan")]
     cells += [(row.name, row.type, *_sizes(row), row.plan) for row in rows]
     unknown = sum(row.shape is None for row in rows)
     behind = f", without {unknown} layers of unknown size" if unknown else ""
     total = f"total: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates{behind}"
-    return f"{table(cells)}\n\n{total}"
+    return f"{table(cells)}\n\n{total}\n{coverage_text(planned)}"
 
 
 def _sizes(row: LayerRow) -> tuple[str, str, str]:

@@ -14,6 +14,7 @@ from quantize.job.output import Files
 from quantize.record import (
     ActivationsRecord,
     AnyStageRecord,
+    Coverage,
     RenormRecord,
     RunRecord,
     WeightsRecord,
@@ -22,6 +23,8 @@ from quantize.settings import Config
 
 KILOBYTE = 1000
 RESULT_COLUMN = 2
+MOST_REASONS = 5
+"""Layers left in float that are named on the terminal."""
 
 
 def print_summary(record: RunRecord, config: Config, following: str) -> None:
@@ -89,6 +92,7 @@ def _below(record: RunRecord, config: Config, following: str) -> list[str]:
         "",
         f"size: {size_text(sizes.model)} as given, {size_text(sizes.packed)} packed "
         f"({sizes.model / sizes.packed:.1f}x smaller)",
+        *([coverage_text(record.coverage)] if record.coverage else []),
         f"wrote: {', '.join(sorted(record.outputs))}",
         f"   in: {config.output}",
         *([f" look: {page}"] if page.exists() else []),
@@ -109,7 +113,20 @@ def _result(stage: AnyStageRecord) -> str:
         case ActivationsRecord():
             sqnr = _median(layer.sqnr_db for layer in stage.layers)
             clipped = fmean(layer.clipped for layer in stage.layers)
-            return f"median SQNR {sqnr:.1f} dB, clipped {100 * clipped:.2f} %"
+            codes = " and ".join(sorted({layer.codes for layer in stage.layers}, reverse=True))
+            return f"codes {codes}, median SQNR {sqnr:.1f} dB, clipped {100 * clipped:.2f} %"
+
+
+def coverage_text(coverage: Coverage) -> str:
+    """What share of the work is quantized, and why the rest is not."""
+    lines = [
+        f"quantized, of the multiply-accumulates: weights {100 * coverage.weights:.1f} %, inputs "
+        f"{100 * coverage.inputs:.1f} %, both {100 * coverage.both:.1f} %"
+    ]
+    shown = list(coverage.in_float.items())[:MOST_REASONS]
+    lines += [f"  in float: {name}: {reason}" for name, reason in shown]
+    more = len(coverage.in_float) - len(shown)
+    return "\n".join([*lines, *([f"  and {more} more, in report.json"] if more else [])])
 
 
 def _median(values: Iterable[float | None]) -> float:

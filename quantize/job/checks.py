@@ -28,12 +28,17 @@ from quantize.progress import Progress
 from quantize.record import StageName
 from quantize.settings import Config
 from quantize.stages.budget import bits_left
-from quantize.stages.weights import check_kernels, check_unquantized, choices, free_layers
+from quantize.stages.sites import find_sites
+from quantize.stages.weights import (
+    check_kernels,
+    check_unquantized,
+    choices,
+    free_layers,
+    to_be_quantized,
+)
 from quantize.sweep.plan import Costs, micro_batch_size
 
 LATER_STAGES: tuple[StageName, ...] = ("renorm", "activations")
-MEASURED_TYPES = ("BatchNorm", "ReLU")
-"""Layers that a stage looks at."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,20 @@ class Checks:
         test = InferenceNet.of(self.net)
         feed = stage_feed(self.config, self.net, self._fed[0])
         flat = single_assignment(test.net)
-        measured = [at for at, layer in enumerate(flat.layer) if layer.type in MEASURED_TYPES]
+        sites: set[str] = set()
+        if "activations" in self._fed:
+            quantized = to_be_quantized(test.net, self.config.weights)
+            found = find_sites(test.net, test.inputs, quantized, self.config.activations)
+            sites = {site.blob for site in found}
+        measured = [
+            at
+            for at, layer in enumerate(flat.layer)
+            if sites.intersection(layer.top) or (layer.type == "BatchNorm" and "renorm" in self._fed)
+        ]
         if self.config.weights.budget is None:
             del flat.layer[max(measured, default=-1) + 1 :]
         if not flat.layer:
-            return "no BatchNorm and no ReLU: nothing has to be run"
+            return "no BatchNorm and no activation to quantize: nothing has to be run"
         with closing(self.open_engine(flat, self.weights(), feed.shapes)) as engine:
             engine.compile(0, len(flat.layer), [flat.layer[-1].top[0]])
             widest = Costs.of(engine.net, engine.shapes, list(engine.inputs), ()).widest

@@ -39,7 +39,8 @@ from quantize.caffenet import (
     load_weights,
     owners,
 )
-from quantize.caffenet.quantized import QUANTIZED_TYPES, correctable, with_alpha_terms
+from quantize.caffenet.quantized import QUANTIZED_TYPES, alpha_terms, correctable, with_alpha_terms
+from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
@@ -60,6 +61,7 @@ from quantize.record import (
     STAGES,
     ActivationsRecord,
     AnyStageRecord,
+    Coverage,
     Dependencies,
     RenormRecord,
     RunRecord,
@@ -70,10 +72,12 @@ from quantize.record import (
     WeightsRecord,
 )
 from quantize.settings import Config
-from quantize.stages.activations import activations_quan, plain_relus, with_act_quantize
+from quantize.stages.activations import activations_quan
 from quantize.stages.budget import keep_budget
+from quantize.stages.coverage import coverage
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision, renorm
+from quantize.stages.sites import find_sites
 from quantize.stages.weights import check_kernels, choices, unquantizable, weights_quan
 
 LIBRARIES = (
@@ -295,14 +299,12 @@ class Run:
         weights = self._read_result(self.files.renorm, "renorm")
         net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
         feed = self._activations_feed()
-        found = activations_quan(net, weights, feed, self.config.activations, self.open_engine, self.progress)
-        kept = [layer.name for layer in net.layer if layer.type == "ReLU"]
-        for name in sorted(set(kept) - set(plain_relus(net))):
-            self.progress.note(
-                f"activations: {name} is left alone: it has a negative slope or a field of a fork"
-            )
+        settings = self.config.activations
+        taken = [name for layer in self.net.layer for name in (layer.name, *layer.bottom, *layer.top)]
+        sites = find_sites(net, list(feed.shapes), alpha_terms(net), settings, taken)
+        found = activations_quan(net, weights, feed, sites, settings, self.open_engine, self.progress)
         if not found:
-            self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
+            self.progress.note("activations: the net has nothing to quantize")
         for activation in (a for a in found if a.dead):
             self.progress.note(f"activations: {activation.name} is dead: 0 on every calibration image")
         return ActivationsRecord(**begun.ended({}), images=len(feed), layers=found)
@@ -391,6 +393,7 @@ class Run:
                 prototxts=self._write_prototxts(self._prototxts(stages)),
                 caffe_test=caffe_test(self.net, self.config),
                 sizes=self._sizes(stages),
+                coverage=self._coverage(stages),
             )
         )
 
@@ -433,11 +436,25 @@ class Run:
             self._write_record(new)
         return new
 
-    def _prototxts(self, stages: Stages) -> dict[str, bytes]:
-        """The texts of the prototxts by name, for what the stages that have run have found."""
+    def _quantized_net(self, stages: Stages) -> NetParameter:
+        """The net with all its phases and with what the stages that have run have found."""
         net = with_alpha_terms(self.net, Weights.names(self.config.output / self._latest(stages)))
         if stages.activations is not None:
-            net = with_act_quantize(net, stages.activations.layers)
+            net = with_quantizers(net, stages.activations.layers)
+        return net
+
+    def _coverage(self, stages: Stages) -> Coverage | None:
+        shapes = input_shapes(self.config, self.net)
+        test = InferenceNet.of(self._quantized_net(stages))
+        if not shapes.keys() >= set(test.inputs):
+            return None
+        one = {blob: (1, *shape) for blob, shape in shapes.items()}
+        macs = infer_shapes(known_part(test.net, one), one).macs
+        return coverage(test.net, test.inputs, alpha_terms(test.net), macs)
+
+    def _prototxts(self, stages: Stages) -> dict[str, bytes]:
+        """The texts of the prototxts by name, for what the stages that have run have found."""
+        net = self._quantized_net(stages)
         shapes = input_shapes(self.config, self.net)
         nets = {self.files.val: validation_prototxt(net, self.config, shapes)}
         if shapes.keys() >= set(InferenceNet.of(net).inputs):

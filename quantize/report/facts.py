@@ -9,7 +9,7 @@ import numpy as np
 
 from quantize.arrays import Floats
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment, stored_statistics
-from quantize.caffenet.chains import LINEAR, followers
+from quantize.caffenet.chains import ACTIVATIONS, LINEAR, followers
 from quantize.caffenet.kernels import to_kernels
 from quantize.caffenet.quantized import QUANTIZED_TYPES, alpha_of
 from quantize.numerics.grids import make_grid
@@ -24,11 +24,11 @@ class Row:
     """One line of the layer table.
 
     Attributes:
-        name: the layer with weights; a BatchNorm or ReLU that belongs to none has a row of its own.
+        name: the layer with weights; a BatchNorm or what else is quantized behind none has a row of its own.
         weights: stage 1's record of it.
         output: output SQNR in decibels by version.
         norm: stage 2's record of its BatchNorm.
-        relu: stage 3's record of its ReLU.
+        activation: stage 3's record of what it makes.
         same_as: the layer whose weights it shares and that has the record of them, if any.
     """
 
@@ -36,7 +36,7 @@ class Row:
     weights: QuantizedLayer | None = None
     output: Mapping[str, float | None] = field(default_factory=dict)
     norm: BatchNormShift | None = None
-    relu: QuantizedActivation | None = None
+    activation: QuantizedActivation | None = None
     same_as: str | None = None
 
     @property
@@ -55,7 +55,7 @@ def rows_of(record: RunRecord, net: NetParameter) -> list[Row]:
     stages = record.stages
     quantized = {layer.name: layer for layer in stages.weights.layers} if stages.weights else {}
     norms = {layer.name: layer for layer in stages.renorm.layers} if stages.renorm else {}
-    relus = {layer.name: layer for layer in stages.activations.layers} if stages.activations else {}
+    activations = {a.behind: a for a in stages.activations.layers} if stages.activations else {}
     outputs = {layer.name: layer.sqnr_db for layer in record.output_sqnr.layers} if record.output_sqnr else {}
     same_as = {user: layer.name for layer in quantized.values() for user in layer.shared_by}
     flat = single_assignment(net)
@@ -66,14 +66,14 @@ def rows_of(record: RunRecord, net: NetParameter) -> list[Row]:
             continue
         behind: list[LayerParameter] = []
         if layer.type in QUANTIZED_TYPES:
-            behind = followers(flat, layer.name, LINEAR | {"ReLU"})
+            behind = followers(flat, layer.name, LINEAR | ACTIVATIONS)
         group = [layer.name, *(follower.name for follower in behind)]
         norm = next((norms[name] for name in group if name in norms), None)
-        relu = next((relus[name] for name in group if name in relus), None)
+        activation = next((activations[name] for name in reversed(group) if name in activations), None)
         weights = quantized.get(layer.name)
-        if weights or norm or relu or layer.name in same_as:
+        if weights or norm or activation or layer.name in same_as:
             output = outputs.get(layer.name, {})
-            rows.append(Row(layer.name, weights, output, norm, relu, same_as.get(layer.name)))
+            rows.append(Row(layer.name, weights, output, norm, activation, same_as.get(layer.name)))
             done.update(group)
     return rows
 

@@ -24,7 +24,7 @@ VERSIONS = (
 STAGE_TITLES = {
     "weights": "weights onto the grid",
     "renorm": "BatchNorm repaired",
-    "activations": "one step per ReLU",
+    "activations": "a step and codes for each activation",
 }
 IMAGES_FROM = {
     "validation": "images of data.validation",

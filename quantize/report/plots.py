@@ -185,13 +185,13 @@ def norm_scatters(plots: Sequence[NormPlot], worst: str | None) -> list[str]:
 
 
 def activation_histogram(record: QuantizedActivation) -> str:
-    """The positive outputs of a ReLU and the largest value that its codes reach."""
+    """The values of a site and how far its codes reach."""
     _import_quietly()
     from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Axes) -> None:
         counts = np.array(record.histogram, float)
-        edges = np.linspace(0, record.maximum, len(counts) + 1)
+        edges = np.linspace(record.minimum, record.maximum, len(counts) + 1)
         axes.stairs(np.maximum(counts, LOWEST), edges, baseline=LOWEST, fill=True, color=WEIGHTS)
         axes.set_yscale("log")
         axes.set_ylim(bottom=LOWEST)
@@ -199,17 +199,20 @@ def activation_histogram(record: QuantizedActivation) -> str:
         axes.axvline(clip, color=FINAL, linewidth=1.4)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         right = max(clip, record.maximum)
-        axes.set_xlim(0, right * 1.02)
-        side = "right" if clip > right / 2 else "left"
+        left = min(-clip, record.minimum) if record.signed else 0
+        axes.set_xlim(left * 1.02, right * 1.02)
+        if record.signed:
+            axes.axvline(-clip, color=FINAL, linewidth=1.4)
+        side = "right" if clip > (left + right) / 2 else "left"
         text = f" clips at {clip:.3g} "
         axes.text(clip, 0.97, text, ha=side, va="top", transform=axes.get_xaxis_transform(), color=FINAL)
         axes.set_yticks([])
         axes.minorticks_off()
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel("output (log count)")
+        axes.set_xlabel("value (log count)")
         axes.set_title(shortened(record.name))
 
-    return _svg(draw, SMALL, f"Histogram of the outputs of {record.name} with its clip point")
+    return _svg(draw, SMALL, f"Histogram of the values of {record.name} with how far its codes reach")
 
 
 def shortened(name: str) -> str:

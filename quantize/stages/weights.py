@@ -22,7 +22,7 @@ from quantize.caffenet import (
     foreign_fields,
     sharers,
 )
-from quantize.caffenet.kernels import outputs, to_kernels
+from quantize.caffenet.kernels import are_kernels, outputs, to_kernels
 from quantize.caffenet.quantized import (
     QUANTIZED_TYPES,
     alpha_terms,
@@ -156,6 +156,16 @@ def _override(users: Iterable[str], settings: WeightSettings) -> LayerChoice | N
     return given[0][1] if given else None
 
 
+def to_be_quantized(net: NetParameter, settings: WeightSettings) -> set[str]:
+    """The layers whose weights the settings have quantized.
+
+    Args:
+        net: the inference net.
+    """
+    users = weight_users(net)
+    return {user for name in choices(net, settings) for user in users[name]}
+
+
 def check_unquantized(net: NetParameter) -> None:
     """Check that a net is not one that stage 1 has written.
 
@@ -188,8 +198,7 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
             raise InputError(f"{where} {no_weights(name)}")
         blobs = weights[name]
         kernels = outputs(layer)
-        size = blobs[0].size
-        if kernels < 1 or not size or size % kernels or any(bias.size != kernels for bias in blobs[1:]):
+        if not are_kernels(layer, blobs[0].shape) or any(bias.size != kernels for bias in blobs[1:]):
             shapes = ", ".join(str(blob.shape) for blob in blobs)
             raise InputError(
                 f"{where}: its blobs in the caffemodel have the shapes {shapes}, which are not weights and "

@@ -21,8 +21,8 @@ from quantize.caffenet import fork as fork_module
 from quantize.data.feed import Feed
 from quantize.errors import InputError
 from quantize.settings import WeightSettings
-from quantize.stages.activations import plain_relus
 from quantize.stages.renorm import renorm
+from quantize.stages.sites import plain_relus
 from quantize.stages.weights import choices
 
 pytest.importorskip("grpc_tools")

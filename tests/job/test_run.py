@@ -18,6 +18,7 @@ from quantize.job.output import OutputFolder
 from quantize.job.run import Run
 from quantize.progress import Progress
 from quantize.record import RunRecord
+from quantize.settings import ActivationSettings
 from tests.conftest import Job
 
 FILES = {
@@ -56,7 +57,8 @@ def test_the_files_and_what_is_in_them(job: Job) -> None:
     deploy = read_prototxt(job.out / "residual_deploy.prototxt")
     final = Weights.read(job.out / "residual_renorm.caffemodel")
     assert [layer.type for layer in InferenceNet.of(val).net.layer].count("ActQuantize") == 4
-    assert not any(layer.type == "ReLU" for layer in val.layer)
+    # What the last ReLU makes is averaged before a quantized layer reads it.
+    assert [layer.name for layer in val.layer if layer.type == "ReLU"] == ["relu_sum"]
     test_data = next(layer for layer in val.layer if layer.include and layer.include[0].phase == 1)
     assert test_data.data_param.source == str(job.folder / "test_lmdb")
     assert test_data.data_param.batch_size == 5
@@ -249,12 +251,29 @@ def test_dead_relus_and_negative_slopes_are_reported(job: Job) -> None:
     os.replace(job.folder / "new.caffemodel", job.folder / "net.caffemodel")
     notes = Notes()
     record = Run(job.config(), notes).quantize()
-    assert any("relu_sum is left alone" in note for note in notes.notes)
     assert any("relu1 is dead" in note for note in notes.notes)
     assert record.stages.activations is not None
-    steps = {layer.name: layer.step for layer in record.stages.activations.layers}
-    assert "relu_sum" not in steps
-    assert steps["relu1"] > 0
+    found = {layer.name: layer for layer in record.stages.activations.layers}
+    assert found.keys() == {"relu1", "relu_right_a", "pool_quantized", "relu_fc1"}
+    assert found["relu1"].step > 0
+    assert (found["pool_quantized"].behind, found["pool_quantized"].signed) == ("pool", True)
+    assert found["pool_quantized"].minimum < 0 < found["pool_quantized"].maximum
+
+
+def test_the_shares_of_the_work_are_in_the_record(job: Job) -> None:
+    record = Run(job.config()).quantize(("weights",))
+    assert record.coverage is not None
+    assert (record.coverage.weights, record.coverage.inputs, record.coverage.both) == (1, 0, 0)
+    record = Run(job.config()).quantize(("renorm", "activations"))
+    assert record.coverage is not None
+    assert record.coverage.in_float == {"conv1": "reads the net's input data (activations.input)"}
+    first = 9 * 9 * 6 * 27
+    assert record.coverage.both == pytest.approx(1 - first / record.coverage.macs)
+    config = job.config().model_copy(update={"activations": ActivationSettings(input=True)})
+    record = Run(config).quantize(("activations",))
+    assert record.coverage is not None
+    assert record.coverage.both == 1
+    assert not record.coverage.in_float
 
 
 def test_every_layer_skipped_is_questioned(job: Job) -> None:

@@ -323,7 +323,10 @@ def test_a_large_network_has_a_small_page() -> None:
             model.add(norm, [mean.astype(np.float32), variance.astype(np.float32), np.ones(1, np.float32)])
     shifts = [BatchNormShift(norm.name, 64, 10**6, 0.1, 0.9) for norm in norms]
     bars = list(range(48, 0, -1))
-    steps = [QuantizedActivation(r.name, 0.1, 127, 0.0, 14.0, 40.0, False, bars) for r in relus]
+    steps = [
+        QuantizedActivation(r.name, 0.1, 127, False, [], r.name, 0.0, 0.0, 14.0, 40.0, False, bars)
+        for r in relus
+    ]
     record = a_record(
         None,
         weights=WeightsRecord(**RAN, layers=weights, skipped=[], kept={}, doubtful=[]),
@@ -376,7 +379,7 @@ def paired(images: int) -> RenormRecord:
 
 
 def stepped(clipped: float = 1e-4, dead: bool = False) -> ActivationsRecord:
-    relu = QuantizedActivation("relu", 0.1, 127, clipped, 14.0, 40.0, dead)
+    relu = QuantizedActivation("relu", 0.1, 127, False, [], "relu", clipped, 0.0, 14.0, 40.0, dead)
     return ActivationsRecord(**RAN, images=400, layers=[relu])
 
 

@@ -18,13 +18,13 @@ from onnx import TensorProto, helper
 
 from quantize.arrays import FloatArray, Shape
 from quantize.caffenet import LayerParameter, PoolingParameter
+from quantize.caffenet.quantized import DEFAULT_LEVELS
+from quantize.caffenet.quantizers import MOST_SIGNED_LEVELS
 from quantize.caffenet.shape_rules import canonical_axis, convolution_window, height_and_width, spp_pooling
 from quantize.engines.onnx.graph import Graph
 
-DEFAULT_LEVELS = 127
-"""The largest code of ActQuantize where threshold_param says nothing."""
 MOST_LEVELS = 255
-MOST_SIGNED_LEVELS = 127
+"""The largest code that an ActQuantize layer may have."""
 
 LOWEST = float(np.finfo(np.float32).min)
 """What Caffe's maximum pooling makes of a window without pixels."""
