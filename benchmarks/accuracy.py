@@ -16,17 +16,19 @@ import click
 import numpy as np
 
 from quantize.caffenet import InferenceNet, NetParameter, Weights
+from quantize.caffenet.quantized import with_alpha_terms
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.job.feeds import calibration_feed, read_model_prototxt, validation_feed
 from quantize.measure.evaluate import Candidate, evaluate
+from quantize.measure.outputs import net_outputs
 from quantize.record import Closeness
 from quantize.settings import ActivationSettings, Config, StatisticsName, WeightSettings
 from quantize.stages.activations import activations_quan, with_act_quantize
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision, renorm
-from quantize.stages.weights import choices, weights_quan, with_alpha_terms
+from quantize.stages.weights import choices, weights_quan
 
 SOLVERS = {
     "published": ("reference", "reference"),
@@ -80,8 +82,7 @@ class Subject:
 
     def candidate(self, net: NetParameter, weights: Weights) -> Candidate:
         """A net for `evaluate`."""
-        inference = InferenceNet.of(net)
-        return Candidate(inference.net, weights, inference.scores)
+        return Candidate(InferenceNet.of(net).net, weights)
 
 
 def row(subject: Subject, setting: str, grid: str, subsets: int, count: int) -> str:
@@ -104,13 +105,13 @@ def row(subject: Subject, setting: str, grid: str, subsets: int, count: int) -> 
             start = time.monotonic()
             candidates[solver] = subject.quantized(solver, settings, numbers)
             seconds += (time.monotonic() - start) / subsets if solver == "data_aware" else 0
-        found = evaluate(candidates, subject.validation, subject.open_engine)
+        found = evaluate(candidates, net_outputs(subject.net), subject.validation, subject.open_engine)
         for name in top1:
             top1[name].append(found.accuracy[name].top1 or 0.0)
         for name in close:
             close[name].append(found.closeness[name])
     cells = [mean_and_spread(top1[name]) for name in SOLVERS]
-    cells += [mean_and_spread([c.agreement for c in close[name]]) for name in SOLVERS]
+    cells += [mean_and_spread([c.agreement or 0.0 for c in close[name]]) for name in SOLVERS]
     fp32 = f"{np.mean(top1['fp32']):.2f}"
     return f"| {' | '.join([subject.config.name, grid, setting, fp32, *cells, f'{seconds:.0f} s'])} |"
 

@@ -19,6 +19,7 @@ import onnxruntime
 from benchmarks.measure import Measurement, in_new_process, measured, spread
 from benchmarks.models import INPUT, fitted_weights, make_images, read_net
 from quantize.caffenet import TEST, TRAIN, InferenceNet, Weights, needed_layers
+from quantize.caffenet.quantized import with_alpha_terms
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import open_source
@@ -28,10 +29,11 @@ from quantize.engines.onnx.engine import OnnxEngine, Translation
 from quantize.engines.onnx.graph import Graph
 from quantize.host import available_threads
 from quantize.measure.evaluate import Candidate, evaluate
+from quantize.measure.outputs import net_outputs
 from quantize.settings import ActivationSettings, CaffeProcess, WeightSettings
 from quantize.stages.activations import activations_quan
 from quantize.stages.renorm import renorm
-from quantize.stages.weights import choices, weights_quan, with_alpha_terms
+from quantize.stages.weights import choices, weights_quan
 
 PLAIN_BATCHES = (1, 4, 8, 16, 32)
 TRIAL_IMAGES = 64
@@ -130,7 +132,7 @@ def stage(setting: Setting, row: Row) -> Measurement:
         elif row.stage == "activations":
             activations_quan(test.net, weights, feed, ActivationSettings(), opener)
         else:
-            evaluate({"fp32": Candidate(test.net, weights, test.scores)}, feed, opener)
+            evaluate({"fp32": Candidate(test.net, weights)}, net_outputs(net), feed, opener)
     return found
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from quantize import __version__
-from quantize.errors import LabelfreeError
+from quantize.errors import InputError, LabelfreeError
 
 if TYPE_CHECKING:
     from quantize.progress import Progress
@@ -25,16 +27,81 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 INTERRUPTED = 130
 PATH = click.Path(path_type=Path)
+FILE = click.Path()
+"""A path as text: the configuration expands and checks it. The type has the shell complete it."""
 QUALITIES = {"fast": "optimal", "best": "data_aware"}
 """weights.solver by --quality."""
+STAGE_COMMANDS: dict[StageName, str] = {
+    "weights": "weights-quan",
+    "renorm": "renorm",
+    "activations": "activations-quan",
+}
+LONGEST_SUMMARY = 1000
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@dataclass
+class Loudness:
+    """What -q and -v say, wherever on the command line they stand."""
+
+    quiet: bool = False
+    verbose: bool = False
+
+
+def be_quiet(context: click.Context, _: click.Parameter, value: bool) -> None:
+    """``-q``."""
+    context.obj.quiet |= value
+
+
+def be_verbose(context: click.Context, _: click.Parameter, value: bool) -> None:
+    """``-v``: warnings, which are for programmers, are shown too."""
+    context.obj.verbose |= value
+    if value and not sys.warnoptions:
+        warnings.simplefilter("default")
+
+
+def loudness_options() -> list[click.Option]:
+    """Options that the group and every command have."""
+    quiet, verbose = ("--quiet", "-q"), ("--verbose", "-v")
+    common: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False}
+    return [
+        click.Option(quiet, callback=be_quiet, help="No progress, only results and errors.", **common),
+        click.Option(verbose, callback=be_verbose, help="Show the traceback of an error.", **common),
+    ]
+
+
+class Commands(click.Group):
+    """Commands in the order in which they are written down here, with whole summaries."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.params += loudness_options()
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command; it gets the options that all have."""
+        cmd.params += loudness_options()
+        super().add_command(cmd, name)
+
+    def list_commands(self, _: click.Context) -> list[str]:
+        """The names in the order of their definition, which is that of their use."""
+        return list(self.commands)
+
+    def format_commands(self, _: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands' first sentences, wrapped and not cut."""
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [
+                    (name, command.get_short_help_str(LONGEST_SUMMARY))
+                    for name, command in self.commands.items()
+                ]
+            )
+
+
+@click.group(
+    cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="labelfree")
-@click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
-@click.option("--verbose", "-v", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
-def cli(context: click.Context, quiet: bool, verbose: bool) -> None:
+def cli(context: click.Context) -> None:
     """Compress a trained Caffe network to 4-bit weights and 8-bit activations without labels.
 
     \b
@@ -45,10 +112,30 @@ def cli(context: click.Context, quiet: bool, verbose: bool) -> None:
       labelfree quantize --prototxt net.prototxt --weights net.caffemodel \\
                          --calibration photos/ --output out/
     """
-    context.obj = {"quiet": quiet, "verbose": verbose}
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
-def parse_shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> Any:
+THREADS = click.option(
+    "--threads", "-j", type=click.IntRange(1), help="Processors to use; default: what this process may use."
+)
+
+
+def complete_key(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The keys of the configuration, for the shell."""
+    from quantize.commands.config import keys
+
+    return [CompletionItem(f"{key}=") for key in keys() if key.startswith(incomplete)]
+
+
+def complete_stages(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of stages behind those that stand there, separated by commas, for the shell."""
+    *given, last = incomplete.split(",")
+    left = [stage for stage in STAGE_COMMANDS if stage not in given and stage.startswith(last)]
+    return [CompletionItem(",".join([*given, stage])) for stage in left]
+
+
+def parse_shapes(values: tuple[str, ...]) -> Any:
     """``3,224,224``, or several such as ``im_info=3``, as the key data.input_shape."""
     from quantize.settings import parse_shape
 
@@ -58,9 +145,10 @@ def parse_shapes(_: click.Context, __: click.Parameter, values: tuple[str, ...])
         try:
             found[name] = parse_shape(text)
         except ValueError as error:
-            raise click.BadParameter(f"{value}: {error}") from None
+            raise click.BadParameter(f"{value}: {error}", param_hint="'--shape'") from None
     if "" in found and len(found) > 1:
-        raise click.BadParameter("name the input of each, as in --shape data=3,224,224 --shape im_info=3")
+        several = "name the input of each, as in --shape data=3,224,224 --shape im_info=3"
+        raise click.BadParameter(several, param_hint="'--shape'")
     return found.get("", found or None)
 
 
@@ -69,7 +157,6 @@ SHAPE = click.option(
     "shapes",
     multiple=True,
     metavar="[INPUT=]C,H,W",
-    callback=parse_shapes,
     help="Of one image in an input, where the prototxt does not say it (data.input_shape).",
 )
 STATE = (
@@ -82,21 +169,28 @@ def config_options(command: Command) -> Command:
     """The options that every command with a configuration has."""
     options = [
         click.option("--config", "-c", "path", type=PATH, help="The YAML file."),
-        click.option("--prototxt", help="The network's layers (model.prototxt)."),
-        click.option("--weights", help="The network's blobs, a caffemodel (model.weights)."),
-        click.option("--calibration", help="LMDB, image folder or list file (data.calibration.source)."),
-        click.option("--validation", help="The same with labels (data.validation.source)."),
-        click.option("--output", "-o", help="Folder for the results."),
+        click.option("--prototxt", type=FILE, help="The network's layers (model.prototxt)."),
+        click.option("--weights", type=FILE, help="The network's blobs, a caffemodel (model.weights)."),
+        click.option(
+            "--calibration", type=FILE, help="LMDB, image folder or list file (data.calibration.source)."
+        ),
+        click.option("--validation", type=FILE, help="The same with labels (data.validation.source)."),
+        click.option("--output", "-o", type=FILE, help="Folder for the results."),
         SHAPE,
         click.option("--engine", type=click.Choice(["auto", "onnx", "caffe"]), help="What runs the network."),
-        click.option("--threads", type=click.IntRange(1), help="Default: what this process may use."),
+        THREADS,
         click.option(
             "--quality",
             type=click.Choice(list(QUALITIES)),
             help="fast: weights.solver optimal, no images; best: data_aware.",
         ),
         click.option(
-            "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="As in --set weights.bits=3."
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="KEY=VALUE",
+            shell_complete=complete_key,
+            help="As in --set weights.bits=3.",
         ),
     ]
     for option in reversed(options):
@@ -106,21 +200,27 @@ def config_options(command: Command) -> Command:
 
 def read_config(given: dict[str, Any]) -> Config:
     """The configuration from the options of `config_options`."""
-    from quantize.commands.config import load
+    from quantize.commands.config import OPTIONS, load
 
-    keys = {
-        "prototxt": "model.prototxt",
-        "weights": "model.weights",
-        "calibration": "data.calibration.source",
-        "validation": "data.validation.source",
-        "output": "output",
-        "engine": "engine",
-        "threads": "threads",
-    }
-    options = {key: given[name] for name, key in keys.items()}
-    options["data.input_shape"] = given["shapes"]
+    if not any(given.values()):
+        raise InputError(
+            "what is to be done? give --config FILE, or --prototxt, --weights, --calibration and --output"
+        )
+    options = {key: given[option.removeprefix("--")] for key, option in OPTIONS.items()}
+    options["data.input_shape"] = parse_shapes(given["shapes"])
     options["weights.solver"] = QUALITIES.get(given["quality"])
     return load(given["path"], options, given["assignments"])
+
+
+def command_line(command: str, given: dict[str, Any]) -> str:
+    """A command with the options of `config_options` that the present one was given."""
+    words = ["labelfree", command]
+    for parameter in click.get_current_context().command.params:
+        value = given.get(str(parameter.name))
+        for part in value if isinstance(value, tuple) else [value]:
+            if part is not None:
+                words += [parameter.opts[0], str(part)]
+    return shlex.join(words)
 
 
 def read_config_of_results(given: dict[str, Any]) -> Config:
@@ -136,13 +236,13 @@ def read_config_of_results(given: dict[str, Any]) -> Config:
 @contextmanager
 def showing_progress() -> Iterator[Progress]:
     """Bars on a terminal, lines elsewhere, nothing with --quiet."""
-    from quantize.commands.terminal import Bars, Lines
+    from quantize.commands.terminal import Bars, Lines, is_wide
     from quantize.progress import Progress
 
-    if click.get_current_context().obj["quiet"]:
+    if click.get_current_context().obj.quiet:
         yield Progress()
         return
-    lines = Bars() if sys.stderr.isatty() else Lines()
+    lines = Bars() if is_wide(sys.stderr) else Lines()
     try:
         yield lines
     finally:
@@ -163,17 +263,28 @@ def run_stages(
         return
     from quantize.commands.summary import print_summary
 
-    print_summary(record, config)
+    left = [command for stage, command in STAGE_COMMANDS.items() if stage not in record.stages.done]
+    following = command_line(left[0] if left else "evaluate", given)
+    if not left and config.data.calibration is None and config.data.validation is None:
+        following += " --validation IMAGES"
+    print_summary(record, config, following)
 
 
 def parse_stages(_: click.Context, __: click.Parameter, value: str) -> tuple[StageName, ...]:
     """``--stages renorm,activations`` as names of stages."""
-    known: tuple[StageName, ...] = ("weights", "renorm", "activations")
     names = tuple(name.strip() for name in value.split(","))
     for name in names:
-        if name not in known:
-            raise click.BadParameter(f"{name!r} is not a stage; these are: {', '.join(known)}")
-    return tuple(stage for stage in known if stage in names)
+        if name not in STAGE_COMMANDS:
+            raise click.BadParameter(f"{name!r} is not a stage; these are: {', '.join(STAGE_COMMANDS)}")
+    return tuple(stage for stage in STAGE_COMMANDS if stage in names)
+
+
+def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """``--resize 256x320`` as height and width."""
+    found = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", value or "")
+    if value is not None and found is None:
+        raise click.BadParameter(f"{value!r} is not HEIGHTxWIDTH, as in 256x256")
+    return (int(found[1]), int(found[2])) if found else None
 
 
 RESUME = click.option("--resume", is_flag=True, help="Skip stages whose results fit inputs and settings.")
@@ -188,18 +299,201 @@ FORCE = click.option("--force", is_flag=True, help="Do every stage again, also w
     default="weights,renorm,activations",
     show_default=True,
     callback=parse_stages,
+    shell_complete=complete_stages,
     help="Which stages to run, separated by commas.",
 )
 @RESUME
 @FORCE
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the content of report.json.")
 def quantize(stages: tuple[StageName, ...], resume: bool, force: bool, as_json: bool, **given: Any) -> None:
-    """Run the stages: weights_quan -> renorm -> activations_quan.
+    """Quantize a network: its weights, its BatchNorm statistics (renorm) and its activations.
 
     Writes NAME_quantized.caffemodel, NAME_renorm.caffemodel (the final weights), NAME_val.prototxt (for
     `caffe test`), NAME_deploy.prototxt, report.json and report.html into the output folder.
     """
     run_stages(given, stages, resume, force, as_json)
+
+
+@cli.command()
+@config_options
+@click.option("--images", type=click.IntRange(1), help="Use the first so many images (default: all).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
+    """Measure full precision and quantized: top-1, top-5 (with labels), agreement, divergence.
+
+    Without validation images these are calibration images that no stage has used, where there are any. The
+    result is added to report.json and report.html.
+    """
+    config = read_config_of_results(given)
+    from quantize.commands.evaluation import evaluation_json, evaluation_text
+    from quantize.job.evaluation import evaluate_run
+
+    with showing_progress() as progress:
+        found = evaluate_run(config, images, progress)
+    if as_json:
+        click.echo(evaluation_json(found))
+    else:
+        click.echo(evaluation_text(found))
+
+
+@cli.command()
+@click.argument("outputs", nargs=-1, type=PATH, metavar="OUT1 OUT2 ...")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def compare(outputs: tuple[Path, ...], as_json: bool) -> None:
+    """Show several results side by side: size, accuracy, agreement, and the settings that differ.
+
+    OUT1, OUT2 and so on are output folders of `labelfree quantize`, best after `labelfree evaluate`. On the
+    same images, differences of accuracy are tested against chance (McNemar).
+    """
+    from quantize.commands.compare import compare_json, compare_text, read_results
+
+    results = read_results(outputs)
+    click.echo(compare_json(results) if as_json else compare_text(results))
+
+
+@cli.command()
+@config_options
+@click.option("--evaluate", "evaluating", is_flag=True, help="Evaluate first, also without renorm.")
+@click.option("--images", type=click.IntRange(1), help="For --evaluate: the first so many (default: all).")
+def report(evaluating: bool, images: int | None, **given: Any) -> None:
+    """Write report.html again from what is in the output folder."""
+    config = read_config_of_results(given)
+    from quantize.job.evaluation import evaluate_run, report_run
+
+    if evaluating:
+        from quantize.commands.evaluation import evaluation_text
+
+        with showing_progress() as progress:
+            found = evaluate_run(config, images, progress, without_renorm=True)
+        click.echo(evaluation_text(found))
+    click.echo(f"wrote {report_run(config)}")
+
+
+@cli.command()
+@click.option("--prototxt", type=PATH, required=True, help="The network's layers.")
+@click.option("--weights", type=PATH, required=True, help="The network's blobs (caffemodel).")
+@click.option("--calibration", type=PATH, required=True, help="LMDB, image folder or list file.")
+@SHAPE
+@CAFFE_PROTO
+@STATE[0]
+@STATE[1]
+@click.option("--config", "-c", "path", type=PATH, help="The YAML file to write (default: NAME.yaml).")
+@click.option("--force", is_flag=True, help="Overwrite it.")
+def init(
+    prototxt: Path,
+    weights: Path,
+    calibration: Path,
+    shapes: tuple[str, ...],
+    caffe_proto: Path | None,
+    stages: tuple[str, ...],
+    level: int,
+    path: Path | None,
+    force: bool,
+) -> None:
+    """Write a commented configuration for a network; guesses are said, nothing is asked."""
+    from quantize.commands.init import write_initial
+    from quantize.settings import ModelFiles
+
+    model = ModelFiles(
+        prototxt=prototxt, weights=weights, caffe_proto=caffe_proto, stages=list(stages), level=level
+    )
+    written, guesses = write_initial(model, calibration, path, force, parse_shapes(shapes))
+    for guess in guesses:
+        click.echo(f"guessed: {guess}")
+    click.echo(f"wrote {written}; next: labelfree quantize --config {written}")
+
+
+@cli.command()
+@config_options
+def doctor(**given: Any) -> None:
+    """Check what works here, and with a configuration its files; exit code 0 or 1."""
+    config = read_config(given) if any(given.values()) else None
+    from quantize.commands.doctor import examine
+
+    process = config.caffe if config is not None and config.engine == "caffe" else None
+    well = True
+    for check in examine(config, process, given["path"] is None):
+        well = well and check.state != "FAIL"
+        click.echo(f"{check.state:<4}  {check.what:<24} {check.seen}")
+    if not well:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("prototxt", type=PATH)
+@click.argument("weights", type=PATH, required=False)
+@SHAPE
+@CAFFE_PROTO
+@STATE[0]
+@STATE[1]
+@click.option("--plan", "show_plan", is_flag=True, help="Show how renorm would go through the net.")
+@click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="For --plan.")
+@click.option("--memory", default="2GiB", show_default=True, help="For --plan: renorm.memory.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(
+    prototxt: Path,
+    weights: Path | None,
+    shapes: tuple[str, ...],
+    caffe_proto: Path | None,
+    stages: tuple[str, ...],
+    level: int,
+    show_plan: bool,
+    images: int,
+    memory: str,
+    as_json: bool,
+) -> None:
+    """Show layers, shapes, parameters, multiply-accumulates and what would be quantized."""
+    from quantize.commands import inspect as inspection
+
+    found = inspection.Inspection.of(prototxt, weights, parse_shapes(shapes), caffe_proto, stages, level)
+    for note in found.notes:
+        click.echo(f"note: {note}", err=True)
+    if show_plan:
+        click.echo(inspection.plan_text(found, images, memory, as_json))
+    else:
+        click.echo(inspection.layers_text(found, as_json))
+
+
+@cli.command("make-lmdb")
+@click.argument("images", type=PATH)
+@click.argument("lmdb", type=PATH)
+@click.option("--resize", metavar="HxW", callback=parse_size, help="Resize to this height and width.")
+@click.option("--resize-short", type=click.IntRange(1), help="Resize the shorter side to this.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many images.")
+@click.option("--shuffle", is_flag=True, help="In random order (before --limit).")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order.")
+@click.option("--jpeg-quality", type=click.IntRange(1, 100), help="Store JPEGs instead of raw pixels.")
+@THREADS
+@click.option("--force", is_flag=True, help="Replace an LMDB that is there.")
+def make_lmdb_command(images: Path, lmdb: Path, **options: Any) -> None:
+    """Make an LMDB of Datums from an image folder or a list file; Caffe reads it too.
+
+    Labels are those of the list, or a folder's subfolders.
+    """
+    from quantize.data.make_lmdb import make_lmdb
+
+    with showing_progress() as progress:
+        report = make_lmdb(images, lmdb, progress=progress, **options)
+    click.echo(
+        f"wrote {report.written} images, {report.labeled} of them labeled, to {lmdb}; "
+        f"{len(report.unreadable)} unreadable"
+    )
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=PATH)
+@click.option("--remove", is_flag=True, help="Take the files out again.")
+@click.option("--force", is_flag=True, help="Replace or remove files that differ from ours, too.")
+def layers(folder: Path, remove: bool, force: bool) -> None:
+    """Put the ActQuantize layer's sources into a Caffe source tree, or write them to a new folder.
+
+    In a source tree Caffe's own build takes them up; a folder gets a Makefile that builds a plug-in for an
+    installed Caffe.
+    """
+    from quantize.commands.layers import put_layers, remove_layers
+
+    for line in (remove_layers if remove else put_layers)(folder, force):
+        click.echo(line)
 
 
 @cli.command("weights-quan")
@@ -229,193 +523,47 @@ def activations_quan(resume: bool, force: bool, **given: Any) -> None:
     run_stages(given, ("activations",), resume, force)
 
 
-@cli.command()
-@config_options
-@click.option("--images", type=click.IntRange(1), help="Use the first so many images (default: all).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
-    """Measure full precision and quantized: top-1, top-5 (with labels), agreement, divergence.
-
-    Without validation images these are calibration images that no stage has used, where there are any. The
-    result is added to report.json and report.html.
-    """
-    config = read_config_of_results(given)
-    from quantize.commands.summary import evaluation_table
-    from quantize.job.evaluation import evaluate_run
-
-    with showing_progress() as progress:
-        found = evaluate_run(config, images, progress)
-    if as_json:
-        accuracy = {name: asdict(each) for name, each in found.accuracy.items()}
-        click.echo(json.dumps({"images": found.images, **accuracy, "agreement": found.agreement}))
-    else:
-        click.echo(evaluation_table(found))
-
-
-@cli.command()
-@config_options
-@click.option("--evaluate", "evaluating", is_flag=True, help="Evaluate first, also without renorm.")
-@click.option("--images", type=click.IntRange(1), help="For --evaluate: the first so many (default: all).")
-def report(evaluating: bool, images: int | None, **given: Any) -> None:
-    """Write report.html again from what is in the output folder."""
-    config = read_config_of_results(given)
-    from quantize.job.evaluation import evaluate_run, report_run
-
-    if evaluating:
-        from quantize.commands.summary import evaluation_table
-
-        with showing_progress() as progress:
-            found = evaluate_run(config, images, progress, without_renorm=True)
-        click.echo(evaluation_table(found))
-    click.echo(f"wrote {report_run(config)}")
-
-
-@cli.command()
-@click.argument("prototxt", type=PATH)
-@click.argument("weights", type=PATH, required=False)
-@SHAPE
-@CAFFE_PROTO
-@STATE[0]
-@STATE[1]
-@click.option("--plan", "show_plan", is_flag=True, help="Show how renorm would go through the net.")
-@click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="For --plan.")
-@click.option("--memory", default="2GiB", show_default=True, help="For --plan: renorm.memory.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(
-    prototxt: Path,
-    weights: Path | None,
-    shapes: Any,
-    caffe_proto: Path | None,
-    stages: tuple[str, ...],
-    level: int,
-    show_plan: bool,
-    images: int,
-    memory: str,
-    as_json: bool,
-) -> None:
-    """Show layers, shapes, parameters, multiply-accumulates and what would be quantized."""
-    from quantize.commands import inspect as inspection
-
-    found = inspection.Inspection.of(prototxt, weights, shapes, caffe_proto, stages, level)
-    for note in found.notes:
-        click.echo(f"note: {note}", err=True)
-    if show_plan:
-        click.echo(inspection.plan_text(found, images, memory, as_json))
-    else:
-        click.echo(inspection.layers_text(found, as_json))
-
-
-@cli.command()
-@click.option("--prototxt", type=PATH, required=True, help="The network's layers.")
-@click.option("--weights", type=PATH, required=True, help="The network's blobs (caffemodel).")
-@click.option("--calibration", type=PATH, required=True, help="LMDB, image folder or list file.")
-@SHAPE
-@CAFFE_PROTO
-@STATE[0]
-@STATE[1]
-@click.option("--config", "-c", "path", type=PATH, help="The YAML file to write (default: NAME.yaml).")
-@click.option("--force", is_flag=True, help="Overwrite it.")
-def init(
-    prototxt: Path,
-    weights: Path,
-    calibration: Path,
-    shapes: Any,
-    caffe_proto: Path | None,
-    stages: tuple[str, ...],
-    level: int,
-    path: Path | None,
-    force: bool,
-) -> None:
-    """Write a commented configuration for a network; guesses are said, nothing is asked."""
-    from quantize.commands.init import write_initial
-    from quantize.settings import ModelFiles
-
-    model = ModelFiles(
-        prototxt=prototxt, weights=weights, caffe_proto=caffe_proto, stages=list(stages), level=level
-    )
-    written, guesses = write_initial(model, calibration, path, force, shapes)
-    for guess in guesses:
-        click.echo(f"guessed: {guess}")
-    click.echo(f"wrote {written}; next: labelfree quantize --config {written}")
-
-
-@cli.command("make-lmdb")
-@click.argument("images", type=PATH)
-@click.argument("lmdb", type=PATH)
-@click.option("--resize-short", type=click.IntRange(1), help="Resize the shorter side to this.")
-@click.option("--limit", type=click.IntRange(1), help="At most so many images.")
-@click.option("--shuffle", is_flag=True, help="In random order (before --limit).")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the order.")
-@click.option("--jpeg-quality", type=click.IntRange(1, 100), help="Store JPEGs instead of raw pixels.")
-@click.option("--threads", type=click.IntRange(1), help="Default: what this process may use.")
-@click.option("--force", is_flag=True, help="Replace an LMDB that is there.")
-def make_lmdb_command(images: Path, lmdb: Path, threads: int | None, **options: Any) -> None:
-    """Make an LMDB of Datums from an image folder or a list file; Caffe reads it too."""
-    from quantize.data.make_lmdb import make_lmdb
-    from quantize.host import available_threads
-
-    with showing_progress() as progress:
-        report = make_lmdb(
-            images,
-            lmdb,
-            threads=threads or available_threads(),
-            on_unreadable=lambda image: progress.note(f"left out: {image.reason}"),
-            **options,
-        )
-    click.echo(f"wrote {report.written} images to {lmdb}, {len(report.unreadable)} unreadable")
-
-
-@cli.command()
-@config_options
-def doctor(**given: Any) -> None:
-    """Check what works here: libraries, engines, and with a configuration its files; exit code 0 or 1."""
-    asked = any(value for value in given.values())
-    config = read_config(given) if asked else None
-    from quantize.commands.doctor import examine
-
-    process = config.caffe if config is not None and config.engine == "caffe" else None
-    well = True
-    for check in examine(config, process, given["path"] is None):
-        well = well and check.state != "FAIL"
-        click.echo(f"{check.state:<4}  {check.what:<24} {check.seen}")
-    if not well:
-        sys.exit(1)
-
-
 def main() -> None:
     """Run a command; every way it can end is an exit code and at most one line."""
-    verbose = any(argument in ("-v", "--verbose") for argument in sys.argv[1:])
-    if not verbose and not sys.warnoptions:
+    loudness = Loudness()
+    if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they are for programmers; what matters to users is checked and said
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="labelfree", standalone_mode=False, obj=loudness)
         sys.stdout.flush()
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        fail(usage_text(error), 2)
     except (KeyboardInterrupt, click.Abort):
         fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except LabelfreeError as error:
-        if verbose:
+        if loudness.verbose:
             raise
         fail(str(error), error.exit_code)
     except MemoryError:
-        if verbose:
+        if loudness.verbose:
             raise
         fail("out of memory; lower renorm.memory or use a machine with more", 1)
     except OSError as error:  # files that vanished after they were checked, failing disks
-        if verbose:
+        if loudness.verbose:
             raise
         fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except Exception as error:
-        if verbose:
+        if loudness.verbose:
             raise
         fail(f"unexpected {type(error).__name__}: {error}; run again with --verbose and report it", 1)
+
+
+def usage_text(error: click.ClickException) -> str:
+    """Click's words as one of our lines."""
+    message = error.format_message().rstrip(".")
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    where = context.command_path if context is not None else "labelfree"
+    return f"{message[:1].lower()}{message[1:]}; see `{where} --help`"
 
 
 def fail(message: str, code: int) -> None:

@@ -1,4 +1,7 @@
-"""Opening and reading what the user named: files only, and no more of one than there can be sense in."""
+"""Opening and reading what the user named: files only, and no more of one than there can be sense in.
+
+And writing files that are whole or not there at all.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
-from quantize.errors import InputError
+from quantize.errors import InputError, LabelfreeError
+
+PART_SUFFIX = ".labelfree-part"
+"""Of a file being written. No program but this one uses it: what bears it in an output folder is ours to
+remove, and nothing else is."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -71,3 +79,43 @@ def read_file(path: str | Path, what: str, most: int) -> bytes:
     if len(data) > most:
         raise InputError(f"{path}: larger than {most >> 20} MiB; is this the {what}?")
     return data
+
+
+def made_folder(path: str | Path) -> Path:
+    """A folder, made where it is not there.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output: {path}: cannot make or open this folder: {error.strerror}") from error
+    return Path(path)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at ``path`` when the block ends well, flushed to disk; else nothing changes.
+
+    Raises:
+        LabelfreeError: the file could not be written (disk full, ...).
+    """
+    part = path.parent / f".{path.name}{PART_SUFFIX}"
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise LabelfreeError(
+            f"{path}: cannot write: {error.strerror}; what was there before is unchanged"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)

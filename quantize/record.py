@@ -198,50 +198,119 @@ class OutputSqnr:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percent of the images whose label is the best class, and among the five best; None without labels."""
+    """How often a net is right on the images with a label; all is None without any.
+
+    Attributes:
+        top1: percent of them whose label is the best class.
+        top5: percent of them whose label is among the five best.
+        top1_interval: what top1 may be on other images like these, 95 % (Wilson), in percent.
+        right: on which images top-1 is right: bits in their order, most significant first, as base64.
+    """
 
     top1: float | None
     top5: float | None
+    top1_interval: tuple[float, float] | None = None
+    right: str | None = None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Top-1 of two nets on the same images; in an evaluation the first one is full precision.
+
+    Attributes:
+        first_only: images on which the first alone is right.
+        second_only: images on which the second alone is right.
+        p_value: how probable it is that two equally good nets differ so much (McNemar, exact, two-sided).
+    """
+
+    first_only: int
+    second_only: int
+    p_value: float
 
 
 @dataclass(frozen=True)
 class Closeness:
-    """How close the scores of a net are to those of full precision, over all images.
+    """How close a blob of a net is to that of full precision, over all images.
 
     Attributes:
-        agreement: percent of the images on which both put the same class first.
+        agreement: percent of the places at which both put the same class first; None where there are no
+            class scores.
         divergence: mean Kullback-Leibler divergence of the softmax of the scores from that of full
-            precision, in nats: 0 where every probability is the same.
-        sqnr_db: 10 log10(||full||^2 / ||full - own||^2) of the scores, None where the loss is 0.
+            precision, in nats: 0 where every probability is the same; None likewise.
+        sqnr_db: 10 log10(||full||^2 / ||full - own||^2), None where the loss is 0.
     """
 
-    agreement: float
-    divergence: float
+    agreement: float | None
+    divergence: float | None
     sqnr_db: float | None
 
 
 @dataclass(frozen=True)
+class OutputCloseness:
+    """One output of the nets.
+
+    Attributes:
+        blob: its name; of a Softmax that of what it reads.
+        classes: scores per place; None where it holds no class scores.
+        places: per image, each with scores of its own; 1 for a classifier.
+        presumed: whether it counts as class scores because an InnerProduct makes it, and for nothing else.
+        closeness: by candidate, full precision apart.
+    """
+
+    blob: str
+    classes: int | None
+    places: int | None
+    presumed: bool
+    closeness: dict[str, Closeness]
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Percent over ``images`` images.
+    """Nets on the same images.
 
     Attributes:
         images: how many.
-        accuracy: by candidate.
-        closeness: to the first candidate, by the name of every other one.
-        classes: scores per image.
+        labeled: how many of them have a label that accuracy could be counted with.
+        accuracy: by candidate: ``fp32``, perhaps ``without_renorm``, and ``quantized``.
+        outputs: how close they are to full precision, in network order.
+        scores: the output that accuracy and agreement are about; None where the net has no class scores, or
+            several that none stands out of.
+        paired: top-1 against that of full precision, by candidate; empty without labels.
+        missing: stages that have not run: the quantized net is an unfinished one.
         images_from: which images these are.
+        labels_hash: of their labels, where accuracy was counted: tells the same images from others.
     """
 
     images: int
+    labeled: int
     accuracy: dict[str, Accuracy]
-    closeness: dict[str, Closeness]
-    classes: int
+    outputs: list[OutputCloseness]
+    scores: str | None
+    paired: dict[str, Paired] = field(default_factory=dict)
+    missing: list[StageName] = field(default_factory=list)
     images_from: ImagesFrom = "validation"
+    labels_hash: str | None = None
 
     @property
-    def agreement(self) -> float:
-        """The last candidate's agreement with the first."""
-        return list(self.closeness.values())[-1].agreement
+    def main(self) -> OutputCloseness | None:
+        """The output that accuracy and agreement are about."""
+        return next((output for output in self.outputs if output.blob == self.scores), None)
+
+    @property
+    def closeness(self) -> dict[str, Closeness]:
+        """Of the main output, by candidate; empty where there is none."""
+        return self.main.closeness if self.main is not None else {}
+
+    @property
+    def agreement(self) -> float | None:
+        """The quantized net's agreement with full precision; None where there are no class scores."""
+        close = self.closeness.get("quantized")
+        return close.agreement if close is not None else None
+
+    @property
+    def classes(self) -> int:
+        """Of the main output; 0 where there is none."""
+        return (self.main.classes if self.main is not None else None) or 0
 
 
 # ---- The record of a run ----
@@ -334,6 +403,19 @@ class Stages(Part):
         return [name for name in STAGES if name not in self.done]
 
 
+@dataclass(frozen=True)
+class CaffeTest:
+    """Whether `caffe test` can count the accuracy with NAME_val.prototxt.
+
+    Attributes:
+        iterations: for all validation images; None where it cannot.
+        needed: what it would need then.
+    """
+
+    iterations: int | None
+    needed: str = ""
+
+
 class Sizes(Part):
     """Bytes of the model: as given, as written, and packed at the bits chosen."""
 
@@ -355,6 +437,7 @@ class RunRecord(Part):
         transform: what was found about it before the first stage.
         stages: what each has found.
         prototxts: sha256 of the prototxts, by name.
+        caffe_test: whether `caffe test` can run them.
         sizes: of the model.
         output_sqnr: of every quantized layer.
         evaluation: what `labelfree evaluate` has found for these stages.
@@ -368,6 +451,7 @@ class RunRecord(Part):
     inputs: dict[str, str]
     stages: Stages
     prototxts: dict[str, str]
+    caffe_test: CaffeTest
     sizes: Sizes
     transform: TransformRecord | None = None
     output_sqnr: OutputSqnr | None = None

@@ -49,7 +49,7 @@ from quantize.caffenet.shape_rules import _rules as shape_rules
 from quantize.data.make_lmdb import make_datum, write_lmdb
 from quantize.data.sources import open_source
 from quantize.errors import InputError
-from quantize.job.output import PART_SUFFIX
+from quantize.files import PART_SUFFIX
 from tests.nets import RESIDUAL, parse, random_weights, write_images
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -131,7 +131,7 @@ def make_seed_job(folder: Path) -> None:
 
 def write_pictures(folder: Path, pictures: list[np.ndarray[Any, Any]]) -> None:
     """An image folder, a list of it, and an LMDB of encoded Datums."""
-    suffixes = (".png", ".jpg", ".bmp", ".pgm")
+    suffixes = (".png", ".jpg", ".bmp", ".pgm", ".webp", ".tiff")
     (folder / "photos").mkdir()
     lines, datums = [], []
     for i, pixels in enumerate(pictures):

@@ -1,21 +1,30 @@
 """The command line as a person uses it: what it prints, its exit codes, and one line for every mistake."""
 
+import fcntl
 import json
 import os
+import pty
+import re
+import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from quantize import cli
 from quantize.caffenet import Weights
+from quantize.errors import InputError
 from tests.conftest import Job
 
 
@@ -108,22 +117,160 @@ def test_help_teaches_and_is_quick() -> None:
     ("arguments", "parts"),
     [
         (["quantize", "--config", "none.yaml"], ["none.yaml", "cannot read the configuration"]),
-        (["quantize"], ["model is missing"]),
+        (["quantize"], ["--config FILE", "--prototxt, --weights, --calibration and --output"]),
+        (["evaluate", "-q"], ["--config FILE", "--prototxt, --weights, --calibration and --output"]),
+        (
+            ["quantize", "--output", "o"],
+            ["model.prototxt and model.weights are missing; give --prototxt and"],
+        ),
+        (["no-such-command"], ["no such command 'no-such-command'; see `labelfree --help`"]),
+        (["quantize", "--stags", "weights"], ["--stags", "--stages", "see `labelfree quantize --help`"]),
+        (["quantize", "--stages", "weights,lunch"], ["'lunch' is not a stage; these are: weights, renorm,"]),
+        (["evaluate", "--images", "0"], ["invalid value for '--images'"]),
+        (["init", "--prototxt", "net.prototxt"], ["missing option '--weights'"]),
+        (["make-lmdb", "photos"], ["missing argument 'LMDB'"]),
+        (["make-lmdb", "a", "b", "--resize", "256"], ["'256' is not HEIGHTxWIDTH, as in 256x256"]),
     ],
 )
 def test_wrong_use(labelfree: Labelfree, arguments: list[str], parts: list[str]) -> None:
     assert_one_line(labelfree(*arguments), *parts)
 
 
-def test_click_usage_errors_are_exit_code_2(labelfree: Labelfree) -> None:
-    for arguments in (
-        ["no-such-command"],
-        ["quantize", "--stages", "weights,lunch"],
-        ["evaluate", "--images", "0"],
-    ):
-        outcome = labelfree(*arguments)
-        assert outcome.code == 2
-        assert "Error" in outcome.err
+def test_alone_it_shows_the_help(labelfree: Labelfree) -> None:
+    assert labelfree() == labelfree("--help")
+    assert labelfree().code == 0
+
+
+def test_the_help_has_every_command_by_use_and_whole(labelfree: Labelfree) -> None:
+    text = labelfree("--help").out
+    listed = text[text.index("Commands:") :]
+    names = re.findall(r"^  (\S+)", listed, re.MULTILINE)
+    assert names == list(cli.cli.commands)
+    assert names[:2] == ["quantize", "evaluate"]
+    assert "..." not in listed
+    words = " ".join(listed.split())
+    for command in cli.cli.commands.values():
+        first = " ".join((command.help or "").split()).split(". ")[0].rstrip(".")
+        assert first in words
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_quiet_and_verbose_before_and_after_the_command(job: Job, labelfree: Labelfree, place: str) -> None:
+    def run(option: str, *command: str | Path) -> Outcome:
+        return labelfree(option, *command) if place == "before" else labelfree(*command, option)
+
+    weights = ("weights-quan", "--config", job.yaml)
+    assert run("--quiet", *weights).err == ""
+    assert run("-q", *weights).err == ""
+    assert "weights: " in labelfree(*weights).err
+    with pytest.raises(InputError, match=r"none.yaml"):  # which Python shows with its traceback
+        run("-v", "quantize", "--config", "none.yaml")
+
+
+def test_as_a_module(job: Job) -> None:
+    command = [sys.executable, "-m", "quantize", "inspect", str(job.folder / "net.prototxt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "becomes ActQuantize" in done.stdout
+
+
+def completions(line: str) -> list[str]:
+    """What the Tab key offers at the end of a command line in bash."""
+    words = line.split(" ")
+    environment = {
+        **os.environ,
+        "_LABELFREE_COMPLETE": "bash_complete",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    script = "from quantize.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("labelfree quantize --prototxt n", ["file,n"]),
+        ("labelfree quantize --weights n", ["file,n"]),
+        ("labelfree evaluate --calibration p", ["file,p"]),
+        ("labelfree evaluate --validation p", ["file,p"]),
+        ("labelfree quantize -o o", ["file,o"]),
+        ("labelfree layers d", ["file,d"]),
+        ("labelfree quantize --set weights.b", ["plain,weights.bits=", "plain,weights.budget="]),
+        (
+            "labelfree quantize --set data.transform.re",
+            ["plain,data.transform.resize_short=", "plain,data.transform.resize="],
+        ),
+        ("labelfree quantize --stages re", ["plain,renorm"]),
+        ("labelfree quantize --stages weights,", ["plain,weights,renorm", "plain,weights,activations"]),
+        ("labelfree do", ["plain,doctor"]),
+    ],
+)
+def test_the_tab_key(line: str, offered: list[str]) -> None:
+    assert completions(line) == offered
+
+
+def test_the_next_command_is_named_and_does_it(job: Job, labelfree: Labelfree) -> None:
+    """From stage to stage, with the options that were given."""
+    out = job.folder / "my results"
+    options = ["--config", str(job.yaml), "-o", str(out), "-j", "1", "--shape", "3,9,9"]
+    options += ["--set", "weights.bits=3"]
+    command = ["weights-quan", *options]
+    seen = []
+    for _ in range(4):
+        seen.append(command[0])
+        done = labelfree(*command)
+        assert done.code == 0, done.err
+        following = re.search(r"^ next: labelfree (.*)$", done.out, re.MULTILINE)
+        command = shlex.split(following[1]) if following else []
+        assert command[1:] in (
+            [],
+            [
+                *("--config", str(job.yaml), "--output", str(out), "--shape", "3,9,9"),
+                *("--threads", "1", "--set", "weights.bits=3"),
+            ],
+        )
+    assert seen == ["weights-quan", "renorm", "activations-quan", "evaluate"]
+    assert command == []
+
+
+def on_a_terminal(columns: int, *arguments: str | Path) -> str:
+    """What a command shows on a terminal with so many columns."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quantize", *map(str, arguments)],
+        cwd=ROOT,
+        env={**environment, "TERM": "xterm"},
+        stdin=its,
+        stdout=its,
+        stderr=its,
+    )
+    os.close(its)
+    shown = b""
+    with suppress(OSError):  # how the end of a terminal shows
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    os.close(ours)
+    assert process.wait() == 0, shown
+    return shown.decode()
+
+
+def test_bars_and_rules_on_a_terminal_and_plain_lines_on_a_narrow_one(job: Job) -> None:
+    wide = on_a_terminal(80, "quantize", "--config", job.yaml)
+    assert "━━━" in wide
+    assert "┃" in wide
+    narrow = on_a_terminal(40, "quantize", "--config", job.yaml)
+    assert not re.search("[━┃\x1b]", narrow)
+    assert "renorm ...\r\n" in narrow
+    assert re.search(
+        r"^weights: \d+ layers, median SQNR .* dB, .* s, \d+ MB at most\r$", narrow, re.MULTILINE
+    )
 
 
 def bad_prototxt_missing(job: Job) -> None:
@@ -245,13 +392,18 @@ def bad_input_shape(job: Job) -> None:
 
 
 def bad_budget(job: Job) -> None:
-    job.yaml.write_text(
-        job.yaml.read_text().replace("renorm: {", "weights: {budget: 2.1, images: 20}\nrenorm: {")
-    )
+    set_key(job, "weights", "budget", 2.1)
+    set_key(job, "weights", "images", 20)
 
 
 def bad_memory(job: Job) -> None:
-    job.yaml.write_text(job.yaml.read_text().replace("renorm: {", "renorm: {memory: 1kB, "))
+    set_key(job, "renorm", "memory", "1kB")
+
+
+def set_key(job: Job, section: str, key: str, value: object) -> None:
+    tree = yaml.safe_load(job.yaml.read_text())
+    tree.setdefault(section, {})[key] = value
+    job.yaml.write_text(yaml.safe_dump(tree))
 
 
 def bad_validation(job: Job) -> None:

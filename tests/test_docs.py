@@ -264,7 +264,17 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 def test_every_command_and_option_is_in_the_help() -> None:
     """An option that a page mentions exists."""
-    commands = ("quantize", "evaluate", "inspect", "init", "make-lmdb", "doctor", "report", "renorm")
+    commands = (
+        "quantize",
+        "evaluate",
+        "inspect",
+        "init",
+        "make-lmdb",
+        "doctor",
+        "report",
+        "renorm",
+        "layers",
+    )
     helps = "".join(
         subprocess.run(
             [sys.executable, "-m", "quantize.cli", command, "--help"],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quantize import cli
-from quantize.job.output import PART_SUFFIX
+from quantize.files import PART_SUFFIX
 from tests import fuzzing
 from tests.fuzzing import KINDS
 

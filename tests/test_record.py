@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quantize.commands.config import load
-from quantize.record import RunRecord, Sizes, Stages
+from quantize.record import CaffeTest, RunRecord, Sizes, Stages
 from quantize.settings import Config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -24,6 +24,7 @@ def record_of(config: Config) -> RunRecord:
         inputs={"prototxt": "00"},
         stages=Stages(),
         prototxts={"p_val.prototxt": "11"},
+        caffe_test=CaffeTest(None, "images"),
         sizes=Sizes(model=3, written=2, packed=1),
     )
 

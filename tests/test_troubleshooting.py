@@ -54,6 +54,16 @@ def replace(path: Path, old: str, new: str) -> None:
 
 
 @mistake
+def nothing_given(_job: Job) -> None:
+    """The command line is empty."""
+
+
+@mistake
+def misspelt_stage(_job: Job) -> None:
+    """The command line has the bad value."""
+
+
+@mistake
 def no_config(_job: Job) -> None:
     """The command line names another file."""
 
@@ -232,6 +242,19 @@ def leveldb(job: Job) -> None:
 @mistake
 def too_few_images(job: Job) -> None:
     replace(job.yaml, "renorm: {images: 20}", "renorm: {images: 1000}")
+
+
+@mistake
+def heic_photos(job: Job) -> None:
+    (job.folder / "phone").mkdir()
+    for index in range(20):
+        (job.folder / "phone" / f"IMG_{index:04}.HEIC").touch()
+
+
+@mistake
+def misread_line(job: Job) -> None:
+    Run(job.config()).quantize()
+    (job.folder / "labeled.csv").write_text("# path,class\nphotos/00.png,cat\n")
 
 
 @mistake

@@ -26,6 +26,19 @@ def stored_statistics(blobs: Sequence[FloatArray]) -> tuple[Floats, Floats]:
     return mean * inverse, variance * inverse
 
 
+def with_stored_statistics(net: NetParameter) -> NetParameter:
+    """A copy whose BatchNorms use their stored statistics in the TEST phase, whatever the given net says.
+
+    ``use_global_stats: false`` there would make Caffe normalise by each batch and ignore what renorm found.
+    """
+    changed = NetParameter()
+    changed.CopyFrom(net)
+    for layer in changed.layer:
+        if layer.type == "BatchNorm" and not layer.batch_norm_param.use_global_stats:
+            layer.batch_norm_param.ClearField("use_global_stats")
+    return changed
+
+
 def doubtful_norms(net: NetParameter, weights: Weights) -> list[str]:
     """What cannot be meant in the BatchNorms of an inference net, in lines that name the layers.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,16 @@ from quantize.files import read_file
 from quantize.settings import Config, LayerChoice
 
 MAX_YAML_BYTES = 1 << 20
+OPTIONS = {
+    "model.prototxt": "--prototxt",
+    "model.weights": "--weights",
+    "data.calibration.source": "--calibration",
+    "data.validation.source": "--validation",
+    "output": "--output",
+    "engine": "--engine",
+    "threads": "--threads",
+}
+"""Keys with an option of their own."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -103,7 +113,17 @@ def load(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_first_line(error, where)) from error
+        raise InputError(_missing(error, path) or _first_line(error, where)) from error
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of the configuration; of a mapping with names of the user's only its own."""
+    for name, field in model.model_fields.items():
+        inner = _models_in(field.annotation)
+        if inner:
+            yield from keys(inner[0], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 PATH_KEYS = (
@@ -173,6 +193,26 @@ def _merge(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:
             tree[key] = value
 
 
+def _missing(error: ValidationError, path: Path | None) -> str | None:
+    """One line about all that is missing, and how to give it; None: nothing is."""
+    absent: list[str] = []
+    for finding in error.errors(include_url=False):
+        if finding["type"] == "missing":
+            key = ".".join(str(part) for part in finding["loc"])
+            absent += ["model.prototxt", "model.weights"] if key == "model" else [key]
+    if not absent:
+        return None
+    options = _listed([OPTIONS.get(key, f"--set {key}=...") for key in absent])
+    verb, pronoun = ("is", "it") if len(absent) == 1 else ("are", "them")
+    if path is None:
+        return f"options: {_listed(absent)} {verb} missing; give {options}, or a file with --config"
+    return f"{path}: {_listed(absent)} {verb} missing; write {pronoun} in the file, or give {options}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def _first_line(error: ValidationError, where: str) -> str:
     """The first finding of pydantic as our one line."""
     first = error.errors(include_url=False)[0]
@@ -183,8 +223,6 @@ def _first_line(error: ValidationError, where: str) -> str:
         close = difflib.get_close_matches(location[-1], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{where}: {key}: unknown key; {hint}"
-    if first["type"] == "missing":
-        return f"{where}: {key} is missing; give it in the YAML file, as an option, or with --set {key}=..."
     value = first["input"]
     if value is None:
         leave = "" if _is_required(location) else " or leave it out"

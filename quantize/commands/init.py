@@ -21,7 +21,7 @@ from quantize.caffenet.phases import takes_images
 from quantize.data.sources import Source, open_source
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
-from quantize.job.feeds import effective_transform, guessed_short_side
+from quantize.job.feeds import effective_transform, resized_before_crop
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.output import OutputFolder
 from quantize.job.transforms import ARITHMETIC, has_data_layer, with_chosen_transform, with_transform
@@ -147,10 +147,15 @@ def _geometry(
     elif not has_data_layer(net) and shape is not None:
         keys["resize"] = list(shape[1:])
         guesses.append(f"images are resized to {shape_text(shape[1:])}, the input's height and width")
-    short = guessed_short_side(source, transform)
-    if short is not None:
-        keys["resize_short"] = short
-        guesses.append(f"images are not all of the net's size: the shorter side is resized to {short}")
+    try:
+        resized = resized_before_crop(source, transform)
+    except InputError as error:
+        guesses.append(f"nothing about the images' size before the crop, for {error}")
+        return keys
+    if resized is not None:
+        guessed, how = resized
+        keys |= {"resize": guessed.resize} if guessed.resize else {"resize_short": guessed.resize_short}
+        guesses.append(how)
     return keys
 
 

@@ -25,6 +25,7 @@ from quantize.caffenet import (
     owners,
     read_net,
 )
+from quantize.caffenet.quantized import QUANTIZED_TYPES
 from quantize.caffenet.shape_rules import has_rule
 from quantize.commands.summary import table
 from quantize.data.transform import shape_text
@@ -33,7 +34,7 @@ from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, s
 from quantize.settings import WeightSettings, parse_size
 from quantize.stages.activations import plain_relus
 from quantize.stages.renorm import Tour
-from quantize.stages.weights import QUANTIZED_TYPES, choices, unquantizable, weight_users
+from quantize.stages.weights import choices, unquantizable, weight_users
 from quantize.sweep.plan import Costs, Route, Step, plan
 
 COLOR_CHANNELS = 3

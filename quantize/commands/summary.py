@@ -9,11 +9,11 @@ from statistics import fmean, median
 
 import click
 
-from quantize.measure.plausible import doubt
+from quantize.commands.terminal import is_wide
+from quantize.job.output import Files
 from quantize.record import (
     ActivationsRecord,
     AnyStageRecord,
-    Evaluation,
     RenormRecord,
     RunRecord,
     WeightsRecord,
@@ -24,14 +24,21 @@ KILOBYTE = 1000
 RESULT_COLUMN = 2
 
 
-def print_summary(record: RunRecord, config: Config) -> None:
-    """Print what was done, how long it took, what was written, and how to test it with Caffe.
+def print_summary(record: RunRecord, config: Config, following: str) -> None:
+    """Print what was done, how long it took, what was written, what is next and how to test it with Caffe.
 
-    With colors and rules on a terminal, in plain aligned columns elsewhere. NO_COLOR is obeyed.
+    With colors and rules on a terminal, in plain lines on a narrow one, in aligned columns elsewhere.
+    NO_COLOR is obeyed.
+
+    Args:
+        record: the content of report.json.
+        config: the settings of the run.
+        following: the command to run next.
     """
     rows = _stage_rows(record)
-    if not sys.stdout.isatty():
-        click.echo("\n".join([table(rows), *_below(record, config)]))
+    if not is_wide(sys.stdout):
+        plain = _stage_lines(rows) if sys.stdout.isatty() else table(rows)
+        click.echo("\n".join([plain, *_below(record, config, following)]))
         return
     from rich.console import Console
     from rich.table import Table
@@ -44,7 +51,7 @@ def print_summary(record: RunRecord, config: Config) -> None:
     for row in rows[1:]:
         shown.add_row(*map(Text, row))
     console.print(shown)
-    console.print("\n".join(_below(record, config)), markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(_below(record, config, following)), markup=False, highlight=False, soft_wrap=True)
 
 
 def _stage_rows(record: RunRecord) -> list[tuple[str, ...]]:
@@ -64,7 +71,15 @@ def _stage_rows(record: RunRecord) -> list[tuple[str, ...]]:
     ]
 
 
-def _below(record: RunRecord, config: Config) -> list[str]:
+def _stage_lines(rows: Sequence[Sequence[str]]) -> str:
+    """The rows as sentences, for a terminal with few columns."""
+    return "\n".join(
+        f"{stage}: {layers} layers, {result}, {seconds} s, {memory} MB at most"
+        for stage, layers, result, seconds, memory in rows[1:]
+    )
+
+
+def _below(record: RunRecord, config: Config, following: str) -> list[str]:
     sizes = record.sizes
     page = config.output / "report.html"
     transform = record.transform
@@ -72,11 +87,12 @@ def _below(record: RunRecord, config: Config) -> list[str]:
     return [
         *(["", *doubt] if doubt else []),
         "",
-        f"size: {_size(sizes.model)} as given, {_size(sizes.packed)} packed "
+        f"size: {size_text(sizes.model)} as given, {size_text(sizes.packed)} packed "
         f"({sizes.model / sizes.packed:.1f}x smaller)",
         f"wrote: {', '.join(sorted(record.outputs))}",
         f"   in: {config.output}",
         *([f" look: {page}"] if page.exists() else []),
+        f" next: {following}",
         *_caffe_test(record, config),
     ]
 
@@ -102,64 +118,19 @@ def _median(values: Iterable[float | None]) -> float:
 
 
 def _caffe_test(record: RunRecord, config: Config) -> list[str]:
-    """The `caffe test` command for what was written, where there is a validation LMDB."""
-    from quantize.data.sources import open_source
-    from quantize.job.output import Files
-    from quantize.job.prototxts import validation_lmdb
-
-    lmdb = validation_lmdb(config)
-    if config.data.validation is None or lmdb is None:
-        return []
-    source = open_source(lmdb)
-    images = len(source)
-    source.close()
+    """The `caffe test` command for what was written, or what it would need."""
+    test = record.caffe_test
+    if test.iterations is None:
+        return ["", f"accuracy under Caffe (`caffe test`) would need {test.needed}"]
     files = Files.of(config.name)
     weights = files.renorm if record.stages.renorm else files.quantized
     command = [
         *("caffe", "test", "--model", str(config.output / files.val)),
         *("--weights", str(config.output / weights)),
-        *("--iterations", str(max(1, images // config.data.validation.batch_size))),
+        *("--iterations", str(test.iterations)),
     ]
     layer = " (with the ActQuantize layer in it; add --gpu 0 for a GPU)"
     return ["", f"accuracy under Caffe{layer}:", f"  {shlex.join(command)}"]
-
-
-def evaluation_table(found: Evaluation) -> str:
-    """Accuracy where there are labels, closeness to full precision, and what that means."""
-    labeled = all(accuracy.top1 is not None for accuracy in found.accuracy.values())
-    rows = [("", *(("top-1", "top-5") if labeled else ()), "agreement", "KL divergence", "score SQNR")]
-    for name, accuracy in found.accuracy.items():
-        close = found.closeness.get(name)
-        tops = (_percent(accuracy.top1), _percent(accuracy.top5)) if labeled else ()
-        closeness = (
-            ("-", "-", "-")
-            if close is None
-            else (
-                f"{close.agreement:.2f} %",
-                f"{close.divergence:.2g} nats",
-                "-" if close.sqnr_db is None else f"{close.sqnr_db:.1f} dB",
-            )
-        )
-        rows.append((name.replace("_", " "), *tops, *closeness))
-    return f"{table(rows)}\n{_meaning(found, labeled)}"
-
-
-def _meaning(found: Evaluation, labeled: bool) -> str:
-    final = list(found.accuracy.values())[-1]
-    if labeled:
-        full = found.accuracy["fp32"]
-        reason = doubt(full.top1, final.top1, found.agreement, found.images, found.classes)
-        if reason:
-            return f"on {found.images} images: agreement {found.agreement:.2f} %\nwarning: {reason}"
-        lost = (full.top1 or 0.0) - (final.top1 or 0.0)
-        change = (
-            f"{abs(lost):.2f} points of top-1 {'lost' if lost > 0 else 'won'}" if lost else "no top-1 lost"
-        )
-        return f"on {found.images} images: {change}, agreement {found.agreement:.2f} %"
-    return (
-        f"on {found.images} images without labels: agreement {found.agreement:.2f} %; top-1 accuracy can "
-        f"have changed by at most {100 - found.agreement:.2f} points on them"
-    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -171,9 +142,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _size(size: int) -> str:
+def size_text(size: int) -> str:
+    """Bytes in kB or MB of 1000."""
     return f"{size / KILOBYTE**2:.2f} MB" if size >= KILOBYTE**2 else f"{size / KILOBYTE:.1f} kB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from quantize.progress import Progress
 
@@ -24,6 +24,17 @@ UNITS = {
 """What a title's work is counted in; MAC: multiply-accumulates."""
 PREFIXES = ("", "k", "M", "G", "T")
 SECONDS_BETWEEN_LINES = 10.0
+LEAST_COLUMNS = 72
+"""Of a terminal for bars and tables with rules."""
+
+
+def is_wide(stream: TextIO) -> bool:
+    """Whether a stream is a terminal on which bars and tables have room."""
+    if not stream.isatty():
+        return False
+    from rich.console import Console
+
+    return Console(file=stream).width >= LEAST_COLUMNS
 
 
 def rate_text(title: str, rate: float | None) -> str:

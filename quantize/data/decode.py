@@ -34,7 +34,7 @@ NOT_READ = {
     re.compile(rb"GIF8"): "a GIF image",
 }
 """How images begin that not every OpenCV can read."""
-CONVERT = "convert it to JPEG or PNG (heif-convert of libheif does, or ImageMagick's mogrify -format jpg)"
+CONVERTED = "to JPEG or PNG, with heif-convert of libheif or mogrify of ImageMagick"
 PNM = re.compile(rb"P[1-6]\s+(?:#[^\n]*\n\s*)*(\d{1,9})\s+(?:#[^\n]*\n\s*)*(\d{1,9})\s")
 
 
@@ -161,7 +161,7 @@ def decode(data: bytes, color: bool | None) -> npt.NDArray[np.uint8]:
     if size is None or 0 in size:
         for start, kind in NOT_READ.items():
             if start.match(data):
-                raise InputError(f"{kind}, which is not read: {CONVERT}")
+                raise InputError(f"{kind}, which is not read: convert it {CONVERTED}")
         raise InputError("not a whole JPEG, PNG, BMP, PNM, WebP or TIFF image")
     if size[0] * size[1] > MAX_PIXELS:
         raise InputError(f"the image claims {size[1]} x {size[0]} pixels, more than the {MAX_PIXELS} allowed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from quantize.arrays import FloatArray, Labels, Shape
+from quantize.arrays import FloatArray, Shape
 from quantize.data.loader import Images
 from quantize.data.values import Values
 
@@ -16,11 +16,11 @@ class Batch:
 
     Attributes:
         feeds: by input blob a C-contiguous float32 array, a row for each image.
-        labels: int64 (n,), or None where one of the images has no label.
+        labels: each image's, None where it has none.
     """
 
     feeds: dict[str, FloatArray]
-    labels: Labels | None
+    labels: list[int | None]
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -63,11 +63,17 @@ class Feed:
         streams = [values.batches(size, start, stop) for values in self.inputs.values()]
         for parts in zip(*streams, strict=True):
             feeds = {blob: array for blob, (array, _) in zip(self.inputs, parts, strict=True)}
-            yield Batch(feeds, next((labels for _, labels in parts if labels is not None), None))
+            unlabeled: list[int | None] = [None] * len(parts[0][0])
+            yield Batch(feeds, next((labels for _, labels in parts if labels is not None), unlabeled))
 
     def selected(self, numbers: Sequence[int]) -> Feed:
         """Some of the images, by number."""
         return replace(self, inputs={blob: values.selected(numbers) for blob, values in self.inputs.items()})
+
+    def unlabeled(self) -> Feed:
+        """The same without labels."""
+        inputs = {blob: v.unlabeled() if isinstance(v, Images) else v for blob, v in self.inputs.items()}
+        return replace(self, inputs=inputs)
 
 
 def thinned(feed: Feed, count: int) -> Feed:

@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 
-from quantize.arrays import FloatArray, Labels
+from quantize.arrays import FloatArray
 from quantize.data.sources import Selection, Source
 from quantize.data.transform import ImageShape, Transform, shape_text
 from quantize.errors import InputError
@@ -84,7 +84,7 @@ class Images:
 
     def batches(
         self, size: int, start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[FloatArray, Labels | None]]:
+    ) -> Iterator[tuple[FloatArray, list[int | None]]]:
         """Images ``start <= i < stop`` in order, ``size`` at a time; the last batch may be smaller.
 
         Args:
@@ -93,8 +93,8 @@ class Images:
             stop: one behind the last; None, or more than there are: to the end.
 
         Yields:
-            float32 array (n, channels, height, width) that is the caller's to keep, and the int64 labels
-            (n,), or None where one of these images has no label.
+            float32 array (n, channels, height, width) that is the caller's to keep, and each image's label,
+            None where it has none.
 
         Raises:
             InputError: an image is missing, damaged or of another shape; names it. Images before it in
@@ -110,15 +110,18 @@ class Images:
                 for part in batch.parts:
                     part.result()
                 begun.extend(islice(coming, 1))
-                labels = [label for label in batch.labels if label is not None]
-                complete = len(labels) == len(batch.labels)
-                yield batch.images, np.array(labels, np.int64) if complete else None
+                yield batch.images, batch.labels
         finally:
             executor.shutdown(cancel_futures=True)
 
     def selected(self, numbers: Sequence[int]) -> Images:
         """Some of the images, by number; the random crop and mirror of each is that of its new number."""
         chosen = Selection(self.source, numbers)
+        return Images(chosen, self.transform, self.phase, None, self.seed, self.threads)
+
+    def unlabeled(self) -> Images:
+        """The same images, of which none has a label."""
+        chosen = Selection(self.source, range(len(self)), labeled=False)
         return Images(chosen, self.transform, self.phase, None, self.seed, self.threads)
 
     def _begin(self, executor: Executor, start: int, stop: int) -> _Batch:

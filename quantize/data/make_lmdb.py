@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,9 +22,12 @@ from quantize.caffenet import Datum
 from quantize.data.sources import Pixels, Source, open_source
 from quantize.data.transform import resized, short_side_size
 from quantize.errors import InputError, LabelfreeError
-from quantize.host import available_threads, pool
+from quantize.host import available_threads, pool, using_threads
+from quantize.progress import SILENT, Progress
 
 LMDB_FILES = frozenset({"data.mdb", "lock.mdb"})
+FULL_DISK_BYTES = 1 << 20
+"""With less than this left a disk is full: a write that it cuts short is an input/output error to LMDB."""
 MAX_KEY = 511
 """LMDB's limit on the bytes of a key."""
 FIRST_MAP_SIZE = 1 << 24
@@ -43,9 +48,16 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class LmdbReport:
-    """What make_lmdb did: how many images the LMDB holds, and which of the source could not be read."""
+    """What make_lmdb did.
+
+    Attributes:
+        written: images that the LMDB holds.
+        labeled: how many of them have a label.
+        unreadable: which of the source could not be read.
+    """
 
     written: int
+    labeled: int
     unreadable: tuple[Unreadable, ...]
 
 
@@ -54,29 +66,29 @@ def make_lmdb(
     lmdb_path: Path,
     *,
     resize_short: int | None = None,
+    resize: tuple[int, int] | None = None,
     limit: int | None = None,
     shuffle: bool = False,
     seed: int = 0,
     jpeg_quality: int | None = None,
     threads: int | None = None,
     force: bool = False,
-    on_unreadable: Callable[[Unreadable], None] | None = None,
-    on_written: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> LmdbReport:
     """Make an LMDB of Datums from whatever open_source opens; images that cannot be read are left out.
 
     Args:
         source_path: an image folder, a list of images or an LMDB.
         lmdb_path: the new LMDB's folder.
-        resize_short: resize so that the shorter side has this many pixels; None: keep the sizes.
+        resize_short: resize so that the shorter side has this many pixels.
+        resize: resize to this height and width; without either the sizes are kept.
         limit: stop after this many images written; None: all.
         shuffle: in an order that the seed decides, else in the source's.
         seed: of the shuffle.
         jpeg_quality: 1 to 100: store the images encoded as JPEG; None: raw.
-        threads: that read, decode and resize; None: one per processor.
+        threads: that read, decode and resize; None: as `available_threads` says.
         force: replace an LMDB that is already there.
-        on_unreadable: called for each image left out, as soon as it is known.
-        on_written: called with the number of images so far after each.
+        progress: hears of each image written or left out, and what the subfolders were taken for.
 
     Raises:
         InputError: impossible settings, nothing to read, no image readable, or the LMDB is already there.
@@ -85,26 +97,35 @@ def make_lmdb(
     for name, value in (("resize_short", resize_short), ("limit", limit), ("jpeg_quality", jpeg_quality)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}: it must be at least 1")
+    if resize is not None and min(resize) < 1:
+        raise InputError(f"resize is {resize[0]}x{resize[1]}: height and width must be at least 1")
+    if resize is not None and resize_short is not None:
+        raise InputError("resize and resize_short are both given: keep one")
     if jpeg_quality is not None and jpeg_quality > 100:
         raise InputError(f"jpeg_quality is {jpeg_quality}: it must be at most 100")
     if seed < 0:
         raise InputError(f"the seed is {seed}: it must be 0 or more")
     _refuse_existing(lmdb_path, force)
     unreadable: list[Unreadable] = []
+    labeled = 0
 
-    def note(image: Unreadable) -> None:
+    def left_out(image: Unreadable) -> None:
         unreadable.append(image)
-        if on_unreadable is not None:
-            on_unreadable(image)
+        progress.note(f"left out: {image.reason}")
 
     def records(source: Source) -> Iterator[tuple[str, Datum]]:
+        nonlocal labeled
         order = np.random.default_rng(seed).permutation(len(source)) if shuffle else range(len(source))
-        for count, record in enumerate(islice(_readable(source, order, prepare, threads, note), limit), 1):
-            yield record
-            if on_written is not None:
-                on_written(count)
+        progress.start("make-lmdb", min(limit or len(source), len(source)))
+        for name, datum in islice(_readable(source, order, prepare, left_out), limit):
+            labeled += datum.HasField("label")
+            yield name, datum
+            progress.advance()
         if len(unreadable) == len(source):
-            raise InputError(f"{source_path}: none of its {len(source)} images can be read")
+            first = unreadable[0].reason
+            raise InputError(
+                f"{source_path}: none of its {len(source)} images can be read; the first: {first}"
+            )
 
     def prepare(source: Source, index: int) -> Datum:
         image = source.read(index)
@@ -112,27 +133,27 @@ def make_lmdb(
         try:
             if resize_short is not None:
                 pixels = resized(pixels, short_side_size(pixels.shape[1], pixels.shape[2], resize_short))
+            elif resize is not None:
+                pixels = resized(pixels, resize)
             return make_datum(pixels, image.label, jpeg_quality)
         except InputError as error:
             raise InputError(f"{source.path}: image {source.name(index)}: {error}") from error
 
-    source = open_source(source_path)
-    try:
+    with using_threads(threads), closing(open_source(source_path)) as source:
+        if source.folders is not None:
+            progress.note(f"{source_path}: {source.folders.text}")
         written = write_lmdb(records(source), lmdb_path, force=force)
-    finally:
-        source.close()
-    return LmdbReport(written, tuple(unreadable))
+    return LmdbReport(written, labeled, tuple(unreadable))
 
 
 def _readable(
     source: Source,
     order: Sequence[int] | npt.NDArray[np.int64],
     prepare: Callable[[Source, int], Datum],
-    threads: int | None,
-    note: Callable[[Unreadable], None],
+    left_out: Callable[[Unreadable], None],
 ) -> Iterator[tuple[str, Datum]]:
     """Names and Datums of the images that can be read, prepared ahead by threads."""
-    threads = threads or available_threads()
+    threads = available_threads()
     executor = pool(threads, "labelfree-make-lmdb")
     try:
         coming = ((int(index), executor.submit(prepare, source, int(index))) for index in order)
@@ -143,7 +164,7 @@ def _readable(
             try:
                 datum = future.result()
             except InputError as error:
-                note(Unreadable(source.name(index), str(error)))
+                left_out(Unreadable(source.name(index), str(error)))
             else:
                 yield source.name(index), datum
     finally:
@@ -187,7 +208,7 @@ def make_datum(pixels: Pixels, label: int | None, jpeg_quality: int | None = Non
 
 
 def write_lmdb(records: Iterable[tuple[str, Datum]], path: Path, *, force: bool = False) -> int:
-    """Write Datums as an LMDB folder (data.mdb, lock.mdb), whole or not at all.
+    """Write Datums as an LMDB folder, whole or not at all.
 
     The keys are ``NUMBER_NAME`` with the record's number in eight digits, as convert_imageset of Caffe
     writes them, so Caffe reads the records in this order.
@@ -217,9 +238,8 @@ def write_lmdb(records: Iterable[tuple[str, Datum]], path: Path, *, force: bool 
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
-        raise LabelfreeError(f"{path}: cannot be written: {error.strerror}") from error
-    except lmdb.Error as error:
-        raise LabelfreeError(f"{path}: cannot be written: {error}") from error
+        remedy = "make room there" if error.errno == errno.ENOSPC else "choose another place"
+        raise LabelfreeError(f"{path}: cannot be written: {error.strerror}; {remedy}") from error
     return count
 
 
@@ -234,22 +254,33 @@ def _refuse_existing(path: Path, force: bool) -> None:
 
 
 def _write_records(records: Iterable[tuple[str, Datum]], folder: Path) -> int:
+    """Write the data file.
+
+    There is no lock file: readers make it, and with the disk full the memory that it is mapped to ends the
+    process.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     count = 0
-    environment = lmdb.open(str(folder), map_size=FIRST_MAP_SIZE, mode=0o644, sync=False)
     try:
-        pending: list[tuple[bytes, bytes]] = []
-        size = 0
-        for count, (name, datum) in enumerate(records, 1):
-            key = f"{count - 1:08d}_{name}".encode("utf-8", "surrogateescape")[:MAX_KEY]
-            pending.append((key, datum.SerializeToString()))
-            size += len(pending[-1][1])
-            if size >= COMMIT_BYTES:
-                _commit(environment, pending)
-                pending, size = [], 0
-        _commit(environment, pending)
-        environment.sync(True)
-    finally:
-        environment.close()
+        environment = lmdb.open(str(folder), map_size=FIRST_MAP_SIZE, mode=0o644, sync=False, lock=False)
+        with closing(environment):
+            pending: list[tuple[bytes, bytes]] = []
+            size = 0
+            for count, (name, datum) in enumerate(records, 1):
+                key = f"{count - 1:08d}_{name}".encode("utf-8", "surrogateescape")[:MAX_KEY]
+                pending.append((key, datum.SerializeToString()))
+                size += len(pending[-1][1])
+                if size >= COMMIT_BYTES:
+                    _commit(environment, pending)
+                    pending, size = [], 0
+            _commit(environment, pending)
+            environment.sync(True)
+    except lmdb.Error as error:
+        if shutil.disk_usage(folder).free < FULL_DISK_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise OSError(errno.EIO, str(error)) from error
     return count
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,22 @@ from google.protobuf.message import DecodeError
 
 from quantize.caffenet import Datum
 from quantize.data.decode import decode, image_size
+from quantize.data.files import (
+    IMAGE_SUFFIXES,
+    LIST_LINE,
+    FolderLabels,
+    ImageFile,
+    files_in_folder,
+    files_in_list,
+    printable,
+)
 from quantize.data.lmdb_file import LmdbFile, is_lmdb_file
 from quantize.errors import InputError
 from quantize.files import read_file
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".ppm", ".pgm", ".pnm"})
 HDF5_SUFFIXES = frozenset({".h5", ".hdf5"})
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-MAX_LIST_BYTES = 256 << 20
 MAX_IMAGE_BYTES = 1 << 30
-LABEL = re.compile(r"[+-]?[0-9]{1,18}")
-INT32 = np.iinfo(np.int32)
 MAKE_LMDB = "make an LMDB from the images with `labelfree make-lmdb IMAGES LMDB`"
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
@@ -49,9 +53,11 @@ class Source(ABC):
 
     Attributes:
         path: what the user named, for messages.
+        folders: what its subfolders were taken for; None where there are none.
     """
 
     path: Path
+    folders: FolderLabels | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -149,25 +155,18 @@ def datum_pixels(datum: Datum, color: bool | None = None) -> Pixels:
     return values
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """An image file, its label, and where it was named (``list.txt, line 3: `` or nothing)."""
-
-    path: str
-    label: int | None
-    origin: str
-
-
 class FileSource(Source):
     """Image files, decoded to 8-bit BGR as Caffe's ImageData layer does (see decode for EXIF orientation).
 
     Args:
         path: what the user named: the folder or the list.
         files: the images in order.
+        folders: see `Source`.
     """
 
-    def __init__(self, path: Path, files: Sequence[ImageFile]) -> None:
+    def __init__(self, path: Path, files: Sequence[ImageFile], folders: FolderLabels | None = None) -> None:
         self.path = path
+        self.folders = folders
         self._files = files
 
     def __len__(self) -> int:
@@ -194,36 +193,38 @@ class FileSource(Source):
             raise InputError(f"{file.origin}{printable(file.path)}: {error}") from error
         return Image(pixels, file.label)
 
-    def sizes(self, count: int) -> list[tuple[int, int]]:
+    def sizes(self, count: int) -> Iterator[tuple[int, int]]:
         """(height, width) of at most ``count`` files, spread evenly, from their headers: nothing is decoded.
 
         Files that are no images or cannot be read are left out; `read` says what is wrong with them.
         """
-        found = []
-        for number in range(min(count, len(self))):
-            path = self._files[len(self) * number // min(count, len(self))].path
+        count = min(count, len(self))
+        for number in range(count):
             try:
-                size = image_size(read_file(path, "image", MAX_IMAGE_BYTES))
-            except InputError:
+                with open(self._files[len(self) * number // count].path, "rb") as stream:
+                    size = image_size(stream.read())
+            except OSError:
                 continue
             if size is not None:
-                found.append(size)
-        return found
+                yield size
 
     def check(self, count: int) -> None:
         """Raise InputError if one of the first ``count`` files is missing."""
         for file in self._files[:count]:
             if not os.path.isfile(file.path):
-                raise InputError(f"{file.origin}{printable(file.path)}: no such file")
+                hint = f"; {LIST_LINE}" if file.origin else ""
+                raise InputError(f"{file.origin}{printable(file.path)}: no such file{hint}")
 
 
 class Selection(Source):
-    """Some images of a source, by number."""
+    """Some images of a source, by number, with or without their labels."""
 
-    def __init__(self, source: Source, numbers: Sequence[int]) -> None:
+    def __init__(self, source: Source, numbers: Sequence[int], labeled: bool = True) -> None:
         self.path = source.path
+        self.folders = source.folders
         self._source = source
         self._numbers = numbers
+        self._labeled = labeled
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -232,7 +233,8 @@ class Selection(Source):
         return self._source.name(self._numbers[index])
 
     def read(self, index: int, color: bool | None = None) -> Image:
-        return self._source.read(self._numbers[index], color)
+        image = self._source.read(self._numbers[index], color)
+        return image if self._labeled else replace(image, label=None)
 
     def check(self, count: int) -> None:
         self._source.check(max(self._numbers[:count], default=-1) + 1)
@@ -270,29 +272,7 @@ def _open_folder(path: Path) -> Source:
         raise InputError(f"{path}: an LMDB without its data.mdb; copy it again or {MAKE_LMDB}")
     if (path / "CURRENT").exists() and any(path.glob("MANIFEST-*")):
         raise InputError(f"{path}: a LevelDB, which labelfree does not read; {MAKE_LMDB}")
-    files = [ImageFile(file, None, "") for file in sorted(_walk_images(str(path)))]
-    if not files:
-        raise InputError(f"{path}: holds no data.mdb and no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
-    return FileSource(path, files)
-
-
-def _walk_images(top: str) -> Iterator[str]:
-    """Paths of the image files under a folder; a folder reached twice through links counts once."""
-    seen: set[tuple[int, int]] = set()
-    for folder, subfolders, names in os.walk(top, followlinks=True, onerror=_raise):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders.sort()
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                yield os.path.join(folder, name)
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    return FileSource(path, *files_in_folder(path))
 
 
 def _open_file(path: Path) -> Source:
@@ -306,35 +286,5 @@ def _open_file(path: Path) -> Source:
     if suffix in IMAGE_SUFFIXES:
         raise InputError(f"{path}: a single image; give its folder, a list of images or an LMDB")
     if b"\0" in start:
-        raise InputError(f"{path}: neither an LMDB nor a list of images (one `path [label]` per line)")
-    return FileSource(path, list(_read_list(path)))
-
-
-def _read_list(path: Path) -> Iterator[ImageFile]:
-    """Read the lines ``path [label]``; the last field is the label if it is a whole number."""
-    if path.stat().st_size > MAX_LIST_BYTES:
-        raise InputError(f"{path}: larger than {MAX_LIST_BYTES >> 20} MiB; is this a list of images?")
-    folder = path.parent
-    empty = True
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            text = line.strip()
-            if not text:
-                continue
-            empty = False
-            label = None
-            name, *last = text.rsplit(maxsplit=1)
-            if last and LABEL.fullmatch(last[0]):
-                text, label = name, int(last[0])
-            if label is not None and not INT32.min <= label <= INT32.max:
-                raise InputError(f"{path}, line {number}: the label {label} does not fit 32 bits")
-            if "\0" in text:
-                raise InputError(f"{path}, line {number}: not a path")
-            yield ImageFile(os.path.join(folder, text), label, f"{path}, line {number}: ")
-    if empty:
-        raise InputError(f"{path}: the list names no images (one `path [label]` per line)")
-
-
-def printable(text: str) -> str:
-    """Return the text, or, where it has characters that would spoil a one-line message, its escaped form."""
-    return text if text.isprintable() else repr(text)
+        raise InputError(f"{path}: neither an LMDB nor a list of images; {LIST_LINE}")
+    return FileSource(path, list(files_in_list(path)))

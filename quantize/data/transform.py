@@ -95,6 +95,15 @@ class Transform:
         """How encoded images are to be decoded; see Source.read."""
         return True if self.force_color else False if self.force_gray else None
 
+    @property
+    def mean_size(self) -> tuple[int, int] | None:
+        """Height and width that an image must have before the crop, for the mean of mean_file; None: any.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        return None if self.mean_file is None else self._mean_image.shape[1:]
+
     def shape_of(self, image: ImageShape) -> ImageShape:
         """ImageShape that an image of shape (channels, height, width) gets.
 

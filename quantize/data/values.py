@@ -21,7 +21,8 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 
 from quantize.arrays import FloatArray, Shape
-from quantize.data.sources import HDF5_SUFFIXES, printable
+from quantize.data.files import printable
+from quantize.data.sources import HDF5_SUFFIXES
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
 

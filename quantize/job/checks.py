@@ -22,6 +22,8 @@ from quantize.data.transform import shape_text
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError
 from quantize.job.feeds import calibration_images, input_shapes, stage_feed, validation_feed
+from quantize.job.labels import folders_as_classes
+from quantize.measure.outputs import class_scores
 from quantize.progress import Progress
 from quantize.record import StageName
 from quantize.settings import Config
@@ -89,6 +91,7 @@ class Checks:
         check_weights(known, weights, infer_shapes(known, one))
         check_kernels(filter_net(self.net, TEST), weights, chosen)
         if "weights" in self.stages and settings.budget is not None:
+            class_scores(self.net, "weights.budget")
             counts = {name: weights[name][0].size for name in chosen}
             free = free_layers(test.net, settings)
             bits_left(counts, {n: chosen[n].bits for n in chosen if n not in free}, settings)
@@ -124,7 +127,9 @@ class Checks:
         """Images, the first of which can be read and has the net's size."""
         feed = validation_feed(self.config, self.net, None, self.progress)
         next(feed.batches(1))
-        return f"{len(feed):,} images, {_shapes(feed)} when transformed"
+        folders = folders_as_classes(feed, self.net)
+        labels = f"; {folders[0]}" if folders else ""
+        return f"{len(feed):,} images, {_shapes(feed)} when transformed{labels}"
 
 
 def _shapes(feed: Feed) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantize.caffenet import InferenceNet, NetParameter, Weights, load_weights, read_prototxt, schema_of
+from quantize.caffenet.quantized import with_alpha_terms
 from quantize.engines import engine_opener
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError, LabelfreeError
@@ -18,14 +19,16 @@ from quantize.job.feeds import (
     read_model_prototxt,
     validation_feed,
 )
-from quantize.job.output import Files, OutputFolder
+from quantize.job.labels import with_labels_that_fit
+from quantize.job.output import Files, OutputFolder, is_held
+from quantize.job.resume import made_from, model_hashes, sha256
 from quantize.job.store import PAGE, REPORT, read_record, show_page, write_page, write_record
 from quantize.measure.evaluate import Candidate, evaluate
+from quantize.measure.outputs import net_outputs
 from quantize.measure.sqnr import Version, images_to_measure, output_sqnr
 from quantize.progress import SILENT, Progress
 from quantize.record import Evaluation, OutputSqnr, RunRecord
 from quantize.settings import Config
-from quantize.stages.weights import with_alpha_terms
 
 
 def evaluate_run(
@@ -42,25 +45,28 @@ def evaluate_run(
         without_renorm: evaluate the quantized weights before renorm too.
 
     Raises:
-        InputError: nothing has been quantized yet, or no images.
+        InputError: nothing has been quantized yet, it was made from another model, or no images.
     """
     net = read_model_prototxt(config)
-    feed = validation_feed(config, net, images, progress)
-    candidates = _candidates(config, net)
+    record = read_record(config.output)
+    check_results(config, record)
+    if is_held(config.output):
+        progress.note(f"{config.output}: another labelfree run is writing here; this is what there is so far")
+    candidates = _candidates(config, net, record)
     if not without_renorm:
         candidates.pop("without_renorm", None)
-    before = read_record(config.output)
+    feed = with_labels_that_fit(validation_feed(config, net, images, progress), net, progress)
     open_engine = engine_opener(config.engine, config.caffe, config.threads)
     with using_threads(config.threads):
-        found = evaluate(candidates, feed, open_engine, progress)
-    found = replace(found, images_from=evaluation_images(config))
+        found = evaluate(candidates, net_outputs(net), feed, open_engine, progress)
+    found = replace(found, missing=record.stages.missing, images_from=evaluation_images(config))
     try:
         with closing(OutputFolder(config.output)) as folder:
-            record = read_record(config.output)
-            if record.stages == before.stages:
-                record = record.model_copy(update={"evaluation": found})
-                write_record(folder, record)
-                show_page(folder, config, net, record, progress)
+            now = read_record(config.output)
+            if now.stages == record.stages:
+                now = now.model_copy(update={"evaluation": found})
+                write_record(folder, now)
+                show_page(folder, config, net, now, progress)
     except LabelfreeError as error:
         progress.note(f"not added to {REPORT}: {error}")
     return found
@@ -95,7 +101,7 @@ def measure_outputs(
     try:
         enough = images_to_measure(config.renorm.images + config.activations.images)
         feed = calibration_feed(config, net, min(enough, calibration_images(config)))
-        candidates = _candidates(config, net)
+        candidates = _candidates(config, net, record)
         versions = {name: Version(c.net, c.weights) for name, c in candidates.items()}
         full = versions.pop("fp32")
         found = output_sqnr(full, versions, layers, feed, open_engine, progress)
@@ -105,24 +111,50 @@ def measure_outputs(
     return OutputSqnr(len(feed), found)
 
 
-def _candidates(config: Config, net: NetParameter) -> dict[str, Candidate]:
-    """Full precision, quantized weights before renorm where renorm has run, and the final net, in that order.
+def check_results(config: Config, record: RunRecord) -> None:
+    """Check that what is in the output folder belongs to this job.
 
     Raises:
-        InputError: nothing has been quantized yet.
+        InputError: it has another name, or was made from another model.
+    """
+    if record.name != config.name:
+        raise InputError(
+            f"{config.output}: holds the results of {record.name}, not of {config.name}; run `labelfree "
+            "quantize`, or give its output or name"
+        )
+    if not made_from(record, config, model_hashes(config)):
+        raise InputError(
+            f"{config.output}: made from another model.prototxt or model.weights; run `labelfree quantize` "
+            "again"
+        )
+
+
+def _candidates(config: Config, net: NetParameter, record: RunRecord) -> dict[str, Candidate]:
+    """Full precision, quantized weights before renorm where renorm has run, and what the last stage has made.
+
+    Raises:
+        InputError: a file is not the one that the record tells of.
     """
     files = Files.of(config.name)
-    quantized, renormed = config.output / files.quantized, config.output / files.renorm
-    prototxt = config.output / files.val
-    if not quantized.exists() or not prototxt.exists():
-        raise InputError(f"{config.output}: nothing quantized here yet; run `labelfree quantize` first")
-    full = InferenceNet.of(net)
-    found = {"fp32": Candidate(full.net, load_weights(config.model.weights, net), full.scores)}
-    weights = Weights.read(quantized)
-    if renormed.exists():
-        unrepaired = InferenceNet.of(with_alpha_terms(net, weights))
-        found["without_renorm"] = Candidate(unrepaired.net, weights, unrepaired.scores)
-        weights = Weights.read(renormed)
-    final = InferenceNet.of(read_prototxt(prototxt, schema_of(net)))
-    found["quantized"] = Candidate(final.net, weights, final.scores)
+    missing = [name for name in record.outputs if not (config.output / name).exists()]
+    if missing:
+        raise _not_as_told(config.output / missing[0])
+    found = {"fp32": Candidate(InferenceNet.of(net).net, load_weights(config.model.weights, net))}
+    weights = Weights.read(config.output / files.quantized)
+    if record.stages.renorm is not None:
+        found["without_renorm"] = Candidate(InferenceNet.of(with_alpha_terms(net, weights)).net, weights)
+        weights = Weights.read(config.output / files.renorm)
+    final = read_prototxt(config.output / files.val, schema_of(net))
+    found["quantized"] = Candidate(InferenceNet.of(final).net, weights)
+    # Now that they have been read it is no matter what becomes of the files.
+    for name, digest in record.outputs.items():
+        if sha256(config.output / name) != digest:
+            raise _not_as_told(config.output / name)
     return found
+
+
+def _not_as_told(path: Path) -> InputError:
+    return InputError(
+        f"{path}: not the file that {REPORT} tells of: a run is writing here, or was killed; wait for it, or "
+        "run `labelfree quantize --resume`"
+    )

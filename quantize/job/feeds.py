@@ -27,6 +27,7 @@ from quantize.errors import InputError
 from quantize.job.inputs import (
     check_counts,
     check_inputs,
+    check_order,
     image_input,
     images_present,
     is_placeholder,
@@ -187,7 +188,9 @@ def _feed(
     check_counts(values, fed, key)
     inputs: dict[str, Images | Values] = {}
     if fed.source is not None and blob is not None:
-        inputs[blob] = _images(config, net, open_source(fed.source), first, images, phase, progress)
+        source = open_source(fed.source)
+        check_order(source, values)
+        inputs[blob] = _images(config, net, source, first, images, phase, progress)
         images = len(inputs[blob])
     else:
         present = images_present(fed, key) - first
@@ -216,13 +219,10 @@ def _images(
                 f"layer {layer.name!r}: {foreign} is a field of a fork of Caffe and is not applied; say in "
                 "data.transform what the images need"
             )
-    short = guessed_short_side(source, transform)
-    if short is not None:
-        progress.note(
-            f"{source.path}: images are not all {transform.crop_size}x{transform.crop_size} as the net wants "
-            f"them: resizing the shorter side to {short} (data.transform.resize_short)"
-        )
-        transform = replace(transform, resize_short=short)
+    resized = resized_before_crop(source, transform)
+    if resized is not None:
+        transform, how = resized
+        progress.note(f"{source.path}: {how}")
     source = Selection(source, range(first, len(source))) if first else source
     feed = Images(source, transform, phase, images, config.data.seed, config.threads)
     expected = told_shapes(config, net).get(blob or "")
@@ -238,17 +238,33 @@ def _images(
     return feed
 
 
-def guessed_short_side(source: Source, transform: Transform) -> int | None:
-    """To how many pixels the shorter side of images is resized although nobody has said so.
+def resized_before_crop(source: Source, transform: Transform) -> tuple[Transform, str] | None:
+    """The transform with a resizing of image files that nobody has said, and what that is.
 
-    None where something is said, where images come from an LMDB, made for a net, and where image files are
-    as large as the crop: these are taken as they are.
+    With a mean image they get its size, as the images had that it is the mean of; else the shorter side
+    becomes a little longer than the crop. None where something is said, where images come from an LMDB, made
+    for a net, and where image files have the size that the mean or the crop needs: these are taken as they
+    are.
+
+    Raises:
+        InputError: the mean image cannot be read.
     """
     crop = transform.crop_size
     if not isinstance(source, FileSource) or not crop or transform.resize or transform.resize_short:
         return None
-    same = all(size == (crop, crop) for size in source.sizes(SIZES_LOOKED_AT))
-    return None if same else round(crop * RESIZE_PER_CROP)
+    mean = transform.mean_size
+    if all(size == (mean or (crop, crop)) for size in source.sizes(SIZES_LOOKED_AT)):
+        return None
+    if mean is not None:
+        shown = f"{mean[0]}x{mean[1]}"
+        how = f"images are not all {shown} as the mean_file is: resizing to {shown} (data.transform.resize)"
+        return replace(transform, resize=mean), how
+    short = round(crop * RESIZE_PER_CROP)
+    how = (
+        f"images are not all {crop}x{crop} as the net wants them: resizing the shorter side to {short} "
+        "(data.transform.resize_short)"
+    )
+    return replace(transform, resize_short=short), how
 
 
 def effective_transform(net: NetParameter, phase: int, config: Config) -> Transform:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantize.arrays import Shape
 from quantize.caffenet import InferenceNet, NetParameter, declared_shape, dependents
-from quantize.data.sources import open_source
+from quantize.data.sources import Source, open_source
 from quantize.data.transform import shape_text
 from quantize.data.values import ENDLESS, Values, open_values
 from quantize.errors import InputError
@@ -109,6 +109,16 @@ def check_counts(values: Mapping[str, Values], fed: Fed, key: str) -> None:
             what = f"{fed.source} holds {present} images" if fed.source else f"another input has {present}"
             raise InputError(
                 f"{given.where}: {len(given)} values but {what}; there must be one for each, in their order"
+            )
+
+
+def check_order(source: Source, values: Mapping[str, Values]) -> None:
+    """Check that images are in an order that values can follow; those in subfolders come in turn."""
+    for given in values.values():
+        if len(given) != ENDLESS and source.folders is not None:
+            raise InputError(
+                f"{given.where}: values belong to images by their order, but the images of {source.path} lie "
+                "in subfolders, which are taken in turn; name the images in that order in a list file"
             )
 
 

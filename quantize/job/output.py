@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from quantize.errors import InputError, LabelfreeError
-
-PART_SUFFIX = ".labelfree-part"
-"""Of a file being written. No program but this one uses it: what bears it in an output folder is ours to
-remove, and nothing else is."""
+from quantize.errors import InputError
+from quantize.files import PART_SUFFIX, made_folder, whole_file
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,18 @@ class Files:
         )
 
 
+def is_held(path: Path) -> bool:
+    """Whether a run holds a folder that is there."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class OutputFolder:
     """A folder held by this process; made where it is not there.
 
@@ -51,8 +60,7 @@ class OutputFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            self._descriptor = os.open(made_folder(path), os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise InputError(f"output: {path}: cannot make or open this folder: {error.strerror}") from error
         try:
@@ -83,20 +91,8 @@ class OutputFolder:
         Raises:
             LabelfreeError: the file could not be written (disk full, ...).
         """
-        part = self.path / f".{name}{PART_SUFFIX}"
-        try:
-            with open(part, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.path / name)
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise LabelfreeError(
-                f"{self.path / name}: cannot write: {error.strerror}; what was there before is unchanged"
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
+        with whole_file(self.path / name) as file:
+            yield file
 
     def remove(self, name: str) -> None:
         """Remove a file that no longer fits the others, where it is there."""

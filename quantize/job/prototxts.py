@@ -21,10 +21,14 @@ from quantize.caffenet import (
     is_measure,
     known_part,
 )
+from quantize.caffenet.norms import with_stored_statistics
 from quantize.caffenet.schema import DataParameter
 from quantize.caffenet.strings import from_path
 from quantize.data.sources import LmdbSource, open_source
-from quantize.job.feeds import effective_transform, to_proto
+from quantize.job.feeds import effective_transform, resized_before_crop, to_proto
+from quantize.job.inputs import image_input
+from quantize.measure.outputs import net_outputs
+from quantize.record import CaffeTest
 from quantize.settings import Config
 
 
@@ -63,22 +67,36 @@ def validation_prototxt(net: NetParameter, config: Config, shapes: Mapping[str, 
     del changed.layer[:]
     changed.layer.extend(layers)
     if not any(layer.type == "Accuracy" for layer in filtered.layer):
-        classes = _classes(test, shapes)
-        changed.layer.extend(_accuracy(test.scores, label, k) for k in (1, 5) if k <= classes)
+        scores, classes = image_classes(net, shapes)
+        changed.layer.extend(_accuracy(scores, label, k) for k in (1, 5) if k <= classes)
     return changed
 
 
-def with_stored_statistics(net: NetParameter) -> NetParameter:
-    """A copy whose BatchNorms use their stored statistics in the TEST phase, whatever the given net says.
+def caffe_test(net: NetParameter, config: Config) -> CaffeTest:
+    """Whether `caffe test` can run the `validation_prototxt` of a net, and if not, what it would need.
 
-    ``use_global_stats: false`` there would make Caffe normalise by each batch and ignore what renorm found.
+    Its Data layer reads labeled images from an LMDB and resizes nothing.
     """
-    changed = NetParameter()
-    changed.CopyFrom(net)
-    for layer in changed.layer:
-        if layer.type == "BatchNorm" and not layer.batch_norm_param.use_global_stats:
-            layer.batch_norm_param.ClearField("use_global_stats")
-    return changed
+    others = [name for name in InferenceNet.of(net).inputs if name != image_input(config, net)]
+    if others:
+        return CaffeTest(None, f"a layer that feeds the input {others[0]}, which a Data layer does not")
+    transform = effective_transform(net, TEST, config)
+    data = config.data.validation
+    given = data.source if data is not None and not data.inputs else None
+    if data is not None and given is not None:
+        source = open_source(given)
+        try:
+            if isinstance(source, LmdbSource) and not (transform.resize or transform.resize_short):
+                return CaffeTest(max(1, len(source) // data.batch_size))
+            transform, _ = resized_before_crop(source, transform) or (transform, "")
+        finally:
+            source.close()
+    option = f" --resize-short {transform.resize_short}" if transform.resize_short else ""
+    if transform.resize:
+        option = f" --resize {transform.resize[0]}x{transform.resize[1]}"
+    images = f"the images of {given}" if given is not None else "labeled images"
+    make = f"`labelfree make-lmdb {given or 'IMAGES'} LMDB{option}`, then `--validation LMDB`"
+    return CaffeTest(None, f"{images} in an LMDB: {make}")
 
 
 def _label_blob(net: NetParameter, images: LayerParameter) -> str:
@@ -89,11 +107,17 @@ def _label_blob(net: NetParameter, images: LayerParameter) -> str:
     return next(read, "label")
 
 
-def _classes(test: InferenceNet, shapes: Mapping[str, Shape]) -> int:
-    """The number of class scores of an image; 0 where there is no such number or it is not known."""
+def image_classes(net: NetParameter, shapes: Mapping[str, Shape]) -> tuple[str, int]:
+    """The blob with an image's class scores, and their number; 0 where there are none or it is not known."""
+    test = InferenceNet.of(net)
     one = {blob: (1, *shape) for blob, shape in shapes.items()}
-    batch, *scores = infer_shapes(known_part(test.net, one), one).blobs.get(test.scores, (1,))
-    return scores[0] if batch == 1 and scores[:1] and math.prod(scores) == scores[0] else 0
+    known = infer_shapes(known_part(test.net, one), one).blobs
+    for output in net_outputs(net):
+        shape = known.get(output.blob, ())
+        axis = output.axis_of(shape)
+        if output.is_main and axis is not None and math.prod(shape) == shape[axis]:
+            return output.blob, shape[axis]
+    return "", 0
 
 
 def deploy_prototxt(net: NetParameter, shapes: Mapping[str, Shape]) -> NetParameter:

@@ -19,7 +19,7 @@ from quantize.host import available_threads
 from quantize.job.feeds import effective_transform
 from quantize.job.inputs import image_input
 from quantize.job.output import Files
-from quantize.record import STAGES, Dependencies, StageName
+from quantize.record import STAGES, Dependencies, RunRecord, StageName
 from quantize.settings import Config
 
 READ_BLOCK = 1 << 20
@@ -102,6 +102,18 @@ def model_hashes(config: Config) -> dict[str, str]:
     model = config.model
     paths = {"prototxt": model.prototxt, "weights": model.weights, "caffe_proto": model.caffe_proto}
     return {key: sha256(path) for key, path in paths.items() if path is not None}
+
+
+def made_from(record: RunRecord, config: Config, inputs: Mapping[str, str]) -> bool:
+    """Whether results were made from the model that a configuration names.
+
+    Args:
+        record: of the results.
+        config: the settings.
+        inputs: the configuration's `model_hashes`.
+    """
+    before, now = record.settings.model, config.model
+    return record.inputs == inputs and (before.stages, before.level) == (now.stages, now.level)
 
 
 def dependencies(

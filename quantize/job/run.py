@@ -39,6 +39,7 @@ from quantize.caffenet import (
     load_weights,
     owners,
 )
+from quantize.caffenet.quantized import QUANTIZED_TYPES, correctable, with_alpha_terms
 from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
@@ -48,10 +49,11 @@ from quantize.job.checks import Checks
 from quantize.job.evaluation import measure_outputs
 from quantize.job.feeds import input_shapes, read_model_prototxt, stage_feed
 from quantize.job.output import Files, OutputFolder
-from quantize.job.prototxts import deploy_prototxt, validation_prototxt
-from quantize.job.resume import changes, dependencies, model_hashes, sha256
+from quantize.job.prototxts import caffe_test, deploy_prototxt, validation_prototxt
+from quantize.job.resume import changes, dependencies, made_from, model_hashes, sha256
 from quantize.job.store import PAGE, previous_record, show_page, write_record
 from quantize.job.transforms import says_transform, transform_check, with_chosen_transform
+from quantize.measure.outputs import class_scores
 from quantize.measure.transform_check import TransformCheck
 from quantize.progress import SILENT, Progress
 from quantize.record import (
@@ -72,15 +74,7 @@ from quantize.stages.activations import activations_quan, plain_relus, with_act_
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision, renorm
-from quantize.stages.weights import (
-    QUANTIZED_TYPES,
-    check_kernels,
-    choices,
-    correctable,
-    unquantizable,
-    weights_quan,
-    with_alpha_terms,
-)
+from quantize.stages.weights import check_kernels, choices, unquantizable, weights_quan
 
 LIBRARIES = (
     *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb", "threadpoolctl"),
@@ -237,7 +231,7 @@ class Run:
         return check.record(self.chosen)
 
     def _weights(self, begun: _Begun) -> WeightsRecord:
-        weights = load_weights(self.config.model.weights, self.net)
+        weights = self.model_weights
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
@@ -251,7 +245,8 @@ class Run:
             self.progress.note(f"weights: {line}")
         budget, calibration = None, self._calibration()
         if settings.budget is not None and calibration is not None:
-            chosen, budget = keep_budget(weights, settings, calibration, test.scores, self.progress)
+            scores = class_scores(self.net, "weights.budget")
+            chosen, budget = keep_budget(weights, settings, calibration, scores, self.progress)
         _, quantized, layers = weights_quan(
             self.net, weights, chosen, settings.solver, self.progress, calibration
         )
@@ -351,9 +346,7 @@ class Run:
                 f"{path}: the result of the stage before this one is not there; run `labelfree quantize`, "
                 f"or with `--stages {stage},...`"
             )
-        before = self.record.settings.model
-        state = (self.config.model.stages, self.config.model.level)
-        if self.record.inputs != self.inputs or (before.stages, before.level) != state:
+        if not made_from(self.record, self.config, self.inputs):
             raise InputError(
                 f"{path}: made from another model.prototxt or model.weights; run the weights stage again"
             )
@@ -396,6 +389,7 @@ class Run:
                 transform=transform,
                 stages=stages,
                 prototxts=self._write_prototxts(self._prototxts(stages)),
+                caffe_test=caffe_test(self.net, self.config),
                 sizes=self._sizes(stages),
             )
         )
@@ -428,6 +422,7 @@ class Run:
             update={
                 "settings": settings,
                 "prototxts": digests,
+                "caffe_test": caffe_test(self.net, self.config),
                 "evaluation": record.evaluation if same_images and digests == record.prototxts else None,
             }
         )

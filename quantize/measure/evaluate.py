@@ -1,195 +1,243 @@
-"""Accuracy and agreement of a quantized net and its full-precision net on the same images."""
+"""A quantized net and its full-precision net on the same images: accuracy, and how close all outputs are."""
 
 from __future__ import annotations
 
-import math
+import base64
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-from quantize.arrays import FloatArray
+from quantize.arrays import FLOAT_BYTES, FloatArray, Shape
 from quantize.caffenet import NetParameter, Weights
 from quantize.data.feed import Feed
-from quantize.engines.base import Engine, OpenEngine
+from quantize.engines.base import Engine, OpenEngine, Range
 from quantize.errors import InputError, LabelfreeError
-from quantize.numerics.decibels import decibels
+from quantize.measure.accuracy import Rights, right_top_k
+from quantize.measure.closeness import Sums, places
+from quantize.measure.outputs import Output, tapped
+from quantize.measure.significance import mcnemar, wilson
 from quantize.progress import SILENT, Progress
-from quantize.record import Accuracy, Closeness, Evaluation
+from quantize.record import Accuracy, Evaluation, OutputCloseness, Paired
 from quantize.sweep.plan import Costs, micro_batch_size
 
 TOP_K = (1, 5)
+FULL = "fp32"
+"""The candidate that the others are compared with."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the nets to compare.
-
-    Attributes:
-        net: the inference net.
-        weights: its blobs.
-        scores: the blob with one score per class.
-    """
+    """One of the nets to compare: an inference net and its blobs."""
 
     net: NetParameter
     weights: Weights
-    scores: str
 
 
 def evaluate(
     candidates: Mapping[str, Candidate],
+    outputs: Sequence[Output],
     feed: Feed,
     open_engine: OpenEngine,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Run nets over the same images.
 
+    Accuracy is counted where the main output has one score per class of an image and all images have labels.
+
     Args:
-        candidates: full precision first, then those to compare with it; the final one last.
+        candidates: by name: full precision is called ``fp32``.
+        outputs: of full precision (`measure.outputs.net_outputs`).
         feed: images transformed for the TEST phase.
         open_engine: opens a net for running.
 
     Raises:
-        InputError: a label does not fit the number of classes, or the nets' scores do not fit each other.
-        LabelfreeError: scores are not finite.
+        InputError: a label does not fit the number of classes, or the nets' outputs do not fit each other.
+        LabelfreeError: an output is not finite.
     """
     with ExitStack() as stack:
-        engines = [
-            stack.enter_context(closing(open_engine(c.net, c.weights, feed.shapes)))
-            for c in candidates.values()
-        ]
-        return _compare(list(candidates.items()), engines, feed, progress)
+        opened = {
+            name: _Opened.of(candidate, outputs, feed, open_engine, stack)
+            for name, candidate in candidates.items()
+        }
+        return _Comparison.of(opened, outputs).over(feed, progress)
 
 
-def _compare(
-    candidates: Sequence[tuple[str, Candidate]], engines: Sequence[Engine], feed: Feed, progress: Progress
-) -> Evaluation:
-    for _, candidate in candidates:
-        check_scores(candidate.net, candidate.scores)
-    runners = [
-        engine.compile(0, len(candidate.net.layer), [candidate.scores])
-        for engine, (_, candidate) in zip(engines, candidates, strict=True)
-    ]
-    widest = max(Costs.of(e.net, e.shapes, list(e.inputs), ()).widest for e in engines)
-    batch = micro_batch_size(widest, len(feed), None)
-    hits: dict[str, dict[int, int]] = {name: dict.fromkeys(TOP_K, 0) for name, _ in candidates}
-    sums = {name: _Sums() for name, _ in candidates[1:]}
-    labeled = 0
-    progress.start("evaluate", len(feed))
-    for images in feed.batches(batch):
-        labels = images.labels
-        full: FloatArray | None = None
-        for (name, candidate), runner in zip(candidates, runners, strict=True):
-            scores = runner.run(images.feeds).blobs[candidate.scores]
-            scores = scores.reshape(len(images), -1)
-            if not np.isfinite(scores).all():
-                raise LabelfreeError(
-                    f"{name}: blob {candidate.scores} is not finite; layers before it overflow"
-                )
-            if labels is not None:
-                for k in TOP_K:
-                    hits[name][k] += count_top_k(scores, labels, k)
-            if full is None:
-                full = scores
-            elif full.shape == scores.shape:
-                sums[name].update(full, scores)
-            else:
-                raise InputError(
-                    f"the nets give {full.shape[1]} and {scores.shape[1]} scores per image; quantize again"
-                )
-        labeled += len(images) if labels is not None else 0
-        progress.advance(len(images))
-    count = len(feed)
-    accuracy = {
-        name: Accuracy(*(100 * hits[name][k] / count if labeled == count else None for k in TOP_K))
-        for name, _ in candidates
-    }
-    closeness = {name: found.closeness(count) for name, found in sums.items()}
-    classes = math.prod(engines[0].shapes.blobs[candidates[0][1].scores][1:])
-    return Evaluation(count, accuracy, closeness, classes)
+@dataclass(frozen=True)
+class _Opened:
+    """A candidate that is ready to run.
 
-
-def check_scores(net: NetParameter, scores: str) -> None:
-    """Check that an inference net makes its scores.
-
-    Raises:
-        InputError: it does not.
+    Attributes:
+        runner: gives its outputs.
+        names: of the outputs, in the runner's results.
+        shapes: of the outputs, for a batch of 1.
+        widest: bytes that an image needs at a time.
     """
-    if not any(scores in layer.top for layer in net.layer):
-        raise InputError(
-            f"the net's scores, blob {scores!r}, cannot be computed from the images alone; "
-            "check the bottoms of its Accuracy or loss layer"
+
+    runner: Range
+    names: list[str]
+    shapes: list[Shape]
+    widest: int
+
+    @classmethod
+    def of(
+        cls,
+        candidate: Candidate,
+        outputs: Sequence[Output],
+        feed: Feed,
+        open_engine: OpenEngine,
+        stack: ExitStack,
+    ) -> _Opened:
+        net, names = tapped(candidate.net, outputs)
+        for name in names:
+            if not any(name in layer.top for layer in net.layer):
+                raise InputError(f"the net has no output {name!r} any more; quantize again")
+        engine: Engine = stack.enter_context(closing(open_engine(net, candidate.weights, feed.shapes)))
+        shapes = [engine.shapes.blobs[name] for name in names]
+        held = FLOAT_BYTES * sum(int(np.prod(shape)) for shape in shapes)
+        widest = Costs.of(net, engine.shapes, list(engine.inputs), ()).widest + held
+        return cls(engine.compile(0, len(net.layer), list(dict.fromkeys(names))), names, shapes, widest)
+
+    def run(self, feeds: Mapping[str, FloatArray]) -> list[FloatArray]:
+        """The outputs."""
+        blobs = self.runner.run(feeds).blobs
+        return [blobs[name] for name in self.names]
+
+
+@dataclass
+class _Comparison:
+    """What is added up over the images.
+
+    Attributes:
+        opened: the candidates.
+        outputs: what is compared.
+        axes: the class axis of each output, where it has one.
+        main: the number of the main output; None where there is none.
+        sums: by candidate but for full precision, of each output.
+        rights: by candidate, where its top k are right, by k and micro-batch.
+    """
+
+    opened: dict[str, _Opened]
+    outputs: Sequence[Output]
+    axes: list[int | None]
+    main: int | None
+    sums: dict[str, list[Sums]] = field(default_factory=dict)
+    rights: dict[str, dict[int, list[Rights]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, opened: dict[str, _Opened], outputs: Sequence[Output]) -> _Comparison:
+        shapes = opened[FULL].shapes
+        for name, candidate in opened.items():
+            for output, shape, own in zip(outputs, shapes, candidate.shapes, strict=True):
+                if shape != own:
+                    raise InputError(
+                        f"{name}: output {output.blob} has the shape {own} but {shape} in full precision; "
+                        "quantize again"
+                    )
+        axes = [output.axis_of(shape) for output, shape in zip(outputs, shapes, strict=True)]
+        found = (i for i, output in enumerate(outputs) if output.is_main and axes[i] is not None)
+        others = [name for name in opened if name != FULL]
+        return cls(
+            opened,
+            outputs,
+            axes,
+            next(found, None),
+            {name: [Sums(axis) for axis in axes] for name in others},
+            {name: {k: [] for k in TOP_K} for name in opened},
         )
 
+    def over(self, feed: Feed, progress: Progress) -> Evaluation:
+        """Run all candidates over all images."""
+        batch = micro_batch_size(max(each.widest for each in self.opened.values()), len(feed), None)
+        labels: list[int | None] = []
+        progress.start("evaluate", len(feed))
+        for images in feed.batches(batch):
+            labels += images.labels
+            full = self._outputs(FULL, images.feeds)
+            self._count(FULL, full, images.labels)
+            for name, sums in self.sums.items():
+                own = self._outputs(name, images.feeds)
+                self._count(name, own, images.labels)
+                for each, wide, narrow in zip(sums, full, own, strict=True):
+                    each.update(wide, narrow)
+            progress.advance(len(images))
+        labeled = sum(label is not None for label in labels)
+        if self.main is not None and labeled and not self._of_images:
+            progress.note(
+                f"output {self.outputs[self.main].blob} has class scores at many places of an image: labels "
+                "by place are not read, so no accuracy is counted"
+            )
+        elif self._of_images and 0 < labeled < len(feed):
+            progress.note(f"accuracy is that of the {labeled} of {len(feed)} images that have a label")
+        return self._evaluation(len(feed), labels if self._of_images and labeled else [])
 
-class _Sums:
-    """What `Closeness` is made of, added up over micro-batches."""
+    @property
+    def _of_images(self) -> bool:
+        """Whether the main output has one score per class of an image."""
+        if self.main is None:
+            return False
+        shape, axis = self.opened[FULL].shapes[self.main], self.axes[self.main]
+        return axis is not None and int(np.prod(shape)) == shape[axis]
 
-    def __init__(self) -> None:
-        self.agreed = 0
-        self.divergence = 0.0
-        self.energy = 0.0
-        self.loss = 0.0
+    def _outputs(self, name: str, feeds: Mapping[str, FloatArray]) -> list[FloatArray]:
+        blobs = self.opened[name].run(feeds)
+        for output, blob in zip(self.outputs, blobs, strict=True):
+            if not np.isfinite(blob).all():
+                raise LabelfreeError(f"{name}: blob {output.blob} is not finite; layers before it overflow")
+        return blobs
 
-    def update(self, full: FloatArray, own: FloatArray) -> None:
-        """Add the scores (images, classes) of one micro-batch."""
-        wide, narrow = full.astype(np.float64), own.astype(np.float64)
-        self.agreed += int((full.argmax(axis=1) == own.argmax(axis=1)).sum())
-        self.divergence += float(divergences(full, own).sum())
-        self.energy += float(np.square(wide).sum())
-        self.loss += float(np.square(wide - narrow).sum())
+    def _count(self, name: str, blobs: Sequence[FloatArray], labels: Sequence[int | None]) -> None:
+        """Note on which of the labeled images a candidate is right."""
+        if self.main is None or not self._of_images:
+            return
+        rows = [row for row, label in enumerate(labels) if label is not None]
+        axis = self.axes[self.main]
+        assert axis is not None
+        scores = places(blobs[self.main], axis)[rows]
+        for k in TOP_K:
+            right = right_top_k(scores, np.array([labels[row] for row in rows], np.int64), k)
+            self.rights[name][k].append(right)
 
-    def closeness(self, images: int) -> Closeness:
-        """The figures over ``images`` images."""
-        return Closeness(
-            agreement=100 * self.agreed / images,
-            divergence=max(0.0, self.divergence / images),
-            sqnr_db=decibels(self.energy, self.loss),
+    def _evaluation(self, images: int, labels: Sequence[int | None]) -> Evaluation:
+        """What has been found.
+
+        Args:
+            images: how many.
+            labels: theirs, where accuracy was counted; else empty.
+        """
+        labeled = sum(label is not None for label in labels)
+        outputs = []
+        for number, (output, axis) in enumerate(zip(self.outputs, self.axes, strict=True)):
+            found = {name: sums[number] for name, sums in self.sums.items()}
+            shape = self.opened[FULL].shapes[number]
+            classes = None if axis is None else shape[axis]
+            at = int(np.prod(shape)) // classes if classes else None
+            close = {name: sums.closeness for name, sums in found.items()}
+            presumed = output.presumed and axis is not None
+            outputs.append(OutputCloseness(output.blob, classes, at, presumed, close))
+        top1 = {name: np.concatenate(by_k[1]) for name, by_k in self.rights.items()} if labeled else {}
+        return Evaluation(
+            images,
+            labeled,
+            {name: self._accuracy(name, labeled) for name in self.opened},
+            outputs,
+            None if self.main is None else self.outputs[self.main].blob,
+            {name: _paired(top1[FULL], right) for name, right in top1.items() if name != FULL},
+            labels_hash=hashlib.sha256(json.dumps(labels).encode()).hexdigest() if labeled else None,
         )
 
-
-def divergences(full: FloatArray, own: FloatArray) -> npt.NDArray[np.float64]:
-    """Kullback-Leibler divergence of the softmax of a net's scores from that of full precision, in nats.
-
-    Args:
-        full: scores of full precision, (images, classes).
-        own: those of the other net.
-
-    Returns:
-        For each image sum p log(p / p') over the classes; shape (images,).
-    """
-    p, q = log_softmax(full.astype(np.float64)), log_softmax(own.astype(np.float64))
-    found: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=1)
-    return found
+    def _accuracy(self, name: str, labeled: int) -> Accuracy:
+        if not labeled:
+            return Accuracy(None, None)
+        rights = [np.concatenate(self.rights[name][k]) for k in TOP_K]
+        top1, top5 = (int(right.sum()) for right in rights)
+        bits = base64.b64encode(np.packbits(rights[0]).tobytes()).decode()
+        return Accuracy(100 * top1 / labeled, 100 * top5 / labeled, wilson(top1, labeled), bits)
 
 
-def log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Logarithms of the softmax over the classes; shape (images, classes)."""
-    below = scores - scores.max(axis=1, keepdims=True)
-    shifted: npt.NDArray[np.float64] = below - np.log(np.exp(below).sum(axis=1, keepdims=True))
-    return shifted
-
-
-def count_top_k(scores: FloatArray, labels: npt.NDArray[np.int64], k: int) -> int:
-    """Images whose label is among the k best, counted as Caffe's accuracy_layer does.
-
-    The label is right when fewer than k other classes have a score at least as large: ties count against it.
-
-    Args:
-        scores: (images, classes).
-        labels: (images,).
-
-    Raises:
-        InputError: a label outside 0 .. classes - 1.
-    """
-    classes = scores.shape[1]
-    if labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
-        bad = int(labels.min()) if labels.min() < 0 else int(labels.max())
-        raise InputError(
-            f"data.validation: label {bad} does not fit the net's {classes} classes; check the labels"
-        )
-    own = np.take_along_axis(scores, labels[:, None].astype(np.intp), axis=1)
-    better = (scores >= own).sum(axis=1) - 1
-    return int((better < k).sum())
+def _paired(full: Rights, own: Rights) -> Paired:
+    full_only, own_only = int((full & ~own).sum()), int((own & ~full).sum())
+    return Paired(full_only, own_only, mcnemar(full_only, own_only))

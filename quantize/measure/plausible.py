@@ -20,17 +20,19 @@ CAUSE = (
 )
 
 
-def doubt(full: float | None, final: float | None, agreement: float, images: int, classes: int) -> str | None:
+def doubt(
+    full: float | None, final: float | None, agreement: float | None, images: int, classes: int
+) -> str | None:
     """Why the accuracies of full precision and of its quantized net cannot be trusted; None where they can.
 
     Args:
         full: top-1 of full precision in percent; None without labels.
         final: top-1 of the quantized net.
         agreement: percent of the images that both put into the same class.
-        images: how many images.
+        images: how many images have a label.
         classes: number of classes; 0: not known.
     """
-    if full is None or final is None:
+    if full is None or final is None or agreement is None:
         return None
     chance = 100 / classes if classes > 1 else 0.0
     # Only images on which the nets disagree move the difference, by one each: McNemar's deviation.

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from quantize.arrays import Floats
+from quantize.arrays import FloatArray, Floats
 from quantize.errors import InputError
 
 
@@ -158,3 +158,20 @@ def make_grid(name: str, bits: int) -> Grid:
     if name not in GRIDS:
         raise InputError(f"grid {name!r} is unknown; choose one of {', '.join(GRIDS)}")
     return GRIDS[name](bits)
+
+
+def smallest_grid(codes: FloatArray) -> Grid | None:
+    """The grid of the fewest bits that has all values of ``codes`` as levels; None where there is none.
+
+    Of grids of as many bits one whose canonical variant has them all is preferred.
+    """
+    values = np.unique(codes).astype(np.float64)
+    offered = [(bits, name) for bits in range(2, 9) for name in GRIDS if bits in GRIDS[name].allowed_bits]
+    for bits in sorted({bits for bits, _ in offered}):
+        grids = [make_grid(name, bits) for of_bits, name in offered if of_bits == bits]
+        variants = [(grid, grid.canonical) for grid in grids]
+        variants += [(grid, variant) for grid in grids for variant in grid.variants]
+        for grid, variant in variants:
+            if np.isin(values, grid.levels(variant)).all():
+                return grid
+    return None

@@ -66,16 +66,14 @@ def _result(record: RunRecord) -> list[Advice]:
     """The files to use."""
     if record.stages.activations is None:
         return []
-    name = record.name
-    return [
-        Advice(
-            "next",
-            f"Use {name}_deploy.prototxt with {name}_renorm.caffemodel.",
-            "They need one layer type that stock Caffe lacks, ActQuantize: see docs/caffe.md of labelfree. "
-            "Where there are labels, Caffe itself measures the accuracy:",
-            f"caffe test -model {name}_val.prototxt -weights {name}_renorm.caffemodel -iterations N",
-        )
-    ]
+    name, test = record.name, record.caffe_test
+    use = "They need one layer type that stock Caffe lacks, ActQuantize: see docs/caffe.md of labelfree."
+    finding = f"Use {name}_deploy.prototxt with {name}_renorm.caffemodel."
+    if test.iterations is None:
+        return [Advice("next", finding, f"{use} For `caffe test` there would have to be {test.needed}.")]
+    command = f"caffe test -model {name}_val.prototxt -weights {name}_renorm.caffemodel"
+    measures = f"{use} Caffe itself measures the accuracy:"
+    return [Advice("next", finding, measures, f"{command} -iterations {test.iterations}")]
 
 
 def _transform(record: RunRecord) -> list[Advice]:
@@ -89,7 +87,7 @@ def _transform(record: RunRecord) -> list[Advice]:
     evaluation = record.evaluation
     if evaluation is not None and evaluation.accuracy:
         full, final = (evaluation.accuracy[name].top1 for name in ("fp32", "quantized"))
-        reason = doubt(full, final, evaluation.agreement, evaluation.images, evaluation.classes)
+        reason = doubt(full, final, evaluation.agreement, evaluation.labeled, evaluation.classes)
         if reason:
             found.append(Advice("warning", f"{reason[0].upper()}{reason[1:]}."))
     return found
@@ -106,6 +104,8 @@ def _accuracy(record: RunRecord) -> list[Advice]:
             )
         ]
     agreement = record.evaluation.agreement
+    if agreement is None:
+        return []
     best = record.settings.weights.solver == "data_aware"
     if agreement >= LOW_AGREEMENT:
         more = "" if best else "Closer still, at the same size, with what takes longer: --quality best."

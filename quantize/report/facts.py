@@ -11,9 +11,9 @@ from quantize.arrays import Floats
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment, stored_statistics
 from quantize.caffenet.chains import LINEAR, followers
 from quantize.caffenet.kernels import to_kernels
+from quantize.caffenet.quantized import QUANTIZED_TYPES, alpha_of
 from quantize.numerics.grids import make_grid
 from quantize.record import BatchNormShift, QuantizedActivation, QuantizedLayer, RunRecord
-from quantize.stages.weights import ALPHA_SUFFIX, QUANTIZED_TYPES
 
 DEAD_VARIANCE = 1e-10
 """A channel whose variance is below this share of its layer's median does not depend on the image."""
@@ -92,7 +92,7 @@ def weight_plot(
     record: QuantizedLayer, layer: LayerParameter, full: Weights, quantized: Weights
 ) -> WeightPlot:
     """The weights of a layer as its grid sees them: w / alpha, where alpha is not 0."""
-    alpha = np.asarray(quantized[record.name + ALPHA_SUFFIX][0], np.float64).reshape(-1)
+    alpha = np.asarray(alpha_of(quantized, record.name), np.float64)
     kernels = to_kernels(layer, full[record.name][0])
     used = alpha != 0
     grid = make_grid(record.grid, record.bits)

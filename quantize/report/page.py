@@ -20,7 +20,6 @@ SMALL_MULTIPLES = 6
 VERSIONS = (
     ("fp32", "full precision"),
     ("without_renorm", "quantized weights, no renorm"),
-    ("quantized", "final"),
 )
 STAGE_TITLES = {
     "weights": "weights onto the grid",
@@ -80,13 +79,20 @@ def render(record: RunRecord, net: NetParameter, weights: Caffemodels) -> str:
         advice=advise(record, rows, norms),
         plots={name: [Markup(svg) for svg in found] for name, found in pictures.items()},
         moved=moved,
-        versions=VERSIONS,
+        versions=versions_of(record),
         stage_titles=STAGE_TITLES,
         images_from=IMAGES_FROM,
         settings=json.dumps(record.settings.model_dump(mode="json"), indent=2, ensure_ascii=False),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def versions_of(record: RunRecord) -> list[tuple[str, str]]:
+    """The nets that are compared, and what to call them: a net is only final when all stages have run."""
+    missing = record.stages.missing
+    last = f"unfinished: no {', no '.join(missing)}" if missing else "final"
+    return [*VERSIONS, ("quantized", last)]
 
 
 def _weight_plots(rows: Sequence[Row], net: NetParameter, weights: Caffemodels) -> list[str]:

@@ -16,7 +16,8 @@ from itertools import cycle
 import numpy as np
 
 from quantize.arrays import FLOAT_BYTES
-from quantize.caffenet import LayerParameter, NetParameter, Weights, foreign_fields, single_assignment
+from quantize.caffenet import NetParameter, Weights, foreign_fields, single_assignment
+from quantize.caffenet.quantized import Quantizer, become_quantizer
 from quantize.data.feed import Batch, Feed
 from quantize.engines.base import OpenEngine, RangeResult
 from quantize.host import available_threads, pool
@@ -29,8 +30,6 @@ from quantize.settings import ActivationSettings
 from quantize.sweep.plan import IN_FLIGHT, even_batch
 from quantize.sweep.run import overlapped
 
-DEFAULT_LEVELS = 127
-"""The largest code where a layer does not say it."""
 BINS = 48
 """Of the histogram kept for the report."""
 MICRO_BATCH_BYTES = 96 << 20
@@ -82,25 +81,15 @@ def activations_quan(
 
 
 def with_act_quantize(net: NetParameter, found: Sequence[QuantizedActivation]) -> NetParameter:
-    """The net with every ReLU that has a step made an ActQuantize layer: same name, bottom and top.
-
-    The step is carried by ``relu_param.negative_slope`` and a largest code other than 127 by
-    ``threshold_param.threshold``, so that caffe.proto needs no new field.
-    """
+    """The net with every ReLU that has a step made an ActQuantize layer: same name, bottom and top."""
     changed = NetParameter()
     changed.CopyFrom(net)
     by_name = {activation.name: activation for activation in found}
     for layer in changed.layer:
         if layer.type == "ReLU" and layer.name in by_name:
-            _become_act_quantize(layer, by_name[layer.name])
+            step = by_name[layer.name]
+            become_quantizer(layer, Quantizer(step.step, 0, step.levels))
     return changed
-
-
-def _become_act_quantize(layer: LayerParameter, found: QuantizedActivation) -> None:
-    layer.type = "ActQuantize"
-    layer.relu_param.negative_slope = found.step
-    if found.levels != DEFAULT_LEVELS:
-        layer.threshold_param.threshold = found.levels
 
 
 def collect(

@@ -32,7 +32,8 @@ from quantize.caffenet.kernels import from_kernels, to_kernels
 from quantize.data.feed import thinned
 from quantize.engines.base import Engine, RangeResult
 from quantize.errors import InputError, LabelfreeError
-from quantize.measure.evaluate import check_scores, divergences
+from quantize.measure.closeness import divergences, places
+from quantize.measure.outputs import Output, tapped
 from quantize.numerics.grids import make_grid
 from quantize.numerics.moments import Moments
 from quantize.numerics.solvers import fit
@@ -64,7 +65,7 @@ def keep_budget(
     weights: Weights,
     settings: WeightSettings,
     calibration: Calibration,
-    scores: str,
+    scores: Output,
     progress: Progress = SILENT,
 ) -> tuple[dict[str, GridChoice], Budget]:
     """The grid of every layer to quantize, so that the mean bits are at most ``settings.budget``.
@@ -73,7 +74,7 @@ def keep_budget(
         weights: the blobs of the net in full precision.
         settings: with a budget.
         calibration: the net and images to measure sensitivities on.
-        scores: the net's blob with one score per class.
+        scores: the net's output with one score per class.
 
     Returns:
         The grids by layer name, in network order (see `weights_quan.choices`), and what they were chosen by.
@@ -180,7 +181,7 @@ def sensitivities(
     layers: Sequence[str],
     grid: str,
     calibration: Calibration,
-    scores: str,
+    scores: Output,
     progress: Progress = SILENT,
 ) -> tuple[Sensitivities, int]:
     """How far the net's output moves when one layer alone is quantized, for all bits that the grid has.
@@ -194,17 +195,17 @@ def sensitivities(
         layers: the layers, each on its own.
         grid: name of their grid.
         calibration: the net and its images; some of them are taken, spread evenly.
-        scores: the net's blob with one score per class.
+        scores: the net's output with one score per class.
 
     Returns:
-        Mean over the images of the Kullback-Leibler divergence of the softmax of the scores from that of full
-        precision, by layer and bits; and the number of images.
+        Mean over the images (and their places, where there are several) of the Kullback-Leibler divergence of
+        the softmax of the scores from that of full precision, by layer and bits; and the number of images.
 
     Raises:
         InputError: the scores cannot be computed or do not depend on a layer, or too little memory.
         LabelfreeError: scores are not finite.
     """
-    net, scores = _part_for(calibration.net, scores)
+    net, blob = _part_for(calibration.net, scores)
     for name in layers:
         if not any(layer.name == name for layer in net.layer):
             raise InputError(
@@ -214,13 +215,13 @@ def sensitivities(
     feed = calibration.feed
     offered = range(GRID_BITS[grid][0], GRID_BITS[grid][1] + 1)
     with closing(calibration.open_engine(net, weights, feed.shapes)) as engine:
-        costs = Costs.of(net, engine.shapes, list(feed.shapes), [scores])
+        costs = Costs.of(net, engine.shapes, list(feed.shapes), [blob])
         work = {name: costs.between(layer_index(net, name), len(net.layer)) for name in layers}
         per_image = sum(work.values()) * len(offered)
         feed = thinned(feed, max(LEAST_IMAGES, int(WORK / max(per_image, 1))))
         images = len(feed)
         # The scores of all images are kept.
-        held = FLOAT_BYTES * math.prod(engine.shapes.blobs[scores]) * images
+        held = FLOAT_BYTES * math.prod(engine.shapes.blobs[blob]) * images
         memory = calibration.memory
         micro_batch_size(costs.widest + held, images, memory)  # says so where not even one image fits
         memory = memory and memory - held
@@ -228,9 +229,9 @@ def sensitivities(
         shard = Shard(engine, feed, [step for one in alone for step in one.steps], memory)
         if advice := shard.advice():
             progress.note(f"budget: {advice}")
-        whole = Shard(engine, feed, [Step(len(net.layer), (), (scores,))], memory)
+        whole = Shard(engine, feed, [Step(len(net.layer), (), (blob,))], memory)
         progress.start("budget", shard.plan.work + whole.plan.work + per_image * images)
-        full = _Scores.of(whole, scores, progress)
+        full = _Scores.of(whole, blob, scores, progress)
         found = {
             one.layer.name: one.sensitivity(
                 shard, full, _rounded(one.layer, weights[one.layer.name], grid, offered), progress
@@ -240,13 +241,18 @@ def sensitivities(
     return found, images
 
 
-def _part_for(net: NetParameter, scores: str) -> tuple[NetParameter, str]:
+def _part_for(net: NetParameter, scores: Output) -> tuple[NetParameter, str]:
     """The layers that the scores depend on, every blob name assigned once, and the scores' name there."""
-    check_scores(net, scores)
+    with_taps, [blob] = tapped(net, [scores])
     part = empty_like(net)
-    part.layer.extend(needed_layers(net.layer, [scores]))
+    part.layer.extend(needed_layers(with_taps.layer, [blob]))
+    if not part.layer:
+        raise InputError(
+            f"the net's scores, blob {scores.blob!r}, cannot be computed from the images alone; "
+            "check the bottoms of its Accuracy or loss layer"
+        )
     flat = single_assignment(part)
-    return flat, flat.layer[-1].top[list(part.layer[-1].top).index(scores)]
+    return flat, flat.layer[-1].top[list(part.layer[-1].top).index(blob)]
 
 
 @dataclass(frozen=True)
@@ -255,26 +261,38 @@ class _Scores:
 
     Attributes:
         blob: the scores' name.
-        values: float32 (images, values per image).
+        class_axis: of the scores.
+        values: float32, a row for each image.
     """
 
     blob: str
+    class_axis: int
     values: FloatArray
 
     @classmethod
-    def of(cls, shard: Shard, blob: str, progress: Progress) -> _Scores:
-        """Run a shard's only step."""
+    def of(cls, shard: Shard, blob: str, scores: Output, progress: Progress) -> _Scores:
+        """Run a shard's only step.
+
+        Raises:
+            InputError: the scores have no axis with classes, or are the same for all images.
+        """
         shape = shard.engine.blob_shape(blob, len(shard.feed))
-        values = np.empty((len(shard.feed), math.prod(shape) // len(shard.feed)), np.float32)
+        axis = scores.axis_of(shape)
+        if axis is None or shape[0] != len(shard.feed):
+            raise InputError(
+                f"weights.budget: output {scores.blob} has the shape {shape} for {len(shard.feed)} images, "
+                "not one score per class of each; give weights.bits"
+            )
+        values = np.empty(shape, np.float32)
 
         def keep(images: range, blobs: Mapping[str, FloatArray]) -> None:
-            values[images.start : images.stop] = blobs[blob].reshape(len(images), -1)
+            values[images.start : images.stop] = blobs[blob]
 
         shard.advance(visit=keep, progress=progress)
-        return cls(blob, values)
+        return cls(blob, axis, values)
 
     def divergence(self, images: range, own: FloatArray, layer: str) -> float:
-        """Of other scores for some images, their sum.
+        """Of other scores for some images, the sum over these (and the mean over the places of each).
 
         Raises:
             LabelfreeError: scores are not finite; names the layer that is quantized.
@@ -282,7 +300,8 @@ class _Scores:
         full = self.values[images.start : images.stop]
         if not (np.isfinite(full).all() and np.isfinite(own).all()):
             raise LabelfreeError(f"{layer}: blob {self.blob} is not finite; layers before it overflow")
-        return float(divergences(full, own.reshape(len(own), -1)).sum())
+        found = divergences(places(full, self.class_axis), places(own, self.class_axis))
+        return float(found.sum()) * len(full) / len(found)
 
 
 def _rounded(

@@ -1,21 +1,17 @@
 """Stage 1: a full-precision net becomes a net with quantized weights and ``*_alpha_term`` Scale layers.
 
 Every kernel w of a quantized layer is replaced by alpha * Q, with Q on a grid of few levels (He & Cheng 2018,
-section 3.1). The layer keeps blob 0 = Q and blob 1 = bias; the new Scale layer right behind it has blob 0 =
-alpha and, where there is a bias b, blob 1 = b * (1 - alpha), so that alpha * (Qx + b) + b * (1 - alpha) =
-alpha * Qx + b. A layer of several tops gets a Scale layer behind each. Layers that share their weights by
-name (``param``) share Q, and their Scale layers alpha.
+section 3.1). How both stand in the net and its blobs is `caffenet.quantized`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from quantize.arrays import FloatArray
 from quantize.caffenet import (
     BlobId,
     LayerParameter,
@@ -26,19 +22,24 @@ from quantize.caffenet import (
     foreign_fields,
     sharers,
 )
-from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
+from quantize.caffenet.kernels import outputs, to_kernels
+from quantize.caffenet.quantized import (
+    QUANTIZED_TYPES,
+    alpha_terms,
+    kernel_order,
+    same_weights,
+    with_alpha_terms,
+    write_quantized,
+)
 from quantize.caffenet.shapes import no_weights
 from quantize.errors import InputError
 from quantize.numerics.decibels import decibels
 from quantize.numerics.grids import make_grid
-from quantize.numerics.solvers import Fit, Solver, fit
+from quantize.numerics.solvers import Solver, fit
 from quantize.progress import SILENT, Progress
 from quantize.record import QuantizedLayer
 from quantize.settings import GridChoice, LayerChoice, WeightSettings
 from quantize.stages.data_aware import Calibration, DataAwareFit, data_aware
-
-QUANTIZED_TYPES = ("Convolution", "ConvolutionDepthwise", "DepthwiseConvolution", "InnerProduct")
-ALPHA_SUFFIX = "_alpha_term"
 
 
 def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice]:
@@ -105,7 +106,7 @@ def weight_users(net: NetParameter) -> dict[str, list[str]]:
         net: of one phase.
     """
     left_out = unquantizable(net)
-    return {users[0]: users for name, users in _same_weights(net).items() if name not in left_out}
+    return {users[0]: users for name, users in same_weights(net).items() if name not in left_out}
 
 
 def unquantizable(net: NetParameter) -> dict[str, str]:
@@ -125,7 +126,7 @@ def unquantizable(net: NetParameter) -> dict[str, str]:
             continue
         for other in same:
             fits = other.layer in names and not other.index
-            if not fits or _kernel_order(layers[other.layer]) != _kernel_order(layers[blob.layer]):
+            if not fits or kernel_order(layers[other.layer]) != kernel_order(layers[blob.layer]):
                 found[blob.layer] = (
                     f"its weights are also in layer {other.layer} ({layers[other.layer].type}), where they "
                     "are no such kernels"
@@ -135,11 +136,6 @@ def unquantizable(net: NetParameter) -> dict[str, str]:
 
 def _names(net: NetParameter) -> list[str]:
     return [layer.name for layer in net.layer if layer.type in QUANTIZED_TYPES]
-
-
-def _kernel_order(layer: LayerParameter) -> tuple[int, bool]:
-    """What makes kernels of a weight blob: their number, and whether they are its columns."""
-    return outputs(layer), layer.type == "InnerProduct" and layer.inner_product_param.transpose
 
 
 def _override(users: Iterable[str], settings: WeightSettings) -> LayerChoice | None:
@@ -164,11 +160,10 @@ def check_unquantized(net: NetParameter) -> None:
     Raises:
         InputError: it has an ``*_alpha_term`` layer.
     """
-    taken = {layer.name for layer in net.layer}.intersection(name + ALPHA_SUFFIX for name in _names(net))
+    taken = alpha_terms(net)
     if taken:
-        raise InputError(
-            f"the net has a layer {min(taken)!r}: it has been quantized; give the net from before"
-        )
+        term = min(term for terms in taken.values() for term in terms)
+        raise InputError(f"the net has a layer {term!r}: it has been quantized; give the net from before")
 
 
 def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> None:
@@ -183,8 +178,8 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
     Raises:
         InputError: a layer has no weights, or they are not finite or not ``num_output`` kernels and biases.
     """
-    same_weights = _same_weights(net)
-    for name in (user for owner in names for user in same_weights[owner]):
+    users_of = same_weights(net)
+    for name in (user for owner in names for user in users_of[owner]):
         layer = _layer(net, name)
         where = f"layer {name!r} ({layer.type})"
         if name not in weights or not weights[name]:
@@ -233,23 +228,17 @@ def weights_quan(
         aware = data_aware(weights, chosen, calibration, progress)
         solver = "optimal"
     findings = []
-    shared, same_weights = sharers(net), _same_weights(net)
+    shared, users_of = sharers(net), same_weights(net)
     for name, choice in chosen.items():
         w = to_kernels(_layer(net, name), weights[name][0])
         informed = aware.get(name)
         found = informed or fit(w, make_grid(choice.grid, choice.bits), solver)
-        users = [user for user in same_weights[name] if user in weights]
+        users = [user for user in users_of[name] if user in weights]
         for user in users:
-            blobs, of_alpha = _blobs(
-                _layer(net, user),
-                weights[user],
-                found,
-                aware[user].bias if user in aware else None,
-                bias_is_shared=BlobId(user, 1) in shared,
-            )
-            weights.replace(user, blobs)
-            for alpha in reversed(_alpha_layers(_layer(net, user), same_weights[user])):
-                weights.insert_after(user, alpha, of_alpha)
+            bias = aware[user].bias if user in aware else None
+            is_shared = BlobId(user, 1) in shared
+            layer = _layer(net, user)
+            write_quantized(weights, layer, users_of[user], found.Q, found.alpha, bias, is_shared)
         # Kernel by kernel: float64 copies of the largest layers would take more than the whole model.
         loss = sum(_energy(kernel - a * q) for kernel, a, q in zip(w, found.alpha, found.Q, strict=True))
         energy = sum(_energy(kernel) for kernel in w)
@@ -272,118 +261,9 @@ def weights_quan(
     return with_alpha_terms(net, weights), weights, findings
 
 
-def _blobs(
-    layer: LayerParameter,
-    blobs: Sequence[FloatArray],
-    found: Fit | DataAwareFit,
-    bias: FloatArray | None,
-    bias_is_shared: bool,
-) -> tuple[list[FloatArray], list[FloatArray]]:
-    """The blobs of a quantized layer and those of the Scale layers behind it.
-
-    Args:
-        bias: what the layer is to add, if that is not the bias it has.
-        bias_is_shared: others have the bias, too, so it must stay; the Scale layers make up for it.
-    """
-    shifts = []
-    biases = blobs[1:]
-    if bias is not None and not bias_is_shared:
-        biases = [bias.reshape(old.shape) for old in biases]
-    for kept in biases:
-        b = kept.reshape(-1)
-        shifts.append(b * (1 - found.alpha) + (0 if bias is None else bias - b))
-    of_alpha = [blob.astype(np.float32) for blob in (found.alpha, *shifts)]
-    return [from_kernels(layer, found.Q, blobs[0].shape), *biases], of_alpha
-
-
-def with_alpha_terms(net: NetParameter, weights: Container[str]) -> NetParameter:
-    """The net with the Scale layers for which ``weights`` has an ``*_alpha_term`` layer, copied otherwise.
-
-    Args:
-        weights: the blobs, or no more than the names of their layers.
-    """
-    changed = NetParameter()
-    changed.CopyFrom(net)
-    del changed.layer[:]
-    same_weights = _same_weights(net)
-    present = {layer.name for layer in net.layer}
-    for layer in net.layer:
-        changed.layer.append(layer)
-        if layer.type in QUANTIZED_TYPES:
-            alphas = _alpha_layers(layer, same_weights[layer.name])
-            changed.layer.extend(a for a in alphas if a.name in weights and a.name not in present)
-    return changed
-
-
-def correctable(net: NetParameter) -> dict[str, str]:
-    """The layers whose bias can be corrected, and the Scale layers that carry their alphas.
-
-    Left out are layers without a bias, with several tops, or with a blob that others share, and outputs
-    whose channels are not their second axis.
-
-    Args:
-        net: the inference net with its ``*_alpha_term`` layers.
-    """
-    layers = {layer.name: layer for layer in net.layer}
-    shared = {blob.layer for blob in sharers(net)}
-    found = {}
-    for layer in net.layer:
-        scale = layers.get(layer.name + ALPHA_SUFFIX)
-        if (
-            layer.type not in QUANTIZED_TYPES
-            or scale is None
-            or shared.intersection((layer.name, scale.name))
-        ):
-            continue
-        if len(layer.top) == 1 and scale.scale_param.bias_term and scale.scale_param.axis == 1:
-            found[layer.name] = scale.name
-    return found
-
-
-def _same_weights(net: NetParameter) -> dict[str, list[str]]:
-    """By layer of a quantized type all such layers that have its weights as theirs, in network order."""
-    orders = {layer.name: _kernel_order(layer) for layer in net.layer if layer.type in QUANTIZED_TYPES}
-    shared = sharers(net)
-    return {
-        name: [
-            blob.layer
-            for blob in shared.get(BlobId(name, 0), [BlobId(name, 0)])
-            if not blob.index and orders.get(blob.layer) == order
-        ]
-        for name, order in orders.items()
-    }
-
-
 def _energy(x: npt.NDArray[np.floating[Any]]) -> float:
     return float(np.square(x, dtype=np.float64).sum())
 
 
 def _layer(net: NetParameter, name: str) -> LayerParameter:
     return next(layer for layer in net.layer if layer.name == name)
-
-
-def _alpha_layers(layer: LayerParameter, users: Sequence[str]) -> list[LayerParameter]:
-    """The Scale layers behind the tops of a layer: one alpha and one shift for all.
-
-    Args:
-        users: all layers with its weights; the alpha is one for them, too.
-    """
-    name = layer.name + ALPHA_SUFFIX
-    is_product = layer.type == "InnerProduct"
-    parameters = layer.inner_product_param if is_product else layer.convolution_param
-    found = []
-    for number, top in enumerate(layer.top, 1):
-        alpha = LayerParameter(name=name if number == 1 else f"{name}_{number}", type="Scale")
-        alpha.bottom.append(top)
-        alpha.top.append(top)
-        if len(users) > 1 or len(layer.top) > 1:
-            alpha.param.add(name=users[0] + ALPHA_SUFFIX)
-        if len(layer.top) > 1 and parameters.bias_term:
-            alpha.param.add(name=f"{name}_bias")
-        if parameters.axis != 1:
-            alpha.scale_param.axis = parameters.axis
-        alpha.scale_param.bias_term = parameters.bias_term
-        alpha.include.extend(layer.include)
-        alpha.exclude.extend(layer.exclude)
-        found.append(alpha)
-    return found

@@ -11,6 +11,7 @@ from quantize.data import Transform
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.engines.caffe.engine import CaffeEngine
+from quantize.measure.outputs import class_scores
 from quantize.settings import CaffeProcess
 from quantize.stages.budget import sensitivities
 from quantize.stages.data_aware import Calibration
@@ -25,12 +26,11 @@ def test_both_engines_measure_the_same(caffe_python: list[str], tmp_path: Path) 
     weights = random_weights(test.net, {test.blob: CROPPED})
     transform = Transform(crop_size=9, scale=0.02, mean_value=(100.0,))
     feed = Feed({test.blob: images_of(write_images(tmp_path / "lmdb", 20), transform, phase=1)})
+    scores = class_scores(parse(RESIDUAL), "this test")
     layers = ["left", "right_a", "right_b", "fc1"]
     onnx = engine_opener("onnx", CaffeProcess(), 1)
     wanted, found = (
-        sensitivities(
-            weights, layers, "power_of_two", Calibration(test.net, feed, opener, 40_000), test.scores
-        )
+        sensitivities(weights, layers, "power_of_two", Calibration(test.net, feed, opener, 40_000), scores)
         for opener in (onnx, open_caffe)
     )
     assert found[1] == wanted[1] == 20

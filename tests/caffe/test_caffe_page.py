@@ -3,14 +3,16 @@
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from quantize.commands.config import load
+from quantize.commands.layers import put_layers
 from quantize.job.run import Run
-from tests.caffe.test_install_layers import caffe, files, ours  # noqa: F401 - a fixture
+from tests.commands.test_layers import caffe, files, ours  # noqa: F401 - a fixture
 from tests.test_docs import blocks
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +32,12 @@ def run(script: str, home: Path) -> str:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=ROOT,
-        env={**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")},
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(home),
+            "XDG_CACHE_HOME": str(home / "cache"),
+        },
         capture_output=True,
         text=True,
         timeout=120,
@@ -40,12 +47,14 @@ def run(script: str, home: Path) -> str:
 
 
 def test_commands_outside_of_caffe(home: Path) -> None:
-    install, remove, make_root = (block.text for block in BLOCKS if block.kind == "sh")
+    install, remove, write, make_root = (block.text for block in BLOCKS if block.kind == "sh")
     before = files(home / "caffe")
     run(install, home)
     assert files(home / "caffe") == before | ours()
     run(remove, home)
     assert files(home / "caffe") == before
+    run(write, home)
+    assert (home / "act_quantize" / "Makefile").exists()
     printed = run(make_root, home)
     usage = re.search(r"^  (.* python3 -c 'import caffe')$", printed, re.MULTILINE)
     assert usage is not None, printed
@@ -57,13 +66,14 @@ def test_commands_in_caffe(
 ) -> None:
     out, digits = tmp_path / "out", ROOT / "configs/models/digits"
     Run(load(ROOT / "configs/digits.yaml", {"output": str(out)})).quantize()
+    put_layers(tmp_path / "act_quantize")
     val = (out / "digits_val.prototxt").read_text().replace(f"{digits}/", "")
     names = ("digits_deploy.prototxt", "digits_renorm.caffemodel")
     brought = {
         "out/digits/digits_val.prototxt": val,
         **{f"out/digits/{name}": out / name for name in names},
         "test_lmdb": digits / "test_lmdb",
-        **{f"caffe_layers/{path.name}": path for path in (ROOT / "caffe_layers").iterdir() if path.is_file()},
+        **{f"act_quantize/{path.name}": path for path in (tmp_path / "act_quantize").iterdir()},
     }
     in_shell, in_python = (block for block in BLOCKS if block.kind.endswith(" caffe"))
     assert (in_shell.kind, in_python.kind) == ("sh caffe", "python caffe")

@@ -163,7 +163,7 @@ def one_layer(text: str) -> NetParameter:
 def test_a_layer_that_caffe_lacks(caffe_python: list[str]) -> None:
     net = one_layer('type: "ActQuantize" relu_param { negative_slope: 0.1 }')
     with pytest.raises(
-        InputError, match=r"Unknown layer type: ActQuantize .*scripts/install_layers.*caffe\.preload"
+        InputError, match=r"Unknown layer type: ActQuantize .*labelfree layers.*caffe\.preload"
     ):
         CaffeEngine(net, Weights(), {"data": (2, 3, 4)}, caffe_python)
 

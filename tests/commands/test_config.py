@@ -119,10 +119,7 @@ def test_overrides_inherit_what_they_do_not_name() -> None:
         ("data=", ["data is empty"]),
         ("data=photos", ["data is a section", "calibration", "write data: {calibration: {source: photos}}"]),
         ("data.calibration=a/b", ["data.calibration is a section", "write calibration: {source: a/b}"]),
-        (
-            "renorm=5",
-            ["renorm is a section with the keys augment, bias_correction, images, memory, statistics", "'5'"],
-        ),
+        ("renorm=5", ["renorm is a section with the keys augment, bias_correction, images, memory", "'5'"]),
         ("weights.layers=[fc8]", ["weights.layers is a section with names as keys"]),
         ("weights.layers={fc8: 8}", ["weights.layers.fc8 is a section with the keys bits, grid, skip"]),
         ("model.prototxt={path: x}", ["model.prototxt", "expected a path, not a section"]),
@@ -144,8 +141,24 @@ def test_an_empty_option_is_not_the_current_folder() -> None:
 
 def test_a_missing_key_is_named() -> None:
     options = {key: value for key, value in LEAST.items() if key != "output"}
-    with pytest.raises(InputError, match=r"output is missing; give it"):
+    with pytest.raises(InputError, match="output is missing; give --output, or a file with --config"):
         load(None, options)
+
+
+def test_all_missing_keys_are_named_with_the_options_that_give_them(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(None, {"data.calibration.source": "photos"})
+    assert str(caught.value) == (
+        "options: model.prototxt, model.weights and output are missing; "
+        "give --prototxt, --weights and --output, or a file with --config"
+    )
+    path = write(tmp_path, "model: {prototxt: a}\noutput: o\n")
+    with pytest.raises(InputError) as caught:
+        load(path)
+    assert str(caught.value) == (
+        f"{path}: name and model.weights are missing; "
+        "write them in the file, or give --set name=... and --weights"
+    )
 
 
 @pytest.mark.parametrize(

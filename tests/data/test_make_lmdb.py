@@ -15,6 +15,7 @@ from quantize.caffenet import Datum
 from quantize.data.make_lmdb import FIRST_MAP_SIZE, make_datum, make_lmdb, write_lmdb
 from quantize.data.sources import open_source
 from quantize.errors import InputError, LabelfreeError
+from tests.heard import Heard
 
 
 def records(path: Path) -> dict[bytes, Datum]:
@@ -27,7 +28,7 @@ def test_raw_datums_under_the_keys_of_convert_imageset(image_folder, tmp_path):
     report = make_lmdb(folder, tmp_path / "new" / "lmdb")
     assert (report.written, report.unreadable) == (12, ())
     assert sorted(os.listdir(tmp_path / "new")) == ["lmdb"]
-    assert sorted(os.listdir(tmp_path / "new" / "lmdb")) == ["data.mdb", "lock.mdb"]
+    assert sorted(os.listdir(tmp_path / "new" / "lmdb")) == ["data.mdb"]
     for i, (key, datum) in enumerate(records(tmp_path / "new" / "lmdb").items()):
         assert key == b"%08d_image%02d.png" % (i, i)
         assert (datum.channels, datum.height, datum.width, datum.encoded) == (3, 20, 30, False)
@@ -38,17 +39,12 @@ def test_raw_datums_under_the_keys_of_convert_imageset(image_folder, tmp_path):
 def test_encoded_resized_labelled_and_limited(image_folder, tmp_path):
     image_folder(9)
     (tmp_path / "list").write_text("".join(f"images/image{i:02d}.png {i * i}\n" for i in range(9)))
-    written = []
+    heard = Heard()
     report = make_lmdb(
-        tmp_path / "list",
-        tmp_path / "l",
-        resize_short=32,
-        limit=5,
-        jpeg_quality=95,
-        on_written=written.append,
+        tmp_path / "list", tmp_path / "l", resize_short=32, limit=5, jpeg_quality=95, progress=heard
     )
-    assert report.written == 5
-    assert written == [1, 2, 3, 4, 5]
+    assert (report.written, report.labeled) == (5, 5)
+    assert (heard.title, heard.total, heard.done, heard.notes) == ("make-lmdb", 5, 5, [])
     for i, datum in enumerate(records(tmp_path / "l").values()):
         assert datum.encoded
         assert datum.label == i * i
@@ -58,6 +54,35 @@ def test_encoded_resized_labelled_and_limited(image_folder, tmp_path):
         original = cv2.imread(str(tmp_path / "images" / f"image{i:02d}.png"))
         expected = cv2.resize(original, decoded.shape[1::-1])
         assert np.abs(decoded.astype(int) - expected).mean() < 6
+
+
+def test_resized_to_one_size_as_convert_imageset_does(image_folder, tmp_path):
+    folder = image_folder(4)
+    make_lmdb(folder, tmp_path / "l", resize=(24, 40))
+    for i, datum in enumerate(records(tmp_path / "l").values()):
+        original = cv2.imread(str(folder / f"image{i:02d}.png"))
+        expected = cv2.resize(original, (40, 24)).transpose(2, 0, 1)
+        assert (datum.height, datum.width) == (24, 40)
+        assert datum.data == expected.tobytes()
+
+
+def test_labels_are_the_subfolders_and_that_is_said(image_folder, tmp_path):
+    folder = image_folder(6, size=(4, 4))
+    for i, name in enumerate(["cat", "ant", "bee"] * 2):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / f"image{i:02d}.png").rename(folder / name / f"{i}.png")
+    heard = Heard()
+    report = make_lmdb(folder, tmp_path / "l", progress=heard)
+    assert (report.written, report.labeled) == (6, 6)
+    assert heard.notes == [f"{folder}: 3 folders taken as 3 classes: ant is 0, cat is 2"]
+    assert {key[9:]: datum.label for key, datum in records(tmp_path / "l").items()} == {
+        b"ant/1.png": 0,
+        b"ant/4.png": 0,
+        b"bee/2.png": 1,
+        b"bee/5.png": 1,
+        b"cat/0.png": 2,
+        b"cat/3.png": 2,
+    }
 
 
 def test_shuffle_depends_on_the_seed_alone(image_folder, tmp_path):
@@ -78,12 +103,12 @@ def test_unreadable_images_are_reported_and_left_out(image_folder, tmp_path):
     folder = image_folder(6, size=(8, 8))
     (folder / "image01.png").write_bytes(b"broken")
     (folder / "image04.png").write_bytes(b"")
-    told = []
-    report = make_lmdb(folder, tmp_path / "l", limit=3, threads=2, on_unreadable=told.append)
-    assert report.written == 3
+    heard = Heard()
+    report = make_lmdb(folder, tmp_path / "l", limit=3, threads=2, progress=heard)
+    assert report.written == heard.done == 3
     assert [image.name for image in report.unreadable] == ["image01.png"]
     assert "image01.png: not a whole" in report.unreadable[0].reason
-    assert list(report.unreadable) == told
+    assert heard.notes == [f"left out: {image.reason}" for image in report.unreadable]
     assert list(records(tmp_path / "l")) == [
         b"00000000_image00.png",
         b"00000001_image02.png",
@@ -95,7 +120,9 @@ def test_nothing_readable_leaves_nothing_behind(image_folder, tmp_path):
     folder = image_folder(2)
     for file in folder.iterdir():
         file.write_bytes(b"broken")
-    with pytest.raises(InputError, match="none of its 2 images can be read"):
+    (folder / "image00.png").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    told = r"none of its 2 images can be read; the first: .*image00.png: a HEIC image, which is not read"
+    with pytest.raises(InputError, match=told):
         make_lmdb(folder, tmp_path / "out" / "l")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -167,7 +194,16 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wish", [{"resize_short": 0}, {"limit": 0}, {"jpeg_quality": 0}, {"jpeg_quality": 101}, {"seed": -1}]
+    "wish",
+    [
+        {"resize_short": 0},
+        {"limit": 0},
+        {"jpeg_quality": 0},
+        {"jpeg_quality": 101},
+        {"seed": -1},
+        {"resize": (0, 3)},
+        {"resize": (3, 3), "resize_short": 3},
+    ],
 )
 def test_impossible_wishes(image_folder, tmp_path, wish):
     with pytest.raises(InputError, match=next(iter(wish))):

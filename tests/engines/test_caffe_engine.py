@@ -235,7 +235,7 @@ def test_preload_loads_a_library_or_says_why_not(fake_path):
     [
         (
             "check",
-            r"\(SIGABRT\): Check failed: .* type: ActQuantize \(layer_factory.hpp:81\); .*install_layers",
+            r"\(SIGABRT\): Check failed: .* type: ActQuantize \(layer_factory.hpp:81\); .*labelfree layers",
         ),
         ("old layer", r"not -127 \(act_quantize.cpp:24\); its ActQuantize is older than codes of both signs"),
         ("killed", r"\(SIGKILL\)"),

@@ -18,6 +18,7 @@ from quantize.caffenet import Weights, read_prototxt
 from quantize.cli import INTERRUPTED
 from quantize.job.run import Run
 from tests.conftest import Job
+from tests.nets import write_images
 
 NOBODY = 65534
 COMMAND = [sys.executable, "-m", "quantize.cli", "--quiet", "quantize", "--config"]
@@ -120,6 +121,34 @@ def test_a_full_disk(job: Job, mounter: list[str], results: bool, room: int) -> 
     assert resumed.keys() == whole.keys()
     for name in whole.keys() - {"report.json", "report.html"}:  # they hold times
         assert resumed[name] == whole[name], name
+
+
+@pytest.mark.parametrize("room", [0, 4096, 16384, 200_000])
+def test_make_lmdb_on_a_full_disk(job: Job, mounter: list[str], room: int) -> None:
+    """With no room at all the memory that a lock file is mapped to would end the process."""
+    job.out.mkdir()
+    write_images(job.folder / "photos_lmdb", 300, (3, 32, 32))
+    script = """
+        cd "$1"
+        mount -t tmpfs -o size=4m none out
+        dd if=/dev/zero of=out/filler bs=4k 2>/dev/null
+        truncate -s "-$2" out/filler
+        shift 2
+        code=0
+        "$@" || code=$?
+        ls -A out
+        exit $code
+    """
+    make_lmdb = [sys.executable, "-m", "quantize.cli", "--quiet", "make-lmdb", "photos_lmdb", "out/lmdb"]
+    done = subprocess.run(
+        [*mounter, "sh", "-c", script, "sh", str(job.folder), str(room), *make_lmdb],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert_one_line(done, 1, "out/lmdb: cannot be written: No space left on device; make room there")
+    assert done.stdout == "filler\n"
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from quantize import caffenet
-from quantize.caffenet import TEST, load_schema, read_prototxt
+from quantize.caffenet import TEST, BlobProto, InferenceNet, load_schema, read_prototxt
 from quantize.commands.config import load
+from quantize.commands.init import initial_config
 from quantize.data import Images, Transform, open_source
 from quantize.data.feed import Feed, thinned
 from quantize.errors import InputError
@@ -22,15 +23,8 @@ from quantize.job.feeds import (
 )
 from quantize.progress import Progress
 from quantize.settings import Config
-from tests.nets import parse, write_images
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+from tests.heard import Heard
+from tests.nets import parse, random_weights, write_images
 
 
 @pytest.mark.parametrize(
@@ -110,10 +104,10 @@ def test_thinned_images_are_spread_evenly(tmp_path: Path) -> None:
     names = few.inputs["data"].source
     assert [names.name(number) for number in range(len(few))] == [source.name(i) for i in (0, 2, 4, 6)]
     whole = next(feed.batches(9))
-    assert whole.labels is not None
+    assert None not in whole.labels
     found = next(few.batches(4))
     np.testing.assert_array_equal(found.feeds["data"], whole.feeds["data"][[0, 2, 4, 6]])
-    np.testing.assert_array_equal(found.labels, whole.labels[[0, 2, 4, 6]])
+    assert found.labels == [whole.labels[number] for number in (0, 2, 4, 6)]
     assert len(thinned(feed, 100)) == 9
 
 
@@ -140,14 +134,14 @@ def write_files(folder: Path, sizes: Sequence[tuple[int, int]]) -> Path:
 
 def test_images_as_large_as_the_input_are_taken_as_they_are(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "photos", [(8, 8)] * 5)
-    notes = Notes()
-    feed = calibration_feed(config_for(folder), parse(PLAIN), 5, notes)
+    heard = Heard()
+    feed = calibration_feed(config_for(folder), parse(PLAIN), 5, heard)
     pixels = next(feed.batches(5)).feeds["in"]
     for number, found in enumerate(pixels):
         stored = cv2.imread(str(folder / f"{number:03}.png"))
         assert stored is not None
         np.testing.assert_array_equal(found, stored.transpose(2, 0, 1))
-    assert notes.notes == []
+    assert heard.notes == []
 
 
 @pytest.mark.parametrize("sizes", [[(9, 9)] * 4, [(8, 8)] * 40 + [(30, 20)]])
@@ -156,12 +150,12 @@ def test_images_of_other_sizes_are_resized_and_that_is_said(
 ) -> None:
     """Also where one image of many is of another size: it is among those that are looked at, or refused."""
     folder = write_files(tmp_path / "photos", sizes[::-1])
-    notes = Notes()
-    feed = calibration_feed(config_for(folder), parse(PLAIN), len(sizes), notes)
+    heard = Heard()
+    feed = calibration_feed(config_for(folder), parse(PLAIN), len(sizes), heard)
     assert feed.shapes == {"in": (3, 8, 8)}
     guess = "images are not all 8x8 as the net wants them: resizing the shorter side to 9"
-    assert sum(guess in note for note in notes.notes) == 1
-    said = Notes()
+    assert sum(guess in note for note in heard.notes) == 1
+    said = Heard()
     calibration_feed(config_for(folder, "data.transform.resize_short=12"), parse(PLAIN), 1, said)
     assert not any("resizing" in note for note in said.notes)
 
@@ -170,10 +164,10 @@ def test_held_out_images_come_as_those_for_calibration(tmp_path: Path) -> None:
     """They lie behind the used ones in the same folder, and are resized alike."""
     folder = write_files(tmp_path / "photos", [(20, 30)] * 10)
     config = config_for(folder, "data.calibration.images=6")
-    notes = Notes()
-    feed = validation_feed(config, parse(PLAIN), None, notes)
+    heard = Heard()
+    feed = validation_feed(config, parse(PLAIN), None, heard)
     assert (len(feed), feed.shapes) == (4, {"in": (3, 8, 8)})
-    assert any("resizing the shorter side to 9" in note for note in notes.notes)
+    assert any("resizing the shorter side to 9" in note for note in heard.notes)
     resized = cv2.resize(cv2.imread(str(folder / "006.png")), (14, 9))[0:8, 3:11]
     np.testing.assert_array_equal(next(feed.batches(1)).feeds["in"][0], resized.transpose(2, 0, 1))
 
@@ -181,15 +175,15 @@ def test_held_out_images_come_as_those_for_calibration(tmp_path: Path) -> None:
 def test_where_no_number_is_given_all_images_are_used_and_that_is_noted(tmp_path: Path) -> None:
     lmdb = write_images(tmp_path / "lmdb", 12, (3, 8, 8))
     for stage in ("weights", "renorm", "activations"):
-        notes = Notes()
-        assert len(stage_feed(config_for(lmdb), parse(PLAIN), stage, notes)) == 12
-        assert [note.startswith(f"{lmdb} holds 12 images: all of them are used") for note in notes.notes] == [
+        heard = Heard()
+        assert len(stage_feed(config_for(lmdb), parse(PLAIN), stage, heard)) == 12
+        assert [note.startswith(f"{lmdb} holds 12 images: all of them are used") for note in heard.notes] == [
             True
         ]
         with pytest.raises(InputError, match=rf"{stage}.images asks for 13 images but it holds 12"):
             stage_feed(config_for(lmdb, f"{stage}.images=13"), parse(PLAIN), stage)
         cured = config_for(lmdb, f"{stage}.images=13", "data.calibration.images=12")
-        assert len(stage_feed(cured, parse(PLAIN), stage, notes)) == 12
+        assert len(stage_feed(cured, parse(PLAIN), stage, heard)) == 12
     for defaults in ("renorm.statistics=measured", "activations.solver=reference"):
         stage = defaults.split(".")[0]
         assert len(stage_feed(config_for(lmdb, defaults), parse(PLAIN), stage)) == 12
@@ -197,3 +191,56 @@ def test_where_no_number_is_given_all_images_are_used_and_that_is_noted(tmp_path
     assert len(stage_feed(few, parse(PLAIN), "renorm")) == 5
     with pytest.raises(InputError, match=r"data.calibration.images asks for 13 images but it holds 12"):
         stage_feed(config_for(lmdb, "data.calibration.images=13"), parse(PLAIN), "renorm")
+
+
+def test_photographs_are_resized_to_the_size_of_the_mean_image(tmp_path: Path) -> None:
+    """As the images were that it is the mean of: 256x256 with a crop of 227 for the nets of Caffe's zoo."""
+    mean = np.arange(3 * 20 * 24, dtype=np.float32).reshape(3, 20, 24)
+    blob = BlobProto(num=1, channels=3, height=20, width=24, data=mean.ravel().tolist())
+    (tmp_path / "mean.binaryproto").write_bytes(blob.SerializeToString())
+    (tmp_path / "net.prototxt").write_text(
+        'name: "mean"\n'
+        'layer { name: "data" type: "Data" top: "data" top: "label" '
+        'transform_param { crop_size: 17 mean_file: "mean.binaryproto" } }\n'
+        'layer { name: "ip" type: "InnerProduct" bottom: "data" top: "ip" '
+        "inner_product_param { num_output: 2 } }"
+    )
+    net = parse((tmp_path / "net.prototxt").read_text())
+    with open(tmp_path / "net.caffemodel", "wb") as file:
+        random_weights(InferenceNet.of(net).net, {"data": (3, 17, 17)}).write(file)
+    (tmp_path / "photos").mkdir()
+    photo = np.random.default_rng(0).integers(0, 256, (40, 64, 3)).astype(np.uint8)
+    assert cv2.imwrite(str(tmp_path / "photos/a.png"), photo)
+    options = {
+        "model.prototxt": str(tmp_path / "net.prototxt"),
+        "model.weights": str(tmp_path / "net.caffemodel"),
+        "output": "o",
+        "data.calibration.source": str(tmp_path / "photos"),
+        "renorm.augment": "test",
+    }
+    config = load(None, options)
+    heard = Heard()
+    feed = calibration_feed(config, net, 1, heard)
+    told = "images are not all 20x24 as the mean_file is: resizing to 20x24 (data.transform.resize)"
+    assert heard.notes == [f"{tmp_path / 'photos'}: {told}"]
+    wanted = cv2.resize(photo, (24, 20)).transpose(2, 0, 1) - mean
+    np.testing.assert_array_equal(next(feed.batches(1)).feeds["data"][0], wanted[:, 1:18, 3:20])
+
+    initial = initial_config(net, config.model, tmp_path / "photos", tmp_path)
+    assert "transform: {resize: [20, 24]}" in initial.yaml
+    assert told in initial.guesses
+
+    assert cv2.imwrite(str(tmp_path / "photos/a.png"), cv2.resize(photo, (24, 20)))
+    heard = Heard()
+    feed = calibration_feed(config, net, 1, heard)
+    np.testing.assert_array_equal(next(feed.batches(1)).feeds["data"][0], wanted[:, 1:18, 3:20])
+    assert heard.notes == []  # as large as the mean already
+
+    assert cv2.imwrite(str(tmp_path / "photos/a.png"), photo)
+    (tmp_path / "mean.binaryproto").unlink()
+    initial = initial_config(net, config.model, tmp_path / "photos", tmp_path)
+    assert "transform: {}" in initial.yaml
+    assert any(
+        "size before the crop, for" in guess and "cannot read the mean_file" in guess
+        for guess in initial.guesses
+    )

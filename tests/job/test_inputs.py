@@ -11,7 +11,7 @@ import pytest
 
 from quantize.caffenet import TEST, InferenceNet, Weights, read_prototxt
 from quantize.commands.config import load
-from quantize.data import Images
+from quantize.data import Images, open_source
 from quantize.errors import InputError
 from quantize.job.evaluation import evaluate_run
 from quantize.job.feeds import calibration_feed, effective_transform, read_model_prototxt, validation_feed
@@ -70,7 +70,29 @@ def test_images_that_no_stage_has_used_keep_their_values(several: Path) -> None:
     assert len(feed) == 7
     target = next(feed.batches(7)).feeds["target"]
     np.testing.assert_array_equal(target[0], np.load(several.parent / "targets/13.npy").astype(np.float32))
-    assert next(feed.batches(7)).labels is not None
+    assert None not in next(feed.batches(7)).labels
+
+
+def test_images_in_subfolders_have_no_order_that_values_could_follow(several: Path) -> None:
+    """The first ones of all folders come first; in a list they stand as the user says."""
+    source = open_source(several.parent / "train_lmdb")
+    names = []
+    for number in range(20):
+        names.append(f"photos/{'ab'[number // 10]}/{number:02}.png")
+        (several.parent / names[-1]).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.ascontiguousarray(source.read(number).pixels.transpose(1, 2, 0))
+        assert cv2.imwrite(str(several.parent / names[-1]), pixels)
+    (several.parent / "list.txt").write_text("\n".join(names))
+    config = load(several)
+    net = read_model_prototxt(config)
+    wanted = next(calibration_feed(config, net, 20).batches(20)).feeds
+    listed = load(several, {"data.calibration.source": str(several.parent / "list.txt")})
+    found = next(calibration_feed(listed, net, 20).batches(20)).feeds
+    for blob, values in wanted.items():
+        np.testing.assert_array_equal(found[blob], values)
+    folder = load(several, {"data.calibration.source": str(several.parent / "photos")})
+    with pytest.raises(InputError, match=r"inputs\.target: .*photos lie in subfolders, .* list file"):
+        calibration_feed(folder, net, 20)
 
 
 def without(config: Path, name: str) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from quantize.job.output import PART_SUFFIX, OutputFolder
+from quantize.files import PART_SUFFIX
+from quantize.job.output import OutputFolder
 from tests.conftest import Job
 
 USERS = (".notes.part", ".film.mkv.part", ".probe.part", ".part", "x.labelfree-part", ".hidden")

@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from quantize.caffenet import NetParameter, check_net, filter_net
-from quantize.job.prototxts import deploy_prototxt, validation_prototxt
+from quantize.job.prototxts import caffe_test, deploy_prototxt, validation_prototxt
+from quantize.record import CaffeTest
 from tests.conftest import Job
 from tests.nets import CROPPED, parse
 
@@ -15,6 +18,7 @@ layer { name: "conv" type: "Convolution" bottom: "data" top: "conv"
   convolution_param { num_output: CLASSES kernel_size: 9 } }
 """
 LOSS = 'layer { name: "loss" type: "SoftmaxWithLoss" bottom: "conv" bottom: "truth" top: "loss" }'
+PROB = 'layer { name: "prob" type: "Softmax" bottom: "conv" top: "prob" }'
 INPUT = """
 layer { name: "in" type: "Input" top: "data" input_param { shape { dim: [1, 3, 9, 9] } } }
 """
@@ -33,10 +37,10 @@ def net_of(feed: str, loss: str = "", classes: int = 7) -> NetParameter:
 @pytest.mark.parametrize(
     ("feed", "loss", "label"),
     [
-        (INPUT, "", "label"),
+        (INPUT, PROB, "label"),
         (TWO_INPUTS, LOSS, "truth"),
         (HDF5, LOSS, "truth"),
-        (LEVELDB, "", "label"),
+        (LEVELDB, PROB, "label"),
     ],
 )
 def test_one_data_layer_feeds_images_and_labels(job: Job, feed: str, loss: str, label: str) -> None:
@@ -51,14 +55,30 @@ def test_one_data_layer_feeds_images_and_labels(job: Job, feed: str, loss: str, 
 
 def test_no_top_5_of_three_classes(job: Job) -> None:
     """Caffe would refuse the net."""
-    val = validation_prototxt(net_of(INPUT, classes=3), job.config(), {"data": CROPPED})
+    val = validation_prototxt(net_of(INPUT, PROB, classes=3), job.config(), {"data": CROPPED})
     assert [layer.accuracy_param.top_k for layer in val.layer if layer.type == "Accuracy"] == [1]
 
 
 def test_no_accuracy_where_scores_are_maps(job: Job) -> None:
-    net = net_of(INPUT)
+    net = net_of(INPUT, PROB)
     net.layer[1].convolution_param.kernel_size[0] = 3
     val = validation_prototxt(net, job.config(), {"data": CROPPED})
+    assert "Accuracy" not in [layer.type for layer in val.layer]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "",
+        'layer { name: "loss" type: "EuclideanLoss" bottom: "conv" bottom: "truth" top: "loss" }',
+        'layer { name: "sigmoid" type: "Sigmoid" bottom: "conv" top: "sigmoid" }',
+    ],
+)
+def test_no_accuracy_where_nothing_says_classes(job: Job, loss: str) -> None:
+    """A landmark regressor, say."""
+    val = validation_prototxt(
+        net_of(TWO_INPUTS if "truth" in loss else INPUT, loss), job.config(), {"data": CROPPED}
+    )
     assert "Accuracy" not in [layer.type for layer in val.layer]
 
 
@@ -101,3 +121,42 @@ def test_layers_that_feed_take_no_name_that_others_have(job: Job) -> None:
             ["Input", "BatchNorm", "ReLU"],
         )
         assert [layer.name for layer in written.layer][1:3] == ["data", "pixels"]
+
+
+# ---- What `caffe test` would need ----
+
+
+def test_caffe_test_runs_over_all_images_of_an_lmdb(job: Job) -> None:
+    assert caffe_test(net_of(INPUT, PROB), job.config()) == CaffeTest(3)  # 15 images, 5 at a time
+
+
+@pytest.mark.parametrize(
+    ("assignments", "needed"),
+    [
+        (["data.validation=null"], "labeled images in an LMDB: `labelfree make-lmdb IMAGES LMDB`"),
+        (["data.validation.source=LIST"], "the images of LIST in an LMDB: `labelfree make-lmdb LIST LMDB"),
+        (
+            ["data.transform.resize_short=12"],
+            "in an LMDB: `labelfree make-lmdb test_lmdb LMDB --resize-short 12`, then `--validation LMDB`",
+        ),
+        (["data.transform.resize=[9, 10]", "data.transform.crop_size=9"], "LMDB --resize 9x10`"),
+    ],
+)
+def test_caffe_test_says_what_it_would_need(job: Job, assignments: list[str], needed: str) -> None:
+    folder = job.folder / "photos"
+    folder.mkdir()
+    assert cv2.imwrite(str(folder / "a.png"), np.zeros((20, 30, 3), np.uint8))
+    (job.folder / "list.txt").write_text("photos/a.png 3\n")
+    given = [text.replace("LIST", str(job.folder / "list.txt")) for text in assignments]
+    found = caffe_test(net_of(INPUT, PROB), job.config(*given))
+    assert found.iterations is None
+    text = found.needed.replace(str(job.folder / "list.txt"), "LIST").replace(f"{job.folder}/", "")
+    assert needed in text
+    assert ("--resize-short 10" in text) == ("LIST" in text)  # photographs: 9 * 256 / 224
+
+
+def test_caffe_test_cannot_feed_a_second_input(job: Job) -> None:
+    second = 'layer { name: "in2" type: "Input" top: "info" input_param { shape { dim: [1, 3] } } }'
+    reads = 'layer { name: "read" type: "ReLU" bottom: "info" top: "read" }'
+    found = caffe_test(net_of(INPUT + second, reads), job.config())
+    assert found.needed == "a layer that feeds the input info, which a Data layer does not"

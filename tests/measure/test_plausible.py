@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from quantize.commands.config import load
-from quantize.commands.summary import evaluation_table
+from quantize.commands.evaluation import evaluation_text
 from quantize.job.evaluation import evaluate_run
 from quantize.job.run import Run
 from quantize.measure.plausible import doubt
@@ -53,9 +53,9 @@ def test_digits_with_a_wrong_transform(tmp_path: Path, statistics: str) -> None:
     assert final is not None
     assert (final - full > 20) == (statistics == "measured")
     words = "points of top-1 above full precision" if statistics == "measured" else "chance on 10 %"
-    table = evaluation_table(found)
-    assert "won" not in table
-    warning = table.splitlines()[-1]
+    text = evaluation_text(found)
+    assert "won" not in text
+    warning = text.splitlines()[-1]
     assert warning.startswith("warning: full precision is right on only")
     assert words in warning
     assert "data.transform is probably not the transform of training" in warning

@@ -22,15 +22,18 @@ from quantize.commands.config import load
 from quantize.commands.terminal import Lines, rate_text
 from quantize.job.evaluation import evaluate_run, report_run
 from quantize.job.run import Run
-from quantize.measure.evaluate import log_softmax
+from quantize.measure.closeness import log_softmax
 from quantize.measure.sqnr import images_to_measure
 from quantize.progress import Progress
 from quantize.record import (
+    Accuracy,
     ActivationsRecord,
     BatchNormShift,
+    CaffeTest,
     Closeness,
     Evaluation,
     LayerSqnr,
+    OutputCloseness,
     OutputSqnr,
     QuantizedActivation,
     QuantizedLayer,
@@ -95,7 +98,7 @@ def test_quantize_writes_what_the_user_wants_to_know(done: Job) -> None:
     for layer in report["stages"]["weights"]["layers"]:
         assert f'<td title="{layer["name"]}">' in page
         assert f">{layer['sqnr_db']:.1f}</td>" in page
-    agreement = report["evaluation"]["closeness"]["quantized"]["agreement"]
+    agreement = report["evaluation"]["outputs"][0]["closeness"]["quantized"]["agreement"]
     assert f"{agreement:.2f} %" in page
     assert "quantized weights, no renorm" in page
     assert page.count("<svg") == 1 + 6 + 2 + 4  # the depth, layers, scatters, ReLUs
@@ -346,13 +349,15 @@ def a_record(
     renorm: RenormRecord | None = None,
     activations: ActivationsRecord | None = None,
 ) -> RunRecord:
-    close = None if agreement is None else Closeness(agreement, 0.01, 20.0)
+    close = OutputCloseness("fc", 10, 1, False, {"quantized": Closeness(agreement, 0.01, 20.0)})
+    accuracy = dict.fromkeys(("fp32", "quantized"), Accuracy(None, None))
     return RunRecord(
         **{"tool": "labelfree", "name": "n", "versions": {}, "inputs": {}, "prototxts": {}},
         settings=load(None, {"model.prototxt": "p", "model.weights": "w", "output": "o"}, settings),
         stages=Stages(weights=weights or NO_WEIGHTS, renorm=renorm, activations=activations),
         sizes=Sizes(model=10**8, written=10**8, packed=14 * 10**6),
-        evaluation=close and Evaluation(100, {}, {"quantized": close}, 10),
+        caffe_test=CaffeTest(8),
+        evaluation=None if agreement is None else Evaluation(100, 0, accuracy, [close], "fc"),
     )
 
 

@@ -29,6 +29,7 @@ from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
 from quantize.job.evaluation import evaluate_run
 from quantize.job.run import Run
+from quantize.measure.outputs import Output
 from quantize.numerics.grids import make_grid
 from quantize.numerics.moments import moments_of
 from quantize.numerics.solvers import fit
@@ -44,6 +45,7 @@ from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, writ
 ROOT = Path(__file__).resolve().parents[2]
 ONNX = engine_opener("onnx", CaffeProcess(), 1)
 IMAGES = 21
+SCORES = Output("fc2", class_axis=1)
 EPSILON = 1e-5
 """Caffe's default of BatchNorm."""
 
@@ -227,7 +229,7 @@ def test_sensitivities_are_what_they_are_defined_to_be(
     """Also where the memory is too little to keep what is before a layer, and micro-batches are small."""
     bounded = Calibration(calibration.net, calibration.feed, ONNX, memory)
     heard = Heard()
-    found, images = sensitivities(weights, list(NORMS), "power_of_two", bounded, "fc2", heard)
+    found, images = sensitivities(weights, list(NORMS), "power_of_two", bounded, SCORES, heard)
     assert images == IMAGES
     assert list(found) == list(NORMS)
     assert heard.done == pytest.approx(heard.total)
@@ -249,7 +251,7 @@ def test_without_a_batchnorm_or_with_another_reader_nothing_is_repaired(
         if layer.name == "bn_right_a":
             layer.top[:] = ["beside"]  # right_b reads what is not normalized
     bare = Calibration(net, calibration.feed, ONNX, None)
-    found, _ = sensitivities(weights, ["right_a", "right_b"], "power_of_two", bare, "fc2")
+    found, _ = sensitivities(weights, ["right_a", "right_b"], "power_of_two", bare, SCORES)
     for name in found:
         wanted = divergence_by_hand(net, weights, calibration, name, None, 3)
         assert found[name][3] == pytest.approx(wanted, rel=1e-3)
@@ -259,23 +261,23 @@ def test_a_net_that_costs_much_is_measured_on_fewer_images(
     calibration: Calibration, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantize.stages.budget.LEAST_IMAGES", 3)
-    _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2")
+    _, images = sensitivities(weights, ["left"], "uniform", calibration, SCORES)
     assert images == IMAGES
     net = single_assignment(calibration.net)
     costs = Costs.of(net, infer_shapes(net, {"data": (1, *CROPPED)}), ["data"], ["fc2"])
     behind = costs.between(layer_index(net, "left"), len(net.layer))
     monkeypatch.setattr("quantize.stages.budget.WORK", 7 * behind * 7.5)  # 2 to 8 bits
-    _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2")
+    _, images = sensitivities(weights, ["left"], "uniform", calibration, SCORES)
     assert images == 7
     monkeypatch.setattr("quantize.stages.budget.WORK", 1.0)
-    _, images = sensitivities(weights, ["left"], "uniform", calibration, "fc2")
+    _, images = sensitivities(weights, ["left"], "uniform", calibration, SCORES)
     assert images == 3
 
 
 def test_more_bits_of_the_uniform_grid_move_the_output_less(
     calibration: Calibration, weights: Weights
 ) -> None:
-    found, _ = sensitivities(weights, list(NORMS), "uniform", calibration, "fc2")
+    found, _ = sensitivities(weights, list(NORMS), "uniform", calibration, SCORES)
     for by_bits in found.values():
         assert list(by_bits) == list(range(2, 9))
         assert by_bits[2] > 4 * by_bits[4] > 16 * by_bits[6] > 0
@@ -285,16 +287,16 @@ def test_a_layer_without_influence_on_the_scores_is_named(calibration: Calibrati
     with pytest.raises(
         InputError, match=r"do not depend on layer right_b.*give weights\.layers\.right_b\.bits"
     ):
-        sensitivities(weights, ["left", "right_b"], "uniform", calibration, "left")
+        sensitivities(weights, ["left", "right_b"], "uniform", calibration, Output("left", class_axis=1))
     with pytest.raises(InputError, match="cannot be computed from the images alone"):
-        sensitivities(weights, ["left"], "uniform", calibration, "label")
+        sensitivities(weights, ["left"], "uniform", calibration, Output("label", class_axis=1))
 
 
 def test_scores_that_are_not_finite_are_one_line(calibration: Calibration, weights: Weights) -> None:
     huge = weights.copy()
     huge.replace("scale1", [np.full(6, 3e38, np.float32), np.full(6, 3e38, np.float32)])
     with pytest.raises(LabelfreeError, match="not finite"):
-        sensitivities(huge, ["left"], "uniform", calibration, "fc2")
+        sensitivities(huge, ["left"], "uniform", calibration, SCORES)
 
 
 def test_too_little_memory_says_how_much_would_do(calibration: Calibration, weights: Weights) -> None:
@@ -302,16 +304,16 @@ def test_too_little_memory_says_how_much_would_do(calibration: Calibration, weig
     with pytest.raises(
         InputError, match=r"renorm\.memory: 1000 bytes.*least that would do is (\d+)"
     ) as caught:
-        sensitivities(weights, ["left"], "uniform", tight, "fc2")
+        sensitivities(weights, ["left"], "uniform", tight, SCORES)
     least = int(str(caught.value).split("least that would do is ")[1].split()[0])
     enough = Calibration(calibration.net, calibration.feed, ONNX, least)
-    assert sensitivities(weights, ["left"], "power_of_two", enough, "fc2")
+    assert sensitivities(weights, ["left"], "power_of_two", enough, SCORES)
 
 
 def test_overrides_and_the_ends_keep_their_bits(calibration: Calibration, weights: Weights) -> None:
     layers = {"left": {"bits": 6, "grid": "uniform"}, "right_a": {"skip": True}}
     settings = WeightSettings.model_validate({"budget": 5, "layers": layers})
-    chosen, found = keep_budget(weights, settings, calibration, "fc2")
+    chosen, found = keep_budget(weights, settings, calibration, SCORES)
     assert list(chosen) == ["conv1", "left", "right_b", "fc1", "fc2"]
     assert [chosen[name].bits for name in ("conv1", "left", "fc2")] == [8, 6, 8]
     assert chosen["left"].grid == "uniform"
@@ -354,7 +356,7 @@ def test_the_whole_job(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"Weights of {mean:.2f} bits on average" in page
     chosen = budget.divergence["left"][str(bits_of(record)["left"])]
     assert f"<b>{chosen:.3g}</b>" in page
-    print_summary(record, config)
+    print_summary(record, config, "labelfree evaluate")
     assert f"mean {mean:.2f} bits, median SQNR" in capsys.readouterr().out
     first = (job.out / "residual_renorm.caffemodel").read_bytes()
     Run(config).quantize(force=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from quantize.caffenet import TRAIN, InferenceNet, NetParameter, Weights, single_assignment
+from quantize.caffenet.quantized import correctable
 from quantize.commands.config import load
 from quantize.data import Transform
 from quantize.data.feed import Feed
@@ -15,7 +16,7 @@ from quantize.numerics.moments import Moments, moments_of
 from quantize.settings import CaffeProcess, Config, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
 from quantize.stages.renorm import FullPrecision, Reference, renorm, stored_statistics, variance_ratio
-from quantize.stages.weights import choices, correctable, weights_quan
+from quantize.stages.weights import choices, weights_quan
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
 ROOT = Path(__file__).resolve().parents[2]

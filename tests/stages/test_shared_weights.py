@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from quantize.caffenet import TEST, InferenceNet, NetParameter, Weights, filter_net, loaded
+from quantize.caffenet.quantized import with_alpha_terms
 from quantize.commands.config import load
 from quantize.commands.inspect import inspect_net
 from quantize.data import Transform
@@ -16,14 +17,7 @@ from quantize.job.run import Run
 from quantize.record import RunRecord
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
-from quantize.stages.weights import (
-    check_unquantized,
-    choices,
-    free_layers,
-    unquantizable,
-    weights_quan,
-    with_alpha_terms,
-)
+from quantize.stages.weights import check_unquantized, choices, free_layers, unquantizable, weights_quan
 from tests.nets import images_of, parse, random_weights, write_images
 
 OPEN = engine_opener("onnx", CaffeProcess(), 1)

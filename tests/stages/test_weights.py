@@ -8,11 +8,12 @@ import pytest
 
 from quantize.caffenet import InferenceNet, LayerParameter, NetParameter, Weights
 from quantize.caffenet.kernels import to_kernels
+from quantize.caffenet.quantized import with_alpha_terms
 from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.numerics.grids import make_grid
 from quantize.settings import CaffeProcess, GridChoice, WeightSettings
-from quantize.stages.weights import check_kernels, choices, weights_quan, with_alpha_terms
+from quantize.stages.weights import check_kernels, choices, weights_quan
 from tests.nets import CROPPED, RESIDUAL, parse, random_weights
 
 OPEN = engine_opener("onnx", CaffeProcess(), 2)

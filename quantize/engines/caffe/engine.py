@@ -331,7 +331,7 @@ class _Log:
         ]
         words = _one_line(" | ".join(said or lines[-5:]))
         if "Unknown layer type" in words:
-            words += "; build that layer with scripts/install_layers and name its library in caffe.preload"
+            words += "; build that layer (`labelfree layers DIR`) and name its library in caffe.preload"
         elif OLD_LAYER in words:
             words += "; its ActQuantize is older than codes of both signs: install ours again (docs/caffe.md)"
         return f": {words}" if words else ""

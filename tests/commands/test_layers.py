@@ -1,6 +1,11 @@
-"""scripts/install_layers: puts the layer into a Caffe source tree and takes it out again."""
+"""`labelfree layers`: the layer's sources, into a Caffe source tree and out again, or into a new folder."""
 
+import os
+import resource
+import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -32,7 +37,8 @@ def caffe(tmp_path: Path) -> Path:
 
 
 def install(*args: str | Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([ROOT / "scripts" / "install_layers", *args], capture_output=True, text=True)
+    command = [sys.executable, "-m", "quantize", "layers", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def files(tree: Path) -> dict[str, bytes]:
@@ -101,7 +107,7 @@ def test_a_tree_that_is_none(missing: str, caffe: Path) -> None:
     before = files(caffe)
     done = install(caffe, "--force")
     assert done.returncode == 2
-    assert f"is not a Caffe source tree: it has no {missing}" in done.stderr
+    assert f"not a Caffe source tree: it has no {missing}" in done.stderr
     assert files(caffe) == before
 
 
@@ -122,4 +128,85 @@ def test_a_tree_that_has_the_type_already(line: str, caffe: Path) -> None:
 def test_wrong_use(args: list[str]) -> None:
     done = install(*args)
     assert done.returncode == 2
-    assert done.stderr.startswith("install_layers: ")
+    assert done.stderr.startswith("labelfree: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_folder_of_its_own_gets_a_makefile_too(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "layer"
+    names = (*PLACES, "Makefile")
+    done = install(folder)
+    assert done.returncode == 0, done.stderr
+    assert files(folder) == {name: (ROOT / "caffe_layers" / name).read_bytes() for name in names}
+    assert f"make -C {folder} plugin" in done.stdout
+    (folder / "build").mkdir()
+    assert install(folder).stdout.count("already there") == len(names)
+    (folder / "Makefile").write_text("mine")
+    assert install(folder).returncode == 2
+    assert (folder / "Makefile").read_text() == "mine"
+    assert install(folder, "--remove", "--force").returncode == 0
+    assert os.listdir(folder) == ["build"]
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    done = install(tmp_path)
+    assert done.returncode == 2
+    assert "neither a Caffe source tree" in done.stderr
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_all_files_or_none(caffe: Path) -> None:
+    """Where the last of them, which is the largest, cannot be written."""
+    before = files(caffe)
+    sizes = sorted((ROOT / "caffe_layers" / name).stat().st_size for name in PLACES)
+    most = sizes[-1] - 1
+    assert most > sizes[-2]
+    command = [sys.executable, "-B", "-m", "quantize", "layers", str(caffe)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "cannot write: File too large; nothing was installed" in done.stderr
+    assert files(caffe) == before
+
+
+def test_the_wheel_brings_the_sources_along(caffe: Path, tmp_path: Path) -> None:
+    """What `pip install` gives is all there is: no checkout beside it."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("quantize", "caffe_layers"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
+    build = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "dist"]
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    for name in ("quantize", "caffe_layers"):
+        shutil.rmtree(tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-m", "quantize", "layers", str(caffe)],
+        cwd=tmp_path / "site",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ours().items() <= files(caffe).items()
+    (metadata,) = (tmp_path / "site").glob("*.dist-info/METADATA")
+    fields = {line.partition(":")[0] for line in metadata.read_text().split("\n\n")[0].splitlines()}
+    wanted = {
+        "Name",
+        "Version",
+        "Summary",
+        "Author",
+        "Keywords",
+        "Classifier",
+        "Project-URL",
+        "Requires-Python",
+    }
+    assert wanted <= fields
