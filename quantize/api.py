@@ -22,7 +22,8 @@ import numpy.typing as npt
 from quantize.arrays import FloatArray, Shape
 from quantize.caffenet import TEST, doubtful_norms, filter_net
 from quantize.caffenet.model import Model
-from quantize.caffenet.quantized import correctable
+from quantize.caffenet.quantized import alpha_terms, correctable
+from quantize.caffenet.quantizers import with_quantizers
 from quantize.commands.config import checked
 from quantize.data.feed import Feed, Input
 from quantize.data.transform import shape_text
@@ -40,11 +41,12 @@ from quantize.measure.outputs import class_scores, net_outputs
 from quantize.progress import Progress
 from quantize.record import Closeness, StageName
 from quantize.settings import Config
-from quantize.stages.activations import activations_quan, with_act_quantize
+from quantize.stages.activations import activations_quan
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision
 from quantize.stages.renorm import renorm as renormed
+from quantize.stages.sites import find_sites
 from quantize.stages.weights import check_kernels, check_unquantized, choices, weights_quan
 
 Settings = Mapping[str, Any]
@@ -418,17 +420,17 @@ def quantize_activations(
     settings: Settings | None = None,
     runtime: Runtime = DEFAULT_RUNTIME,
 ) -> Model:
-    """Stage 3: one step per ReLU, as `labelfree activations-quan` finds it.
+    """Stage 3: steps for what layers with quantized weights read, as `labelfree activations-quan` does it.
 
     >>> import quantize
     >>> model = quantize.Model.load("digits.prototxt", "digits.caffemodel")
-    >>> step = quantize.quantize_activations(model, quantize.Images("calibration_lmdb", model), bits=8)
-    >>> quantizers = [layer.quantizer for layer in step.layers if layer.quantizer]
-    >>> {(quantizer.lowest, quantizer.highest) for quantizer in quantizers}
+    >>> images = quantize.Images("calibration_lmdb", model)
+    >>> step = quantize.quantize_activations(quantize.quantize_weights(model), images, bits=8)
+    >>> {(quantizer.lowest, quantizer.highest) for quantizer in step.quantizers.values()}
     {(0, 127)}
 
     Args:
-        model: mostly with quantized weights.
+        model: with quantized weights (with ``scope: relu`` mostly so).
         images: unlabeled ones.
         bits: of activations (``activations.bits``; default 8).
         settings: others of the section ``activations``.
@@ -607,13 +609,17 @@ class _Work:
         """Stage 3."""
         _check_activations(model)
         feed, settings = self.feed("activations"), self.config.activations
-        found = activations_quan(
-            model.inference.net, model.weights, feed, settings, self.open_engine, self.progress
-        )
+        net = model.inference.net
+        taken = [name for layer in model.net.layer for name in (layer.name, *layer.bottom, *layer.top)]
+        sites = find_sites(net, list(feed.shapes), alpha_terms(net), settings, taken)
+        found = activations_quan(net, model.weights, feed, sites, settings, self.open_engine, self.progress)
         if not found:
-            self.progress.note("activations: the net has no plain ReLU layer; nothing to quantize")
+            self.progress.warn(
+                "activations: nothing to quantize; with scope inputs that is what layers with quantized "
+                "weights read"
+            )
         full = model.full or (None if model.is_quantized else model)
-        return replace(model, net=with_act_quantize(model.net, found), full=full)
+        return replace(model, net=with_quantizers(model.net, found), full=full)
 
 
 def _check_activations(model: Model) -> None:

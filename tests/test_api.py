@@ -100,6 +100,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "activations": {"solver": "reference", "images": 12, "levels": 255},
     },
     "budget": {"weights": {"budget": 4.5, "images": 20}, "renorm": {"augment": "test"}},
+    "sites": {"activations": {"input": True, "sums": True, "bits": 6}},
     "layers": {
         "weights": {"grid": "uniform", "layers": {"left": {"skip": True}, "fc1": {"bits": 6}}},
         "renorm": {"bias_correction": False},
@@ -159,6 +160,7 @@ def test_it_gives_what_the_command_gives(job: Job, settings: dict[str, dict[str,
     step = quantize.quantize_activations(step, images, settings=sections["activations"], runtime=silent)
     assert written(step.weights) == written(small.weights)
     assert step.net == small.net
+    assert any(q.lowest < 0 for q in small.quantizers.values()) == ("input" in sections["activations"])
     again = quantize.Model.load(*small.save(job.folder / "saved"))
     assert [str(layer) for layer in again.layers] == [str(layer) for layer in small.layers]
 
@@ -347,7 +349,9 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "activations first": (
         "comes last",
         lambda m, f: quantize.quantize_weights(
-            quantize.quantize_activations(m, quantize.Images(f / "train_lmdb", m, count=4))
+            quantize.quantize_activations(
+                m, quantize.Images(f / "train_lmdb", m, count=4), settings={"scope": "relu"}
+            )
         ),
     ),
     "memory": (
@@ -379,3 +383,10 @@ def with_nan() -> np.ndarray[Any, Any]:
 def test_what_is_wrong_is_said(job: Job, model: quantize.Model, message: str, wrong: Fault) -> None:
     with pytest.raises(quantize.InputError, match=message):
         wrong(model, job.folder)
+
+
+def test_nothing_to_quantize_is_a_warning(job: Job, model: quantize.Model) -> None:
+    images = quantize.Images(job.folder / "train_lmdb", model, count=4)
+    with pytest.warns(UserWarning, match="nothing to quantize; with scope inputs"):
+        same = quantize.quantize_activations(model, images)
+    assert same.net == model.net
