@@ -31,6 +31,7 @@ from quantize.record import (
     BatchNormShift,
     CaffeTest,
     Closeness,
+    Coverage,
     Evaluation,
     LayerSqnr,
     OutputCloseness,
@@ -612,3 +613,16 @@ def test_it_sorts_and_requests_nothing(done: Job, browse: Callable[[Path], tuple
     assert seen["back"] == seen["network"]
     assert seen["requests"] == []
     assert seen["overflow"] == 0
+
+
+def test_the_page_says_what_is_in_float() -> None:
+    coverage = Coverage(10**6, 1.0, 0.725, 0.7, {"stem": "reads the net's input <data>"})
+    record = a_record().model_copy(update={"coverage": coverage})
+    page = render(
+        record,
+        parse('layer { name: "x" type: "ReLU" bottom: "d" top: "x" }'),
+        Caffemodels(Weights(), Weights(), None),
+    )
+    assert "70.0 %" in page
+    assert "inputs on codes 72.5 %" in page
+    assert "reads the net&#39;s input &lt;data&gt;" in page
