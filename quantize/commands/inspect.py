@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from quantize.arrays import Shape
 from quantize.caffenet import (
@@ -27,11 +28,17 @@ from quantize.caffenet import (
 )
 from quantize.caffenet.quantized import QUANTIZED_TYPES
 from quantize.caffenet.shape_rules import has_rule
-from quantize.commands.summary import table
+from quantize.commands.summary import size_text, table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
+from quantize.host import using_threads
+from quantize.job.feeds import input_shapes, read_model_prototxt
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
-from quantize.settings import WeightSettings, parse_size
+from quantize.job.run import Run
+from quantize.job.sizes import packed_bytes, packed_layers
+from quantize.progress import SILENT, Progress
+from quantize.record import Budget
+from quantize.settings import Config, GridChoice, RenormSettings, WeightSettings, parse_size
 from quantize.stages.activations import plain_relus
 from quantize.stages.renorm import Tour
 from quantize.stages.weights import choices, unquantizable, weight_users
@@ -55,11 +62,19 @@ class LayerRow:
     plan: str
 
 
-def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: WeightSettings) -> list[LayerRow]:
-    """The layers of a net as they run in the TEST phase on inputs of these shapes for one image."""
+def inspect_net(
+    net: NetParameter, inputs: Mapping[str, Shape], chosen: Mapping[str, GridChoice], config: Config | None
+) -> list[LayerRow]:
+    """The layers of a net as they run in the TEST phase.
+
+    Args:
+        net: the net with all its phases.
+        inputs: by input the shape of one image's values.
+        chosen: the grids of the layers to quantize.
+        config: what the stages would be run with; None: not known.
+    """
     test = InferenceNet.of(net)
     shapes = shapes_of(test.net, inputs)
-    chosen = choices(test.net, settings)
     first_user = {user: name for name, users in weight_users(test.net).items() for user in users}
     left_out = unquantizable(test.net)
     shared = owners(test.net)
@@ -75,9 +90,9 @@ def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: Weight
         elif layer.type in QUANTIZED_TYPES:
             what = "kept: weights.layers says skip"
         elif layer.type == "BatchNorm":
-            what = "renorm"
+            what = _renorm(config)
         elif layer.name in relus:
-            what = "becomes ActQuantize"
+            what = _act_quantize(config)
         elif layer.type == "ReLU":
             what = "kept: it has a negative slope"
         elif not has_rule(layer.type):
@@ -102,10 +117,38 @@ def inspect_net(net: NetParameter, inputs: Mapping[str, Shape], settings: Weight
     return rows
 
 
+def _renorm(config: Config | None) -> str:
+    return "renorm" if config is None else f"renorm: {config.renorm.statistics} statistics"
+
+
+def _act_quantize(config: Config | None) -> str:
+    codes = "" if config is None else f": codes 0 to {config.activations.largest_code}"
+    return f"becomes ActQuantize{codes}"
+
+
 def shapes_of(net: NetParameter, inputs: Mapping[str, Shape]) -> Shapes:
     """What the layers of known types imply, and that have only such layers before them."""
     one = {blob: (1, *shape) for blob, shape in inputs.items()}
     return infer_shapes(known_part(net, one), one)
+
+
+@dataclass(frozen=True)
+class Configured:
+    """What a configuration would do to a net.
+
+    Attributes:
+        config: the settings.
+        budget: how it would be spent, if any.
+        model: bytes of the caffemodel.
+        packed: bytes with the bits that the layers would have.
+        mean_bits: per quantized weight.
+    """
+
+    config: Config
+    budget: Budget | None
+    model: int
+    packed: int
+    mean_bits: float
 
 
 @dataclass(frozen=True)
@@ -116,11 +159,15 @@ class Inspection:
         net: the network.
         inputs: the shapes.
         notes: what should be said about them.
+        chosen: the grids of the layers to quantize.
+        configured: what a configuration would do, where there is one.
     """
 
     net: NetParameter
     inputs: dict[str, Shape]
     notes: list[str]
+    chosen: dict[str, GridChoice]
+    configured: Configured | None = None
 
     @classmethod
     def of(
@@ -161,7 +208,39 @@ class Inspection:
             given = load_weights(weights, net)
             check_weights(known, given, infer_shapes(known, one))
             notes += doubtful_norms(test.net, given)
-        return cls(net, found, notes)
+        return cls(net, found, notes, choices(test.net, WeightSettings()))
+
+    @classmethod
+    def of_config(cls, config: Config) -> Inspection:
+        """Read the network of a configuration.
+
+        Raises:
+            InputError: as `of`, or images of unknown shape.
+        """
+        model = config.model
+        shapes = input_shapes(config, read_model_prototxt(config))
+        given = {name: list(shape) for name, shape in shapes.items()}
+        return cls.of(model.prototxt, model.weights, given, model.caffe_proto, model.stages, model.level)
+
+    def configured_by(self, config: Config, progress: Progress = SILENT) -> Inspection:
+        """With what a configuration would do; the bits within a budget are measured.
+
+        Raises:
+            InputError: what the weights stage would refuse.
+        """
+        run = Run(config, progress)
+        with using_threads(config.threads):
+            chosen, budget = run.grids()
+        layers = packed_layers(run.net, run.model_weights, chosen)
+        count = sum(layer.weights for layer in layers)
+        configured = Configured(
+            config,
+            budget,
+            config.model.weights.stat().st_size,
+            packed_bytes(run.net, run.model_weights, layers),
+            sum(layer.weights * layer.bits for layer in layers) / count if count else 0.0,
+        )
+        return replace(self, chosen=chosen, configured=configured)
 
 
 def _cropped(net: NetParameter) -> tuple[int, ...] | None:
@@ -175,17 +254,42 @@ def _cropped(net: NetParameter) -> tuple[int, ...] | None:
 
 def layers_text(found: Inspection, as_json: bool) -> str:
     """The layers as a table or as JSON."""
-    rows = inspect_net(found.net, found.inputs, WeightSettings())
+    configured = found.configured
+    rows = inspect_net(found.net, found.inputs, found.chosen, configured.config if configured else None)
     parameters, macs = sum(row.parameters or 0 for row in rows), sum(row.macs or 0 for row in rows)
     if as_json:
         layers = [asdict(row) for row in rows]
-        return json.dumps({"layers": layers, "parameters": parameters, "macs": macs, "notes": found.notes})
+        would = {} if configured is None else _configured_json(configured)
+        return json.dumps(
+            {"layers": layers, "parameters": parameters, "macs": macs, "notes": found.notes, **would}
+        )
     cells = [("layer", "type", "shape", "parameters", "MMACs", "plan")]
     cells += [(row.name, row.type, *_sizes(row), row.plan) for row in rows]
     unknown = sum(row.shape is None for row in rows)
     behind = f", without {unknown} layers of unknown size" if unknown else ""
     total = f"total: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates{behind}"
-    return f"{table(cells)}\n\n{total}"
+    return "\n".join([table(cells), "", total, *(_configured_lines(configured) if configured else ())])
+
+
+def _configured_lines(found: Configured) -> list[str]:
+    """What a configuration would do, in sentences."""
+    config, weights = found.config, found.config.weights
+    activations = config.activations
+    budget = f", within the budget of {weights.budget:g}, measured now" if found.budget else ""
+    images = f", on {weights.images:,} images" if weights.solver == "data_aware" else ""
+    return [
+        f"weights: {found.mean_bits:.2f} bits on average{budget}; solver {weights.solver}{images}",
+        f"renorm: {config.renorm.statistics} statistics of {config.renorm.images:,} images",
+        f"activations: codes 0 to {activations.largest_code} from {activations.images:,} images",
+        f"size: {size_text(found.model)} as given, {size_text(found.packed)} packed "
+        f"({found.model / found.packed:.1f}x smaller)",
+    ]
+
+
+def _configured_json(found: Configured) -> dict[str, Any]:
+    budget = asdict(found.budget) if found.budget is not None else None
+    sizes = {"model": found.model, "packed": found.packed}
+    return {"mean_bits": found.mean_bits, "budget": budget, "sizes": sizes}
 
 
 def _sizes(row: LayerRow) -> tuple[str, str, str]:
@@ -194,10 +298,21 @@ def _sizes(row: LayerRow) -> tuple[str, str, str]:
     return shape_text(row.shape), f"{row.parameters:,}", f"{row.macs / 1e6:,.1f}"
 
 
-def plan_text(found: Inspection, images: int, memory: str, as_json: bool) -> str:
-    """The plan of renorm's sweep: per step what is kept, bytes and recomputed work."""
+def plan_text(
+    found: Inspection, settings: RenormSettings, images: int | None, memory: str | None, as_json: bool
+) -> str:
+    """The plan of renorm's sweep: per step what is kept, bytes and recomputed work.
+
+    Args:
+        found: the net.
+        settings: images and memory, where these are not given.
+        images: how many, if given.
+        memory: the bound, if given.
+        as_json: as JSON.
+    """
+    images = images or settings.images
     try:
-        bound = parse_size(memory)
+        bound = settings.memory if memory is None else parse_size(memory)
     except ValueError as error:
         raise InputError(f"--memory {memory}: {error}") from error
     test = InferenceNet.of(found.net)
