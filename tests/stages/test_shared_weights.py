@@ -126,7 +126,7 @@ def test_weights_that_are_something_else_elsewhere_are_kept(
         InputError, match=rf"weights\.layers\.{left_out[0]}: cannot be quantized: its weights"
     ):
         choices(net, settings(layers={left_out[0]: {"bits": 3}}))
-    plans = {row.name: row.plan for row in inspect_net(parse(text), {"data": IMAGE}, chosen(text), None)}
+    plans = {row.name: row.plan for row in inspect_net(parse(text), {"data": IMAGE}, grids(text), None)}
     assert "kept: its weights are also in layer" in plans[left_out[0]]
 
 
@@ -264,7 +264,7 @@ def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) 
     np.testing.assert_array_equal(quantized["c4"][1], wanted["c4"].bias)
 
 
-def chosen(text: str) -> dict[str, GridChoice]:
+def grids(text: str) -> dict[str, GridChoice]:
     """The grids of a net's layers."""
     return choices(InferenceNet.of(parse(text)).net, settings())
 
@@ -286,7 +286,7 @@ def run_job(folder: Path, text: str) -> RunRecord:
 
 
 def test_what_is_shared_counts_once(tmp_path: Path) -> None:
-    rows = {row.name: row for row in inspect_net(parse(CHAIN), {"data": IMAGE}, chosen(CHAIN), None)}
+    rows = {row.name: row for row in inspect_net(parse(CHAIN), {"data": IMAGE}, grids(CHAIN), None)}
     assert [rows[name].parameters for name in ("c2", "c3", "c5")] == [6 * 6 * 9 + 6, 6, 6 * 6 * 9]
     assert rows["c3"].plan.startswith("weights: 4 bits power_of_two, those of c2")
     record = run_job(tmp_path, CHAIN)
