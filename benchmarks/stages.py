@@ -101,8 +101,9 @@ def plain_pass(setting: Setting, count: int, phase: int, batch: int) -> Measurem
     test = InferenceNet.of(read_net(setting.net))
     engine = OnnxEngine(test.net, Weights.read(setting.weights("full")), {test.blob: INPUT}, 1)
     translation = Translation(engine, Graph())
-    translation.add(needed_layers(test.net.layer, [test.scores]), [test.scores])
-    translation.graph.output(translation.blob(test.scores).tensor)
+    for layer in needed_layers(test.net.layer, [test.scores]):
+        translation.add(layer)
+    translation.output(translation.blob(test.scores))
     model, (name,), constants = translation.graph.model()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = setting.threads

@@ -117,15 +117,12 @@ class Engine(ABC):
         stop: int,
         outputs: Sequence[str],
         moments: Sequence[str] = (),
-        own_layout: bool = False,
     ) -> Range:
         """Prepare the layers ``start <= i < stop``.
 
         Args:
             outputs: blobs to return as they stand after layer ``stop - 1``.
             moments: blobs whose per-channel moments to return as they stand after layer ``stop - 1``.
-            own_layout: but for the net's inputs, the values of an image's blobs may have an order that suits
-                the engine: in what is returned, and in what is fed from other ranges with ``own_layout``.
         """
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing

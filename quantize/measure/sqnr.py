@@ -103,7 +103,7 @@ class _Taps:
         outputs = list(dict.fromkeys(self.tops.values()))
         shapes = [engine.shapes.blobs[top] for top in outputs]
         self.bytes_per_image = FLOAT_BYTES * sum(int(np.prod(shape)) for shape in shapes)
-        self.range: Range = engine.compile(0, len(flat.layer), outputs, own_layout=True)
+        self.range: Range = engine.compile(0, len(flat.layer), outputs)
 
     def run(self, feeds: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """The output by layer."""

@@ -342,7 +342,7 @@ class _Probe:
         )
         self._batch = micro_batch_size(costs.widest, len(self.feed), None)
         bottoms = list(dict.fromkeys(norm.bottom for norm in norms))
-        self._range = engine.compile(0, len(engine.net.layer), [], bottoms, own_layout=True)
+        self._range = engine.compile(0, len(engine.net.layer), [], bottoms)
 
     def given(self) -> Fit:
         """The fit of the images as they come."""

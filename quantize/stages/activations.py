@@ -92,7 +92,7 @@ def collect(
         made = [name for name in blobs if name not in engine.inputs]
         per_image = sum(math.prod(engine.shapes.blobs[name]) for name in blobs) * FLOAT_BYTES
         batch = even_batch(MICRO_BATCH_BYTES // per_image, len(feed))
-        runner = engine.compile(0, len(net.layer), made, own_layout=True)
+        runner = engine.compile(0, len(net.layer), made)
         progress.start("activations", len(feed))
         # One set is being counted while the net fills the others.
         sets = cycle(

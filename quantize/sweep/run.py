@@ -70,8 +70,6 @@ class Shard:
         self.memory = memory
         self.costs = Costs.of(engine.net, engine.shapes, list(engine.inputs), (), steps)
         self.plan = plan(self.costs, steps, len(feed), memory)
-        # Who is shown values wants them in Caffe's order.
-        self.own_layout = not any(step.outputs for step in steps)
         self._done = 0
         arena = Arena(self.plan.kept_bytes)
         self._groups: list[_Group] = []
@@ -150,9 +148,7 @@ class _Group:
         fresh = [] if last else [name for name in wanted if name not in held]
         present = engine.inputs if origin is None else held
         shown = [name for name in step.outputs if name not in fresh and name not in present]
-        runner = engine.compile(
-            origin or 0, step.stop, [*fresh, *shown], step.measured, own_layout=self.shard.own_layout
-        )
+        runner = engine.compile(origin or 0, step.stop, [*fresh, *shown], step.measured)
         work = costs.between(origin, step.stop) + (0 if number else costs.once)
 
         def begin(chunk: int, feeds: Mapping[str, FloatArray]) -> Callable[[], dict[str, Moments]]:

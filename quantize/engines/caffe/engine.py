@@ -415,7 +415,6 @@ class CaffeEngine(Engine):
         stop: int,
         outputs: Sequence[str],
         moments: Sequence[str] = (),
-        own_layout: bool = False,  # noqa: ARG002 - that is Caffe's
     ) -> Range:
         """Prepare the layers ``start <= i < stop``; see ``Engine``."""
         return _CaffeRange(self, start, stop, outputs, moments)

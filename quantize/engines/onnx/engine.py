@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 
@@ -23,12 +23,11 @@ from quantize.caffenet import (
     needed_layers,
 )
 from quantize.engines.base import Engine, Range, RangeResult
-from quantize.engines.onnx.blocked import BlockedGraph, block_size
 from quantize.engines.onnx.graph import Graph, open_session
 from quantize.engines.onnx.layers import TRANSLATORS, Layer, UnsupportedError
 from quantize.errors import InputError, LabelfreeError
 from quantize.host import available_threads, pool
-from quantize.numerics.moments import Moments
+from quantize.numerics.moments import Moments, moments_of
 
 CACHE_BYTES = 16 << 20
 """What the bottoms and tops of a range's widest layer may take: larger micro-batches are run in parts of this
@@ -81,7 +80,6 @@ class OnnxEngine(Engine):
         stop: int,
         outputs: Sequence[str],
         moments: Sequence[str] = (),
-        own_layout: bool = False,
     ) -> Range:
         """Prepare the layers ``start <= i < stop``; see ``Engine``.
 
@@ -89,7 +87,7 @@ class OnnxEngine(Engine):
             InputError: a layer that the outputs or moments need cannot be translated.
             LabelfreeError: onnxruntime refuses the graph.
         """
-        return _OnnxRange(self, range(start, stop), outputs, moments, own_layout)
+        return _OnnxRange(self, range(start, stop), outputs, moments)
 
     def close(self) -> None:
         """End the threads; parts that have not begun are dropped."""
@@ -163,28 +161,22 @@ class _OnnxRange(Range):
         places: range,
         outputs: Sequence[str],
         moments: Sequence[str],
-        own_layout: bool,
     ) -> None:
         needed = needed_layers(engine.net.layer[places.start : places.stop], [*outputs, *moments])
         layers = [layer for layer in needed if layer.bottom or not engine.inputs.keys() & set(layer.top)]
         first, last = (layers[0].name, layers[-1].name) if layers else ("", "")
         self._doing = f"running layers {first!r} to {last!r} in onnxruntime"
-        graph = BlockedGraph(block_size()) if block_size() else Graph()
-        translation = Translation(engine, graph, own_layout)
-        translation.add(layers, [*outputs, *moments])
-        at_end = {name: translation.blob(name) for name in dict.fromkeys([*outputs, *moments])}
-        ends = [at_end[name] for name in dict.fromkeys(outputs)]
+        translation = Translation(engine, Graph())
+        for layer in layers:
+            translation.add(layer)
+        ends = [translation.blob(name) for name in dict.fromkeys([*outputs, *moments])]
         self._passed = [blob for blob in ends if blob == translation.inputs.get(blob.name)]
-        self._outputs = [
-            replace(blob, tensor=graph.output(blob.tensor, blob.shape if own_layout else None))
-            for blob in ends
-            if blob not in self._passed
-        ]
-        self._moments = {name: _ImageMoments.of(graph, at_end[name]) for name in moments}
+        self._computed = [translation.output(blob) for blob in ends if blob not in self._passed]
+        self._outputs, self._moments = frozenset(outputs), tuple(dict.fromkeys(moments))
         self._session = None
         used: list[str] = []
-        if self._outputs or self._moments:
-            model, used, self._constants = graph.model()
+        if self._computed:
+            model, used, self._constants = translation.graph.model()
             try:
                 self._session = open_session(model, self._constants)
             except Exception as error:  # onnxruntime's exceptions have no common base but this
@@ -205,9 +197,9 @@ class _OnnxRange(Range):
     ) -> Callable[[], RangeResult]:
         """Have the engine's threads run one micro-batch; see ``Range``.
 
-        Feeds are read and outputs written where they lie in memory. The moments are taken per image and
-        channel in the graph, around the mean of those values, and merged in float64, so they do not depend on
-        the micro-batch but for the rounding of that.
+        Feeds are read and outputs written where they lie in memory. Moments are taken of each part while it
+        is in the cache and merged in float64, so they do not depend on the micro-batch but for the rounding
+        of that.
 
         Raises:
             ValueError: an array has the wrong shape, type or layout.
@@ -216,24 +208,23 @@ class _OnnxRange(Range):
         into = into or {}
         batch = self._check(feeds)
         blobs = {}
-        for blob in (*self._outputs, *self._passed):
-            array = into.get(blob.name)
-            blobs[blob.name] = np.empty(blob.shape_of(batch), np.float32) if array is None else array
-            blob.check(blobs[blob.name], batch)
+        for blob in (*self._computed, *self._passed):
+            if blob.name in self._outputs:
+                array = into.get(blob.name)
+                blobs[blob.name] = np.empty(blob.shape_of(batch), np.float32) if array is None else array
+                blob.check(blobs[blob.name], batch)
         for blob in self._passed:
-            np.copyto(blobs[blob.name], feeds[blob.name])
-        taken = {name: found.arrays(batch) for name, found in self._moments.items()}
-        reads = [(blob, feeds[blob.name]) for blob in self._feeds]
-        writes = [(blob, blobs[blob.name]) for blob in self._outputs]
-        for name, found in self._moments.items():
-            writes += zip(found.blobs, taken[name], strict=True)
+            if blob.name in self._outputs:
+                np.copyto(blobs[blob.name], feeds[blob.name])
         parts = split(batch, self._part, self._threads)
-        running = [self._pool.submit(self._run_part, part, reads, writes) for part in parts]
+        running = [self._pool.submit(self._run_part, part, feeds, blobs) for part in parts]
 
         def finish() -> RangeResult:
-            for part in running:
-                part.result()
-            moments = {name: found.merged(taken[name]) for name, found in self._moments.items()}
+            found = [part.result() for part in running]
+            moments = {
+                name: reduce(Moments.merged, (part[name] for part in found if name in part))
+                for name in self._moments
+            }
             return RangeResult(blobs, moments)
 
         return finish
@@ -247,24 +238,32 @@ class _OnnxRange(Range):
         return batch
 
     def _run_part(
-        self,
-        images: slice,
-        reads: Sequence[tuple[_Blob, FloatArray]],
-        writes: Sequence[tuple[_Blob, FloatArray]],
-    ) -> None:
-        if self._session is None:
-            return
-        binding = self._session.io_binding()
-        for blob, array in reads:
-            part = blob.part(array, images)
-            binding.bind_input(blob.tensor, "cpu", 0, np.float32, part.shape, part.ctypes.data)
-        for blob, array in writes:
-            part = blob.part(array, images)
-            binding.bind_output(blob.tensor, "cpu", 0, np.float32, part.shape, part.ctypes.data)
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's exceptions have no common base but this
-            raise LabelfreeError(f"{self._doing}: {' '.join(str(error).split())}") from error
+        self, images: slice, feeds: Mapping[str, FloatArray], blobs: Mapping[str, FloatArray]
+    ) -> dict[str, Moments]:
+        """Run some images of a micro-batch and return the moments of their blobs."""
+        read = {blob: blob.part(feeds[blob.name], images) for blob in self._feeds}
+        ends = {blob: blob.part(feeds[blob.name], images) for blob in self._passed}
+        for blob in self._computed:
+            if blob.name in blobs:
+                ends[blob] = blob.part(blobs[blob.name], images)
+            else:
+                ends[blob] = np.empty(blob.shape_of(images.stop - images.start), np.float32)
+        if self._session is not None:
+            binding = self._session.io_binding()
+            for blob, array in read.items():
+                binding.bind_input(blob.tensor, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+            for blob in self._computed:
+                array = ends[blob]
+                binding.bind_output(blob.tensor, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:  # onnxruntime's exceptions have no common base but this
+                raise LabelfreeError(f"{self._doing}: {' '.join(str(error).split())}") from error
+        return {
+            blob.name: moments_of(array)
+            for blob, array in ends.items()
+            if blob.name in self._moments and (blob.grows or images.start == 0)
+        }
 
 
 def split(batch: int, most: int, threads: int) -> list[slice]:
@@ -289,9 +288,8 @@ def _widest(engine: OnnxEngine, layers: Sequence[LayerParameter]) -> int:
 class Translation:
     """Layers being written into a graph; knows which tensor a blob's name stands for at this place."""
 
-    def __init__(self, engine: OnnxEngine, graph: Graph, own_layout: bool = False) -> None:
+    def __init__(self, engine: OnnxEngine, graph: Graph) -> None:
         self.graph = graph
-        self._own_layout = own_layout
         self.inputs: dict[str, _Blob] = {}
         self._engine = engine
         self._tensors: dict[str, str] = {}
@@ -300,25 +298,20 @@ class Translation:
         """A blob at this place; one that no layer has written yet is an input."""
         shape, grows = self._engine.shapes.blobs[name], self._engine.per_image[name]
         if name not in self._tensors:
-            own_layout = self._own_layout and name not in self._engine.inputs
-            self._tensors[name] = self.graph.input(shape, grows, own_layout)
+            self._tensors[name] = self.graph.input(shape, grows)
             self.inputs[name] = _Blob(name, self._tensors[name], shape, grows)
         return _Blob(name, self._tensors[name], shape, grows)
 
-    def add(self, layers: Sequence[LayerParameter], wanted: Sequence[str]) -> None:
-        """Translate layers, for the blobs ``wanted``.
+    def output(self, blob: _Blob) -> _Blob:
+        """Make a blob an output of the graph."""
+        return replace(blob, tensor=self.graph.output(blob.tensor))
+
+    def add(self, layer: LayerParameter) -> None:
+        """Translate a layer.
 
         Raises:
-            InputError: one of them cannot be translated.
+            InputError: it cannot be translated.
         """
-        shared = _shared(layers, wanted)
-        for place, layer in enumerate(layers):
-            self._add(layer)
-            for top in layer.top:
-                if (place, top) in shared:
-                    self.graph.shared(self._tensors[top])
-
-    def _add(self, layer: LayerParameter) -> None:
         translate = TRANSLATORS.get(layer.type)
         where = f"layer {layer.name!r} ({layer.type})"
         if translate is None:
@@ -343,51 +336,3 @@ class Translation:
             raise InputError(f"{where}: {error}") from None
         tops = [tensors] if isinstance(tensors, str) else tensors
         self._tensors.update(zip(layer.top, tops, strict=True))
-
-
-def _shared(layers: Sequence[LayerParameter], wanted: Sequence[str]) -> set[tuple[int, str]]:
-    """The place and the name of every top that is read more than once; being wanted is being read."""
-    written: dict[str, int] = {}
-    reads: Counter[tuple[int, str]] = Counter()
-    for place, layer in enumerate(layers):
-        reads.update((written[bottom], bottom) for bottom in layer.bottom if bottom in written)
-        written.update(dict.fromkeys(layer.top, place))
-    reads.update((written[name], name) for name in wanted if name in written)
-    return {top for top, count in reads.items() if count > 1}
-
-
-@dataclass(frozen=True)
-class _ImageMoments:
-    """Outputs of a graph that make the moments of a blob; see ``Graph.moments``.
-
-    Attributes:
-        blobs: the outputs.
-        values: values per image and channel.
-    """
-
-    blobs: tuple[_Blob, ...]
-    values: int
-
-    @classmethod
-    def of(cls, graph: Graph, blob: _Blob) -> _ImageMoments:
-        """Have a graph compute them for a blob.
-
-        Not in numpy: the graph does it with all threads while the blob is in the cache.
-        """
-        outputs = [
-            _Blob(blob.name, graph.output(tensor), (blob.shape[0], *dims), blob.grows)
-            for tensor, dims in graph.moments(blob.tensor, blob.shape)
-        ]
-        return cls(tuple(outputs), math.prod(blob.shape[2:]))
-
-    def arrays(self, batch: int) -> list[FloatArray]:
-        """Room for the blobs."""
-        return [np.empty(blob.shape_of(batch), np.float32) for blob in self.blobs]
-
-    def merged(self, arrays: Sequence[FloatArray]) -> Moments:
-        """The moments over all images (``Moments.merged``, of all at once)."""
-        near, rest, squares = (a.mean(axis=2, dtype=np.float64).reshape(len(a), -1) for a in arrays)
-        means = near + rest
-        mean = means.mean(axis=0)
-        m2 = np.maximum(squares - rest * rest, 0) + np.square(means - mean)
-        return Moments(len(means) * self.values, mean, self.values * m2.sum(axis=0))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,6 @@ from quantize.arrays import FloatArray, Shape
 OPSET = 18
 IR_VERSION = 8
 """Of the file format; this pair is read by onnxruntime from 1.14 on."""
-
-LONGEST_AVERAGE, SHORTEST_AVERAGE = 1024, 16
-"""Over how many values an average may be taken in float32; and over how many at least, lest there be many."""
 
 FATAL_ONLY = 4
 """Of onnxruntime's log levels. It warns of what is no fault here, and its errors come as exceptions too."""
@@ -35,25 +31,16 @@ class Graph:
     Every tensor is assigned once; tensor names are our own, for blob names may hold any characters.
     """
 
-    opsets: tuple[tuple[str, int], ...] = (("", OPSET),)
-    """Domains and versions of the operators."""
-
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: dict[str, onnx.ValueInfoProto] = {}
         self._outputs: list[str] = []
         self._constants: dict[str, npt.NDArray[Any]] = {}
-        self._later: dict[str, Callable[[], FloatArray]] = {}
         self._affines: dict[str, tuple[str, npt.NDArray[np.float64], npt.NDArray[np.float64]]] = {}
         self._count = 0
 
-    def input(self, shape: Shape, grows: bool, own_layout: bool = False) -> str:  # noqa: ARG002
-        """A float32 tensor from outside.
-
-        Args:
-            grows: it has a first axis of any size.
-            own_layout: it comes from an output with ``own_layout``.
-        """
+    def input(self, shape: Shape, grows: bool) -> str:
+        """A float32 tensor from outside; ``grows``: it has a first axis of any size."""
         name = self._name()
         dims = [None, *shape[1:]] if grows else shape
         self._inputs[name] = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
@@ -73,12 +60,6 @@ class Graph:
         """A float32 constant; aligned C-contiguous float32 arrays are not copied. Too large is inf."""
         with np.errstate(over="ignore"):
             return self._constant(np.require(values, np.float32, ["C", "A"]))
-
-    def later(self, make: Callable[[], FloatArray]) -> str:
-        """A float32 constant that is made when the model is, if an output needs it."""
-        name = self._name()
-        self._later[name] = make
-        return name
 
     def integers(self, values: Iterable[int]) -> str:
         """A vector of int64 constants."""
@@ -112,43 +93,8 @@ class Graph:
         self._affines[y] = (x, a, b)
         return y
 
-    def moments(self, x: str, shape: Shape) -> list[tuple[str, Shape]]:
-        """What makes mean and variance of each image's channels.
-
-        An average of squares loses all digits where the mean is large, so a value near the mean is
-        subtracted first. The average of what is left gives the digits that it lacks. Averages of many
-        float32 of one sign lose digits as well, so each is of a part of the values.
-
-        Args:
-            shape: of ``x``: (N, C, ...).
-
-        Returns:
-            Tensors and their shapes without N: a value near the mean (N, C, 1); of what is left, the averages
-            and those of the squares (N, C, parts), or (N, C / B, parts, B) where blocks of B channels lie
-            together.
-        """
-        channels, values = shape[1] if len(shape) > 1 else 1, math.prod(shape[2:])
-        x = self.reshape(x, (-1, channels, values))
-        near = self.op("ReduceMean", x, self.integers([2]))
-        part = _part_size(values, LONGEST_AVERAGE)
-        parts = (channels, values // part)
-        rest = self.reshape(self.op("Sub", x, near), (-1, *parts, part))
-        averages = [
-            (self.op("ReduceMean", y, self.integers([3]), keepdims=0), parts)
-            for y in (rest, self.op("Mul", rest, rest))
-        ]
-        return [(near, (channels, 1)), *averages]
-
-    def shared(self, x: str) -> None:
-        """Say that ``x`` is read more than once: fusing a reader with what computes it would save nothing."""
-
-    def output(self, x: str, own_layout: Shape | None = None) -> str:  # noqa: ARG002
-        """Make ``x`` an output; ONNX wants a copy of what is an input, a constant or an output already.
-
-        Args:
-            own_layout: the shape of ``x``, to have its values in the order that suits the graph, for an input
-                with ``own_layout``.
-        """
+    def output(self, x: str) -> str:
+        """Make ``x`` an output; ONNX wants a copy of what is an input, a constant or an output already."""
         if x in self._inputs or x in self._constants or x in self._outputs:
             x = self.op("Identity", x)
         self._outputs.append(x)
@@ -168,7 +114,6 @@ class Graph:
                 nodes.append(node)
         inputs = [name for name in self._inputs if name in needed]
         constants = {name: array for name, array in self._constants.items() if name in needed}
-        constants.update((name, make()) for name, make in self._later.items() if name in needed)
         external = {name: array for name, array in constants.items() if array.nbytes >= EXTERNAL_BYTES}
         graph = helper.make_graph(
             nodes[::-1],
@@ -177,7 +122,7 @@ class Graph:
             [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in self._outputs],
             _initializers(constants, external),
         )
-        opsets = [helper.make_opsetid(*opset) for opset in self.opsets]
+        opsets = [helper.make_opsetid("", OPSET)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION), inputs, external
 
     def _constant(self, array: npt.NDArray[Any]) -> str:
@@ -220,9 +165,3 @@ def open_session(model: onnx.ModelProto, constants: Mapping[str, FloatArray]) ->
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-
-
-def _part_size(values: int, longest: int) -> int:
-    """The largest divisor of ``values`` up to ``longest``; all of them if there is but a small one."""
-    divisor = max(d for d in range(1, max(1, min(values, longest)) + 1) if values % d == 0)
-    return divisor if divisor >= SHORTEST_AVERAGE else values
