@@ -105,6 +105,12 @@ def budget_too_small(job: Job) -> None:
 
 
 @mistake
+def budget_without_classes(job: Job) -> None:
+    replace(job.folder / "net.prototxt", 'type: "SoftmaxWithLoss"', 'type: "EuclideanLoss"')
+    replace(job.folder / "net.prototxt", 'type: "Accuracy"', 'type: "EuclideanLoss"')
+
+
+@mistake
 def broken_yaml(job: Job) -> None:
     replace(job.yaml, "name: residual", "name: residual\n\tseed: 1")
 
@@ -312,6 +318,18 @@ def stage_before_missing(_job: Job) -> None:
 @mistake
 def nothing_quantized(_job: Job) -> None:
     """Nothing has been run."""
+
+
+@mistake
+def results_of_another_model(job: Job) -> None:
+    Run(job.config()).quantize(("weights",))
+    replace(job.folder / "net.prototxt", 'name: "residual"', 'name: "other"')
+
+
+@mistake
+def results_of_a_killed_run(job: Job) -> None:
+    Run(job.config()).quantize(("weights", "renorm"))
+    (job.out / "residual_renorm.caffemodel").write_bytes(b"")
 
 
 @mistake

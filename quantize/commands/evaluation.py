@@ -122,8 +122,8 @@ def _labeled(found: Evaluation, agreement: float) -> list[str]:
     low, high = final.top1_interval or (0.0, 100.0)
     return [
         f"on {found.images} images: {change}, agreement {agreement:.2f} %",
-        f"top-1 of the quantized network is {low:.2f} to {high:.2f} % with 95 % confidence; "
-        f"{paired_text(paired, 'full precision', 'the quantized network')}",
+        f"top-1 of the quantized network is {low:.2f} to {high:.2f} % with 95 % confidence",
+        paired_text(paired, "full precision", "the quantized network"),
     ]
 
 
@@ -132,8 +132,9 @@ def paired_text(paired: Paired, first: str, second: str) -> str:
     if not paired.first_only + paired.second_only:
         return f"{first} and {second} are right on the same images"
     worth = "which may be chance" if paired.p_value > CHANCE else "hardly by chance"
+    images = "image" if paired.first_only == 1 else "images"
     return (
-        f"{paired.first_only} images are right in {first} only and {paired.second_only} in {second} only, "
+        f"{first} alone is right on {paired.first_only} {images}, {second} alone on {paired.second_only}, "
         f"{worth} (McNemar, p = {paired.p_value:.2g})"
     )
 

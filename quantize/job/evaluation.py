@@ -52,7 +52,7 @@ def evaluate_run(
     check_results(config, record)
     if is_held(config.output):
         progress.note(f"{config.output}: another labelfree run is writing here; this is what there is so far")
-    candidates = _candidates(config, net, record)
+    candidates = _checked_candidates(config, net, record)
     if not without_renorm:
         candidates.pop("without_renorm", None)
     feed = with_labels_that_fit(validation_feed(config, net, images, progress), net, progress)
@@ -79,11 +79,13 @@ def report_run(config: Config) -> Path:
         Where it is.
 
     Raises:
-        InputError: nothing has been quantized yet.
+        InputError: nothing has been quantized yet, or what is there is not of this job or not whole.
     """
     net = read_model_prototxt(config)
     record = read_record(config.output)
+    check_results(config, record)
     with closing(OutputFolder(config.output)) as folder:
+        _check_files(config, record)
         write_page(folder, config, net, record)
     return config.output / PAGE
 
@@ -129,16 +131,24 @@ def check_results(config: Config, record: RunRecord) -> None:
         )
 
 
-def _candidates(config: Config, net: NetParameter, record: RunRecord) -> dict[str, Candidate]:
-    """Full precision, quantized weights before renorm where renorm has run, and what the last stage has made.
+def _checked_candidates(config: Config, net: NetParameter, record: RunRecord) -> dict[str, Candidate]:
+    """`_candidates` of files that anybody may have changed.
 
     Raises:
         InputError: a file is not the one that the record tells of.
     """
+    try:
+        found = _candidates(config, net, record)
+    except InputError:
+        _check_files(config, record)
+        raise
+    _check_files(config, record)  # last: what becomes of files that have been read is no matter
+    return found
+
+
+def _candidates(config: Config, net: NetParameter, record: RunRecord) -> dict[str, Candidate]:
+    """Full precision, perhaps quantized weights before renorm, and what the last stage has made."""
     files = Files.of(config.name)
-    missing = [name for name in record.outputs if not (config.output / name).exists()]
-    if missing:
-        raise _not_as_told(config.output / missing[0])
     found = {"fp32": Candidate(InferenceNet.of(net).net, load_weights(config.model.weights, net))}
     weights = Weights.read(config.output / files.quantized)
     if record.stages.renorm is not None:
@@ -146,15 +156,15 @@ def _candidates(config: Config, net: NetParameter, record: RunRecord) -> dict[st
         weights = Weights.read(config.output / files.renorm)
     final = read_prototxt(config.output / files.val, schema_of(net))
     found["quantized"] = Candidate(InferenceNet.of(final).net, weights)
-    # Now that they have been read it is no matter what becomes of the files.
-    for name, digest in record.outputs.items():
-        if sha256(config.output / name) != digest:
-            raise _not_as_told(config.output / name)
     return found
 
 
-def _not_as_told(path: Path) -> InputError:
-    return InputError(
-        f"{path}: not the file that {REPORT} tells of: a run is writing here, or was killed; wait for it, or "
-        "run `labelfree quantize --resume`"
-    )
+def _check_files(config: Config, record: RunRecord) -> None:
+    """Check that the files are those that the record tells of (InputError if not)."""
+    for name, digest in record.outputs.items():
+        path = config.output / name
+        if not path.exists() or sha256(path) != digest:
+            raise InputError(
+                f"{path}: not the file that {REPORT} tells of: a run is writing here, or was "
+                "killed; wait for it, or run `labelfree quantize --resume`"
+            )

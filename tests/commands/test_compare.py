@@ -1,7 +1,7 @@
 """Results side by side."""
 
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,10 @@ from quantize.measure.significance import mcnemar
 from tests.conftest import Job
 
 
-@pytest.fixture
-def results(make_job: Callable[[str], Job]) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def results(job_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three results of one model, the last neither finished nor evaluated; and one on other images."""
-    job = make_job("job")
+    job = Job(Path(shutil.copytree(job_template, tmp_path_factory.mktemp("compare") / "job")))
     folders = {name: job.folder / f"out/{name}" for name in ("four", "two", "raw", "others")}
     given = {
         "four": [],
