@@ -122,7 +122,7 @@ def planned_coverage(found: Inspection) -> Coverage:
     sites = planned_sites(test, settings, ActivationSettings())
     planned = [QuantizerLayer(site.name, 1.0, 1, False, list(site.readers)) for site in sites]
     return coverage(
-        with_quantizers(test.net, planned),
+        InferenceNet.of(with_quantizers(found.net, planned)).net,
         test.inputs,
         to_be_quantized(test.net, settings),
         shapes_of(test.net, found.inputs).macs,

@@ -108,7 +108,7 @@ AS_A_BIAS = (
 
 @pytest.mark.parametrize(
     ("text", "left_out", "other"),
-    [(TIED, ["e1", "d"], "d (InnerProduct)"), (DECONVOLVED, ["c2", "c3"], "up (Deconvolution)"),
+    [(TIED, ["e1", "d"], "d (InnerProduct)"), (DECONVOLVED, ["c2", "c3", "up"], "up (Deconvolution)"),
      (AS_A_BIAS, ["a"], "b (InnerProduct)")],
 )  # fmt: skip
 def test_weights_that_are_something_else_elsewhere_are_kept(
