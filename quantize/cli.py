@@ -165,6 +165,16 @@ STATE = (
 )
 
 
+SET = click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    shell_complete=complete_key,
+    help="As in --set weights.bits=3.",
+)
+
+
 def config_options(command: Command) -> Command:
     """The options that every command with a configuration has."""
     options = [
@@ -184,14 +194,7 @@ def config_options(command: Command) -> Command:
             type=click.Choice(list(QUALITIES)),
             help="fast: weights.solver optimal, no images; best: data_aware.",
         ),
-        click.option(
-            "--set",
-            "assignments",
-            multiple=True,
-            metavar="KEY=VALUE",
-            shell_complete=complete_key,
-            help="As in --set weights.bits=3.",
-        ),
+        SET,
     ]
     for option in reversed(options):
         command = option(command)
@@ -420,36 +423,57 @@ def doctor(**given: Any) -> None:
 
 
 @cli.command()
-@click.argument("prototxt", type=PATH)
+@click.argument("prototxt", type=PATH, required=False)
 @click.argument("weights", type=PATH, required=False)
+@click.option("--config", "-c", "path", type=PATH, help="Show what this YAML file would do, budget included.")
+@SET
 @SHAPE
 @CAFFE_PROTO
 @STATE[0]
 @STATE[1]
 @click.option("--plan", "show_plan", is_flag=True, help="Show how renorm would go through the net.")
-@click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="For --plan.")
-@click.option("--memory", default="2GiB", show_default=True, help="For --plan: renorm.memory.")
+@click.option("--images", type=click.IntRange(1), help="For --plan (default: renorm.images).")
+@click.option("--memory", help="For --plan (default: renorm.memory).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
-    prototxt: Path,
+    prototxt: Path | None,
     weights: Path | None,
+    path: Path | None,
+    assignments: tuple[str, ...],
     shapes: tuple[str, ...],
     caffe_proto: Path | None,
     stages: tuple[str, ...],
     level: int,
     show_plan: bool,
-    images: int,
-    memory: str,
+    images: int | None,
+    memory: str | None,
     as_json: bool,
 ) -> None:
-    """Show layers, shapes, parameters, multiply-accumulates and what would be quantized."""
-    from quantize.commands import inspect as inspection
+    """Show layers, shapes, parameters, multiply-accumulates and what would be quantized.
 
-    found = inspection.Inspection.of(prototxt, weights, parse_shapes(shapes), caffe_proto, stages, level)
+    With a PROTOTXT that is what `quantize` does by default; with --config what that file says, and the size.
+    Bits within a weights.budget are measured, on the calibration images.
+    """
+    from quantize.commands import inspect as inspection
+    from quantize.settings import RenormSettings
+
+    renorm = RenormSettings()
+    if (prototxt is None) == (path is None):
+        raise click.UsageError("give either a prototxt or --config FILE")
+    if path is not None:
+        from quantize.commands.config import load
+
+        config = load(path, {"data.input_shape": parse_shapes(shapes)}, assignments)
+        found, renorm = inspection.Inspection.of_config(config), config.renorm
+        if not show_plan:
+            with showing_progress() as progress:
+                found = found.configured_by(config, progress)
+    elif prototxt is not None:
+        found = inspection.Inspection.of(prototxt, weights, parse_shapes(shapes), caffe_proto, stages, level)
     for note in found.notes:
         click.echo(f"note: {note}", err=True)
     if show_plan:
-        click.echo(inspection.plan_text(found, images, memory, as_json))
+        click.echo(inspection.plan_text(found, renorm, images, memory, as_json))
     else:
         click.echo(inspection.layers_text(found, as_json))
 

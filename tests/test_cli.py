@@ -73,8 +73,13 @@ def test_the_usual_way(job: Job, labelfree: Labelfree) -> None:
     shown = labelfree("evaluate", "--config", job.yaml)
     assert "agreement" in shown.out
     found = json.loads(labelfree("--quiet", "evaluate", "--config", job.yaml, "--json").out)
-    assert found.keys() == {"images", "fp32", "quantized", "agreement"}
-    assert found["fp32"].keys() == {"top1", "top5"}
+    assert {"images", "fp32", "quantized", "agreement"} <= found.keys()
+    assert {"top1", "top5"} <= found["fp32"].keys()
+    low, high = found["fp32"]["top1_interval"]
+    assert low < found["fp32"]["top1"] < high
+    assert [output["blob"] for output in found["outputs"]] == ["fc2"]
+    assert found["paired"]["quantized"].keys() == {"first_only", "second_only", "p_value"}
+    assert found["missing"] == []
     assert found["images"] == 15
 
 
@@ -522,6 +527,72 @@ def test_inspect_shows_what_would_happen(job: Job, labelfree: Labelfree) -> None
     assert "times the work of one plain pass" in plan.out
     found = json.loads(labelfree("inspect", job.folder / "net.prototxt", "--json").out)
     assert found["parameters"] == sum(layer["parameters"] for layer in found["layers"])
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        (),
+        ("weights.budget=4.5", "weights.images=20"),
+        ("weights.layers={left: {bits: 5}, fc1: {skip: true}}", "activations.levels=255"),
+    ],
+)
+def test_inspect_shows_what_a_configuration_does(
+    job: Job, labelfree: Labelfree, assignments: tuple[str, ...]
+) -> None:
+    """As `quantize` then does it."""
+    given = [word for text in assignments for word in ("--set", text)]
+    shown = labelfree("inspect", "--config", job.yaml, *given)
+    assert shown.code == 0, shown.err
+    found = json.loads(labelfree("-q", "inspect", "--config", job.yaml, *given, "--json").out)
+    done = json.loads(labelfree("-q", "quantize", "--config", job.yaml, *given, "--json").out)
+    plans = {layer["name"]: layer["plan"] for layer in found["layers"]}
+    for layer in done["stages"]["weights"]["layers"]:
+        plan = plans[layer["name"]].split("; then ActQuantize")[0]
+        assert plan == f"weights: {layer['bits']} bits {layer['grid']}"
+    quantized = [name for name, plan in plans.items() if plan.startswith("weights: ")]
+    assert quantized == [layer["name"] for layer in done["stages"]["weights"]["layers"]]
+    assert found["sizes"]["packed"] == done["sizes"]["packed"]
+    assert found["budget"] == done["stages"]["weights"].get("budget")
+    assert f"{done['sizes']['model'] / done['sizes']['packed']:.1f}x smaller" in shown.out
+    largest = done["stages"]["activations"]["layers"][0]["levels"]
+    assert f"activations: codes up to {largest} from" in shown.out
+    assert f"{found['mean_bits']:.2f} bits on average" in shown.out
+
+
+def test_inspect_wants_a_net_or_a_configuration(job: Job, labelfree: Labelfree) -> None:
+    for arguments in ([], [job.folder / "net.prototxt", "--config", job.yaml]):
+        assert_one_line(labelfree("inspect", *arguments), "give either a prototxt or --config FILE")
+    plan = labelfree("inspect", "--config", job.yaml, "--plan")
+    assert "20 images, micro-batches of" in plan.out  # renorm.images
+
+
+@pytest.mark.parametrize(
+    ("command", "following"),
+    [
+        (["quantize"], "evaluate"),
+        (["quantize", "--stages", "weights"], "renorm"),
+        (["weights-quan"], "renorm"),
+    ],
+)
+def test_the_next_command_runs(job: Job, labelfree: Labelfree, command: list[str], following: str) -> None:
+    done = labelfree(*command, "--config", job.yaml, "--output", job.folder / "two words")
+    [line] = [line for line in done.out.splitlines() if line.strip().startswith("next: ")]
+    words = shlex.split(line.split("next: ")[1])
+    assert words[:2] == ["labelfree", following]
+    assert labelfree(*words[1:]).code == 0
+
+
+def test_what_caffe_test_needs_is_said(job: Job, labelfree: Labelfree) -> None:
+    done = labelfree("quantize", "--config", job.yaml, "--set", "data.validation=null")
+    assert "caffe test --model" not in done.out
+    assert "would need labeled images in an LMDB: `labelfree make-lmdb IMAGES LMDB`" in done.out
+    page = (job.out / "report.html").read_text()
+    assert "caffe test -model" not in page
+    assert "labelfree make-lmdb IMAGES LMDB" in page
+    labelfree("quantize", "--config", job.yaml, "--resume")
+    page = (job.out / "report.html").read_text()
+    assert "caffe test -model residual_val.prototxt -weights residual_renorm.caffemodel -iterations 3" in page
 
 
 def test_init_writes_a_configuration_that_runs(job: Job, labelfree: Labelfree) -> None:

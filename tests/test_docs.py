@@ -39,8 +39,9 @@ NOT_AGAIN = ("scripts/test", "scripts/demo")
 class Block:
     """A fenced block.
 
-    Its kind is ``sh``, ``sh caffe`` or ``python caffe`` (run where Caffe is), ``sh benchmark`` (takes
-    minutes; only its options are checked), or that of something to read: ``text``, ``python``.
+    Its kind is ``sh``, ``python run``, ``sh caffe`` or ``python caffe`` (run where Caffe is),
+    ``sh benchmark`` (takes minutes; only its options are checked), or that of something to read: ``text``,
+    ``python``.
     """
 
     kind: str
@@ -149,10 +150,26 @@ def test_every_command_runs(place: Place, page: Path) -> None:
             place.run("\n".join(lines).replace("--resize-short 256", "--resize-short 9"))
 
 
+def test_python_prints_what_is_shown(place: Place) -> None:
+    """The page is one session; numbers may differ by a few images (engines round differently)."""
+    shown = list(blocks(ROOT / "docs/python.md"))
+    code, outputs = shown[::2], shown[1::2]
+    assert {block.kind for block in code} == {"python run"}
+    assert {block.kind for block in outputs} == {"text"}
+    end = "print('=' * 9)\n"
+    (place.folder / "page.py").write_text(end.join(block.text for block in code))
+    printed = place.run("python -W error::UserWarning page.py").split(f"{'=' * 9}\n")
+    number = r"-?\d+\.\d+"
+    for output, text in zip(outputs, printed, strict=True):
+        assert re.sub(number, "#", text) == re.sub(number, "#", output.text)
+        found, expected = (list(map(float, re.findall(number, each))) for each in (text, output.text))
+        assert found == pytest.approx(expected, abs=0.8)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_in_a_block_that_is_run(page: Path) -> None:
     kinds = {block.kind for block in blocks(page)}
-    assert kinds <= {"sh", "sh caffe", "python caffe", "sh benchmark", "text", "python"}
+    assert kinds <= {"sh", "sh caffe", "python caffe", "python run", "sh benchmark", "text", "python"}
     if page.name not in RUN_ELSEWHERE:
         assert page.name == "your-model.md" or not kinds & {"sh caffe", "python caffe"}
         indented = re.findall(

@@ -81,7 +81,8 @@ class Model:
         net: with all its phases, and with the layers that quantization has added (see `quantized`).
         weights: the blobs.
         prototxt: the file that the net comes from; relative paths in it begin in its folder.
-        grids: by layer the grid of its quantized weights, where it is known; files do not tell.
+        grids: the grids of quantized weights, where they are known (files do not tell), by one of the layers
+            that have these weights.
         solver: what has quantized the weights; None: nothing, or it is not known.
         full: the model from before anything was quantized; None where it is this one, or is not known.
 
@@ -92,7 +93,7 @@ class Model:
     net: NetParameter = field(repr=False)
     weights: Weights = field(repr=False)
     prototxt: Path | None = None
-    grids: Mapping[str, GridChoice] = field(default_factory=dict)
+    grids: Mapping[str, GridChoice] = field(default_factory=dict, repr=False)
     solver: str | None = None
     full: Model | None = field(default=None, repr=False)
 
@@ -111,7 +112,8 @@ class Model:
     ) -> Model:
         """Read a model from Caffe's files.
 
-        >>> model = Model.load("digits.prototxt", "digits.caffemodel")
+        >>> import quantize
+        >>> model = quantize.Model.load("digits.prototxt", "digits.caffemodel")
         >>> model.inference.inputs, model.inference.scores
         (('data',), 'fc')
         >>> [layer.name for layer in model.layers if layer.type == "InnerProduct"]
@@ -148,7 +150,7 @@ class Model:
         Raises:
             InputError: a caffemodel is damaged: quantized weights are on no grid.
         """
-        terms = alpha_terms(self.net)
+        terms, users = alpha_terms(self.net), same_weights(self.net)
         carriers = {name for names in terms.values() for name in names}
         found = []
         for layer in self.inference.net.layer:
@@ -158,14 +160,21 @@ class Model:
             if layer.name in self.weights:
                 shape = next((blob.shape for blob in self.weights[layer.name]), None)
             if shape is not None and layer.name in terms:
-                quantized = read_quantized(layer, self.weights, self._grid_of(layer.name))
-            found.append(Layer(layer.name, layer.type, shape, quantized, read_quantizer(layer)))
+                told = (self.grids[user] for user in users[layer.name] if user in self.grids)
+                quantized = read_quantized(layer, self.weights, next(told, None))
+            found.append(Layer(layer.name, layer.type, shape, quantized, self.quantizers.get(layer.name)))
         return tuple(found)
 
-    def _grid_of(self, layer: str) -> GridChoice | None:
-        """The grid of a layer's weights, which may be known by another layer with the same weights."""
-        users = same_weights(self.net)[layer]
-        return next((self.grids[user] for user in users if user in self.grids), None)
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any weights or activations are."""
+        return bool(alpha_terms(self.net)) or bool(self.quantizers)
+
+    @cached_property
+    def quantizers(self) -> dict[str, Quantizer]:
+        """The ActQuantize layers, and what they do."""
+        found = {layer.name: read_quantizer(layer) for layer in self.inference.net.layer}
+        return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
 
     @property
     def declared_shapes(self) -> dict[str, Shape]:
@@ -192,9 +201,10 @@ class Model:
         BatchNorms in the prototxt use what they have stored, whatever the given net says. Each file appears
         under its name when it is whole.
 
-        >>> model = Model.load("digits.prototxt", "digits.caffemodel")
+        >>> import quantize
+        >>> model = quantize.Model.load("digits.prototxt", "digits.caffemodel")
         >>> prototxt, caffemodel = model.save("out", name="copy")
-        >>> Model.load(prototxt, caffemodel).layers[0].name == model.layers[0].name
+        >>> quantize.Model.load(prototxt, caffemodel).layers[0].name == model.layers[0].name
         True
 
         Args:

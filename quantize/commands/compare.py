@@ -185,12 +185,14 @@ def _remarks(results: Sequence[Result], names: Sequence[str]) -> list[str]:
         if result.record.inputs != first.record.inputs:
             lines.append(f"note: {name} was made from another model than {names[0]}")
         if result.record.evaluation is None:
-            lines.append(
-                f"note: {name} has not been evaluated: run `labelfree evaluate` with its configuration"
-            )
-        found = paired(first, result) if result is not first else None
+            lines.append(f"note: {name} has not been evaluated; `labelfree evaluate` does it")
+        if result is first or result.accuracy is None or result.accuracy.top1 is None:
+            continue
+        found = paired(first, result)
         if found is not None:
             lines.append(f"top-1: {paired_text(found, names[0], name)}")
+        elif first.record.evaluation is not None:
+            lines.append(f"note: {name} was not evaluated on the same images as {names[0]}")
     return ["", *lines] if lines else []
 
 

@@ -110,6 +110,20 @@ def load(
         model = tree.get("model")
         prototxt = Path(str(model.get("prototxt", "net")) if isinstance(model, dict) else "net")
         tree["name"] = re.sub(r"[^\w.+-]", "_", prototxt.stem)
+    return checked(tree, where, path)
+
+
+def checked(tree: Mapping[str, Any], where: str, path: Path | None = None) -> Config:
+    """The configuration that a tree of sections and keys is.
+
+    Args:
+        tree: as in the YAML file.
+        where: it comes from, for messages.
+        path: the YAML file, if it comes from one.
+
+    Raises:
+        InputError: one line about the first thing that is wrong.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

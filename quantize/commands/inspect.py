@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from quantize.arrays import Shape
 from quantize.caffenet import (
@@ -28,12 +29,24 @@ from quantize.caffenet import (
 from quantize.caffenet.quantized import QUANTIZED_TYPES
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.shape_rules import has_rule
-from quantize.commands.summary import coverage_text, table
+from quantize.commands.summary import coverage_text, size_text, table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
+from quantize.host import using_threads
+from quantize.job.feeds import input_shapes, read_model_prototxt
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
-from quantize.record import Coverage, QuantizerLayer
-from quantize.settings import ActivationSettings, WeightSettings, parse_size
+from quantize.job.run import Run
+from quantize.job.sizes import packed_bytes, packed_layers
+from quantize.progress import SILENT, Progress
+from quantize.record import Budget, Coverage, QuantizerLayer
+from quantize.settings import (
+    ActivationSettings,
+    Config,
+    GridChoice,
+    RenormSettings,
+    WeightSettings,
+    parse_size,
+)
 from quantize.stages.coverage import coverage
 from quantize.stages.renorm import Tour
 from quantize.stages.sites import Site, find_sites
@@ -59,19 +72,22 @@ class LayerRow:
 
 
 def inspect_net(
-    net: NetParameter,
-    inputs: Mapping[str, Shape],
-    settings: WeightSettings,
-    activations: ActivationSettings,
+    net: NetParameter, inputs: Mapping[str, Shape], chosen: Mapping[str, GridChoice], config: Config | None
 ) -> list[LayerRow]:
-    """The layers of a net as they run in the TEST phase on inputs of these shapes for one image."""
+    """The layers of a net as they run in the TEST phase.
+
+    Args:
+        net: the net with all its phases.
+        inputs: by input the shape of one image's values.
+        chosen: the grids of the layers to quantize.
+        config: what the stages would be run with; None: not known.
+    """
     test = InferenceNet.of(net)
     shapes = shapes_of(test.net, inputs)
-    chosen = choices(test.net, settings)
     first_user = {user: name for name, users in weight_users(test.net).items() for user in users}
     left_out = unquantizable(test.net)
     shared = owners(test.net)
-    sites = {site.behind: site for site in planned_sites(test, settings, activations)}
+    sites = {site.behind: site for site in planned_sites(test, config)}
     rows = []
     for layer in test.net.layer:
         first = first_user.get(layer.name, layer.name)
@@ -83,7 +99,7 @@ def inspect_net(
         elif layer.type in QUANTIZED_TYPES:
             what = "kept: weights.layers says skip"
         elif layer.type == "BatchNorm":
-            what = "renorm"
+            what = _renorm(config)
         elif not has_rule(layer.type):
             what = f"kept: type {layer.type} is unknown here, engine: caffe may run it"
         elif shapes.params.get(layer.name):
@@ -109,30 +125,60 @@ def inspect_net(
     return rows
 
 
-def planned_sites(
-    test: InferenceNet, settings: WeightSettings, activations: ActivationSettings
-) -> list[Site]:
+def _settings(config: Config | None) -> tuple[WeightSettings, ActivationSettings]:
+    """Those of a configuration, or the defaults."""
+    if config is None:
+        return WeightSettings(), ActivationSettings()
+    return config.weights, config.activations
+
+
+def planned_sites(test: InferenceNet, config: Config | None) -> list[Site]:
     """Where activations would be quantized."""
-    return find_sites(test.net, test.inputs, to_be_quantized(test.net, settings), activations)
+    weights, activations = _settings(config)
+    return find_sites(test.net, test.inputs, to_be_quantized(test.net, weights), activations)
 
 
 def planned_coverage(found: Inspection) -> Coverage:
-    """How much of the net's work would be quantized with the default settings."""
-    test, settings = InferenceNet.of(found.net), WeightSettings()
-    sites = planned_sites(test, settings, ActivationSettings())
-    planned = [QuantizerLayer(site.name, 1.0, 1, False, list(site.readers)) for site in sites]
+    """How much of the net's work would be quantized."""
+    test, config = InferenceNet.of(found.net), found.configured.config if found.configured else None
+    planned = [
+        QuantizerLayer(site.name, 1.0, 1, False, list(site.readers)) for site in planned_sites(test, config)
+    ]
     return coverage(
         InferenceNet.of(with_quantizers(found.net, planned)).net,
         test.inputs,
-        to_be_quantized(test.net, settings),
+        to_be_quantized(test.net, _settings(config)[0]),
         shapes_of(test.net, found.inputs).macs,
     )
+
+
+def _renorm(config: Config | None) -> str:
+    return "renorm" if config is None else f"renorm: {config.renorm.statistics} statistics"
 
 
 def shapes_of(net: NetParameter, inputs: Mapping[str, Shape]) -> Shapes:
     """What the layers of known types imply, and that have only such layers before them."""
     one = {blob: (1, *shape) for blob, shape in inputs.items()}
     return infer_shapes(known_part(net, one), one)
+
+
+@dataclass(frozen=True)
+class Configured:
+    """What a configuration would do to a net.
+
+    Attributes:
+        config: the settings.
+        budget: how it would be spent, if any.
+        model: bytes of the caffemodel.
+        packed: bytes with the bits that the layers would have.
+        mean_bits: per quantized weight.
+    """
+
+    config: Config
+    budget: Budget | None
+    model: int
+    packed: int
+    mean_bits: float
 
 
 @dataclass(frozen=True)
@@ -143,11 +189,15 @@ class Inspection:
         net: the network.
         inputs: the shapes.
         notes: what should be said about them.
+        chosen: the grids of the layers to quantize.
+        configured: what a configuration would do, where there is one.
     """
 
     net: NetParameter
     inputs: dict[str, Shape]
     notes: list[str]
+    chosen: dict[str, GridChoice]
+    configured: Configured | None = None
 
     @classmethod
     def of(
@@ -188,7 +238,39 @@ class Inspection:
             given = load_weights(weights, net)
             check_weights(known, given, infer_shapes(known, one))
             notes += doubtful_norms(test.net, given)
-        return cls(net, found, notes)
+        return cls(net, found, notes, choices(test.net, WeightSettings()))
+
+    @classmethod
+    def of_config(cls, config: Config) -> Inspection:
+        """Read the network of a configuration.
+
+        Raises:
+            InputError: as `of`, or images of unknown shape.
+        """
+        model = config.model
+        shapes = input_shapes(config, read_model_prototxt(config))
+        given = {name: list(shape) for name, shape in shapes.items()}
+        return cls.of(model.prototxt, model.weights, given, model.caffe_proto, model.stages, model.level)
+
+    def configured_by(self, config: Config, progress: Progress = SILENT) -> Inspection:
+        """With what a configuration would do; the bits within a budget are measured.
+
+        Raises:
+            InputError: what the weights stage would refuse.
+        """
+        run = Run(config, progress)
+        with using_threads(config.threads):
+            chosen, budget = run.grids()
+        layers = packed_layers(run.net, run.model_weights, chosen)
+        count = sum(layer.weights for layer in layers)
+        configured = Configured(
+            config,
+            budget,
+            config.model.weights.stat().st_size,
+            packed_bytes(run.net, run.model_weights, layers),
+            sum(layer.weights * layer.bits for layer in layers) / count if count else 0.0,
+        )
+        return replace(self, chosen=chosen, configured=configured)
 
 
 def _cropped(net: NetParameter) -> tuple[int, ...] | None:
@@ -202,11 +284,13 @@ def _cropped(net: NetParameter) -> tuple[int, ...] | None:
 
 def layers_text(found: Inspection, as_json: bool) -> str:
     """The layers as a table or as JSON."""
-    rows = inspect_net(found.net, found.inputs, WeightSettings(), ActivationSettings())
+    configured = found.configured
+    rows = inspect_net(found.net, found.inputs, found.chosen, configured.config if configured else None)
     parameters, macs = sum(row.parameters or 0 for row in rows), sum(row.macs or 0 for row in rows)
     planned = planned_coverage(found)
     if as_json:
         layers = [asdict(row) for row in rows]
+        would = {} if configured is None else _configured_json(configured)
         return json.dumps(
             {
                 "layers": layers,
@@ -214,6 +298,7 @@ def layers_text(found: Inspection, as_json: bool) -> str:
                 "macs": macs,
                 "coverage": asdict(planned),
                 "notes": found.notes,
+                **would,
             }
         )
     cells = [("layer", "type", "shape", "parameters", "MMACs", "plan")]
@@ -221,7 +306,29 @@ def layers_text(found: Inspection, as_json: bool) -> str:
     unknown = sum(row.shape is None for row in rows)
     behind = f", without {unknown} layers of unknown size" if unknown else ""
     total = f"total: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates{behind}"
-    return f"{table(cells)}\n\n{total}\n{coverage_text(planned)}"
+    lines = _configured_lines(configured) if configured else ()
+    return "\n".join([table(cells), "", total, coverage_text(planned), *lines])
+
+
+def _configured_lines(found: Configured) -> list[str]:
+    """What a configuration would do, in sentences."""
+    config, weights = found.config, found.config.weights
+    activations = config.activations
+    budget = f", within the budget of {weights.budget:g}, measured now" if found.budget else ""
+    images = f", on {weights.images:,} images" if weights.solver == "data_aware" else ""
+    return [
+        f"weights: {found.mean_bits:.2f} bits on average{budget}; solver {weights.solver}{images}",
+        f"renorm: {config.renorm.statistics} statistics of {config.renorm.images:,} images",
+        f"activations: codes up to {activations.largest_code} from {activations.images:,} images",
+        f"size: {size_text(found.model)} as given, {size_text(found.packed)} packed "
+        f"({found.model / found.packed:.1f}x smaller)",
+    ]
+
+
+def _configured_json(found: Configured) -> dict[str, Any]:
+    budget = asdict(found.budget) if found.budget is not None else None
+    sizes = {"model": found.model, "packed": found.packed}
+    return {"mean_bits": found.mean_bits, "budget": budget, "sizes": sizes}
 
 
 def _sizes(row: LayerRow) -> tuple[str, str, str]:
@@ -230,10 +337,21 @@ def _sizes(row: LayerRow) -> tuple[str, str, str]:
     return shape_text(row.shape), f"{row.parameters:,}", f"{row.macs / 1e6:,.1f}"
 
 
-def plan_text(found: Inspection, images: int, memory: str, as_json: bool) -> str:
-    """The plan of renorm's sweep: per step what is kept, bytes and recomputed work."""
+def plan_text(
+    found: Inspection, settings: RenormSettings, images: int | None, memory: str | None, as_json: bool
+) -> str:
+    """The plan of renorm's sweep: per step what is kept, bytes and recomputed work.
+
+    Args:
+        found: the net.
+        settings: images and memory, where these are not given.
+        images: how many, if given.
+        memory: the bound, if given.
+        as_json: as JSON.
+    """
+    images = images or settings.images
     try:
-        bound = parse_size(memory)
+        bound = settings.memory if memory is None else parse_size(memory)
     except ValueError as error:
         raise InputError(f"--memory {memory}: {error}") from error
     test = InferenceNet.of(found.net)

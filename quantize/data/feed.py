@@ -4,10 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from quantize.arrays import FloatArray, Shape
-from quantize.data.loader import Images
-from quantize.data.values import Values
+
+
+class Input(Protocol):
+    """What goes into one input of a net: `Images`, `Values`, or anything else that has this.
+
+    Passes can be repeated, in any batches, and give the same each time.
+    """
+
+    @property
+    def shape(self) -> Shape:
+        """Of one image's values, without the batch axis."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def batches(
+        self, size: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[FloatArray, list[int | None] | None]]:
+        """Images ``start <= i < stop`` in order, ``size`` at a time; the label of each, or None for all."""
+
+    def selected(self, numbers: Sequence[int]) -> Input:
+        """Some of the images, by number."""
+
+    def unlabeled(self) -> Input:
+        """The same without labels."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +60,7 @@ class Feed:
         seed: of what is chosen at random of each image.
     """
 
-    inputs: Mapping[str, Images | Values]
+    inputs: Mapping[str, Input]
     seed: int = 0
 
     @property
@@ -72,8 +96,7 @@ class Feed:
 
     def unlabeled(self) -> Feed:
         """The same without labels."""
-        inputs = {blob: v.unlabeled() if isinstance(v, Images) else v for blob, v in self.inputs.items()}
-        return replace(self, inputs=inputs)
+        return replace(self, inputs={blob: values.unlabeled() for blob, values in self.inputs.items()})
 
 
 def thinned(feed: Feed, count: int) -> Feed:

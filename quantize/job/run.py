@@ -26,7 +26,6 @@ from typing import TypedDict
 from quantize import __version__
 from quantize.caffenet import (
     TEST,
-    BlobId,
     InferenceNet,
     NetParameter,
     Weights,
@@ -37,7 +36,6 @@ from quantize.caffenet import (
     infer_shapes,
     known_part,
     load_weights,
-    owners,
 )
 from quantize.caffenet.quantized import QUANTIZED_TYPES, alpha_terms, correctable, with_alpha_terms
 from quantize.caffenet.quantizers import with_quantizers
@@ -52,6 +50,7 @@ from quantize.job.feeds import input_shapes, read_model_prototxt, stage_feed
 from quantize.job.output import Files, OutputFolder
 from quantize.job.prototxts import caffe_test, deploy_prototxt, validation_prototxt
 from quantize.job.resume import changes, dependencies, made_from, model_hashes, sha256
+from quantize.job.sizes import Packed, packed_bytes
 from quantize.job.store import PAGE, previous_record, show_page, write_record
 from quantize.job.transforms import says_transform, transform_check, with_chosen_transform
 from quantize.measure.outputs import class_scores
@@ -61,6 +60,7 @@ from quantize.record import (
     STAGES,
     ActivationsRecord,
     AnyStageRecord,
+    Budget,
     Coverage,
     Dependencies,
     RenormRecord,
@@ -71,7 +71,7 @@ from quantize.record import (
     TransformRecord,
     WeightsRecord,
 )
-from quantize.settings import Config
+from quantize.settings import Config, GridChoice
 from quantize.stages.activations import activations_quan
 from quantize.stages.budget import keep_budget
 from quantize.stages.coverage import coverage
@@ -234,25 +234,34 @@ class Run:
             self.progress.note(check.finding)
         return check.record(self.chosen)
 
+    def grids(self) -> tuple[dict[str, GridChoice], Budget | None]:
+        """The grid of every layer to quantize; with weights.budget as measured on the calibration images.
+
+        Raises:
+            InputError: bad settings or weights, or nothing that a budget could be measured on.
+        """
+        settings, weights = self.config.weights, self.model_weights
+        chosen = choices(InferenceNet.of(self.net).net, settings)
+        check_kernels(filter_net(self.net, TEST), weights, chosen)
+        if settings.budget is None or self.calibration is None:
+            return chosen, None
+        scores = class_scores(self.net, "weights.budget")
+        return keep_budget(weights, settings, self.calibration, scores, self.progress)
+
     def _weights(self, begun: _Begun) -> WeightsRecord:
         weights = self.model_weights
         test = InferenceNet.of(self.net)
         self._check(weights)
         settings = self.config.weights
-        chosen = choices(test.net, settings)
-        if not chosen:
+        if not choices(test.net, settings):
             self.progress.note("weights: weights.layers skips every layer; no weights are quantized")
-        check_kernels(filter_net(self.net, TEST), weights, chosen)
         kept = unquantizable(test.net)
         doubtful = doubtful_norms(test.net, weights)
         for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
             self.progress.note(f"weights: {line}")
-        budget, calibration = None, self._calibration()
-        if settings.budget is not None and calibration is not None:
-            scores = class_scores(self.net, "weights.budget")
-            chosen, budget = keep_budget(weights, settings, calibration, scores, self.progress)
+        chosen, budget = self.grids()
         _, quantized, layers = weights_quan(
-            self.net, weights, chosen, settings.solver, self.progress, calibration
+            self.net, weights, chosen, settings.solver, self.progress, self.calibration
         )
         outputs = self._write_weights(self.files.quantized, quantized)
         done = {name for layer in layers for name in (layer.name, *layer.shared_by)} | kept.keys()
@@ -309,7 +318,8 @@ class Run:
             self.progress.note(f"activations: {activation.name} is dead: 0 on every calibration image")
         return ActivationsRecord(**begun.ended({}), images=len(feed), layers=found)
 
-    def _calibration(self) -> Calibration | None:
+    @cached_property
+    def calibration(self) -> Calibration | None:
         """What the data-aware solver and a budget need; None without them, as nothing else needs images."""
         weights, settings = self.config.weights, self.config.renorm
         if weights.solver != "data_aware" and weights.budget is None:
@@ -474,26 +484,12 @@ class Run:
         return self.files.renorm if stages.renorm is not None else self.files.quantized
 
     def _sizes(self, stages: Stages) -> Sizes:
-        """Bytes of the model: as given, as written, and packed at the bits chosen.
-
-        Packed is what layers share once, and nothing that follows from the rest: the second blob of an alpha
-        term does from alpha and bias.
-        """
+        """Bytes of the model: as given, as written, and packed at the bits chosen."""
         written = self.config.output / self._latest(stages)
-        weights = Weights.read(written)
-        net = with_alpha_terms(self.net, weights)
-        shared = owners(filter_net(net, TEST))
-        alphas = {layer.name for layer in net.layer} - {layer.name for layer in self.net.layer}
-        packed = 4 * sum(
-            blob.size
-            for layer in weights.layers()
-            for index, blob in enumerate(weights[layer])
-            if BlobId(layer, index) not in shared and not (index and layer in alphas)
-        )
-        for layer in stages.weights.layers if stages.weights is not None else ():
-            packed += -(-layer.weights * layer.bits // 8) - 4 * layer.weights
+        layers = stages.weights.layers if stages.weights is not None else []
+        packed = [Packed(layer.weights, layer.bits, layer.kernels) for layer in layers]
         return Sizes(
             model=self.config.model.weights.stat().st_size,
             written=written.stat().st_size,
-            packed=packed,
+            packed=packed_bytes(self.net, Weights.read(written), packed),
         )

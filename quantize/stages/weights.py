@@ -75,7 +75,9 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
     for name in users:
         override = _override(users[name], settings)
         if override is None or not override.skip:
-            found[name] = override or (settings if name in free else settings.first_last)
+            general = settings if name in free else settings.first_last
+            choice = override or general
+            found[name] = GridChoice(bits=choice.bits, grid=choice.grid)
     quantized = {user for name in found for user in users[name]}
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
         if layer.name in quantized and foreign is not None:

@@ -111,7 +111,7 @@ def test_either_engine_gives_the_same(
     )
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
     steps = [[layer.step for layer in stage.layers] for stage in stages if stage is not None]
-    assert len(steps[0]) == 2  # behind the Concat of a ReLU and a float, and the last ReLU
+    assert len(steps[0]) == 2  # one behind Concat for both convolutions, and one before the last layer
     assert steps[0] == pytest.approx(steps[1], rel=1e-3)
     assert evaluations[0].agreement == evaluations[1].agreement
 

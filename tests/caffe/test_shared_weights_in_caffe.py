@@ -98,6 +98,7 @@ def run_job(folder: Path, *assignments: str) -> None:
         "output": str(folder / "out"),
     }
     settings = ["renorm.images=20", "activations.images=20", "weights.images=20", *assignments]
+    settings.append("renorm.bias_correction=false")  # which leaves alone what is shared, and nothing else
     Run(load(None, given, settings)).quantize()
 
 

@@ -15,7 +15,7 @@ from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.job.run import Run
 from quantize.record import RunRecord
-from quantize.settings import ActivationSettings, CaffeProcess, WeightSettings
+from quantize.settings import CaffeProcess, GridChoice, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
 from quantize.stages.weights import check_unquantized, choices, free_layers, unquantizable, weights_quan
 from tests.nets import images_of, parse, random_weights, write_images
@@ -126,10 +126,7 @@ def test_weights_that_are_something_else_elsewhere_are_kept(
         InputError, match=rf"weights\.layers\.{left_out[0]}: cannot be quantized: its weights"
     ):
         choices(net, settings(layers={left_out[0]: {"bits": 3}}))
-    plans = {
-        row.name: row.plan
-        for row in inspect_net(parse(text), {"data": IMAGE}, settings(), ActivationSettings())
-    }
+    plans = {row.name: row.plan for row in inspect_net(parse(text), {"data": IMAGE}, grids(text), None)}
     assert "kept: its weights are also in layer" in plans[left_out[0]]
 
 
@@ -267,6 +264,11 @@ def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) 
     np.testing.assert_array_equal(quantized["c4"][1], wanted["c4"].bias)
 
 
+def grids(text: str) -> dict[str, GridChoice]:
+    """The grids of a net's layers."""
+    return choices(InferenceNet.of(parse(text)).net, settings())
+
+
 def run_job(folder: Path, text: str) -> RunRecord:
     """The report of the three stages."""
     (folder / "net.prototxt").write_text(text)
@@ -284,9 +286,7 @@ def run_job(folder: Path, text: str) -> RunRecord:
 
 
 def test_what_is_shared_counts_once(tmp_path: Path) -> None:
-    rows = {
-        row.name: row for row in inspect_net(parse(CHAIN), {"data": IMAGE}, settings(), ActivationSettings())
-    }
+    rows = {row.name: row for row in inspect_net(parse(CHAIN), {"data": IMAGE}, grids(CHAIN), None)}
     assert [rows[name].parameters for name in ("c2", "c3", "c5")] == [6 * 6 * 9 + 6, 6, 6 * 6 * 9]
     assert rows["c3"].plan.startswith("weights: 4 bits power_of_two, those of c2")
     record = run_job(tmp_path, CHAIN)
