@@ -405,13 +405,13 @@ class Config(Section):
         """Who asks for the published solver means the published method."""
         if not isinstance(values, dict):
             return values
-        sections = {key: values.get(key) or {} for key in ("weights", "renorm", "activations")}
-        if not all(isinstance(section, dict) for section in sections.values()):
+        weights = values.get("weights") or {}
+        if not isinstance(weights, dict) or weights.get("solver") != "reference":
             return values
-        if sections["weights"].get("solver") != "reference":
-            return values
-        return {
-            **values,
-            "renorm": {"statistics": "measured", **sections["renorm"]},
-            "activations": {"scope": "relu", **sections["activations"]},
-        }
+        published = {"renorm": {"statistics": "measured"}, "activations": {"scope": "relu"}}
+        changed = dict(values)
+        for name, defaults in published.items():
+            section = values.get(name) or {}
+            if isinstance(section, dict):
+                changed[name] = {**defaults, **section}
+        return changed

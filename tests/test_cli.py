@@ -440,14 +440,23 @@ def test_doctor_finds_what_quantize_refuses(
         assert any(fault.endswith(f" {message}") for fault in faults), (message, faults)
 
 
-@pytest.mark.parametrize("removed", ["BatchNorm", "ReLU"])
-def test_a_net_without_a_kind_of_layer_says_so(job: Job, labelfree: Labelfree, removed: str) -> None:
+@pytest.mark.parametrize(
+    ("removed", "scope", "said"),
+    [
+        ("BatchNorm", "inputs", "no BatchNorm"),
+        ("ReLU", "relu", "the net has nothing to quantize"),
+        ("ReLU", "inputs", "codes -127..127"),
+    ],
+)
+def test_a_net_without_a_kind_of_layer_says_so(
+    job: Job, labelfree: Labelfree, removed: str, scope: str, said: str
+) -> None:
     lines = (job.folder / "net.prototxt").read_text().splitlines()
     kept = [line for line in lines if f'type: "{removed}"' not in line]
     (job.folder / "net.prototxt").write_text("\n".join(kept))
-    done = labelfree("quantize", "--config", job.yaml)
+    done = labelfree("quantize", "--config", job.yaml, "--set", f"activations.scope={scope}")
     assert done.code == 0, done.err
-    assert "no BatchNorm" in done.err if removed == "BatchNorm" else "no plain ReLU" in done.err
+    assert said in done.err + done.out
 
 
 def test_too_little_memory_names_the_least(job: Job, labelfree: Labelfree) -> None:
@@ -510,6 +519,9 @@ def test_inspect_shows_what_would_happen(job: Job, labelfree: Labelfree) -> None
     assert shown.code == 0, shown.err
     assert "weights: 4 bits power_of_two" in shown.out
     assert "becomes ActQuantize" in shown.out
+    assert "then ActQuantize pool_quantized" in shown.out
+    assert "quantized, of the multiply-accumulates: weights 100.0 %" in shown.out
+    assert "in float: conv1: reads the net's input data" in shown.out
     plan = labelfree("inspect", job.folder / "net.prototxt", "--plan", "--images", "20", "--memory", "40kB")
     assert plan.code == 0, plan.err
     assert "times the work of one plain pass" in plan.out

@@ -145,7 +145,7 @@ def planned_coverage(found: Inspection) -> Coverage:
         QuantizerLayer(site.name, 1.0, 1, False, list(site.readers)) for site in planned_sites(test, config)
     ]
     return coverage(
-        with_quantizers(test.net, planned),
+        InferenceNet.of(with_quantizers(found.net, planned)).net,
         test.inputs,
         to_be_quantized(test.net, _settings(config)[0]),
         shapes_of(test.net, found.inputs).macs,

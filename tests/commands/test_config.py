@@ -203,3 +203,13 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 )
 def test_sizes(text: object, size: int | None) -> None:
     assert parse_size(text) == size
+
+
+def test_the_published_solver_means_the_published_scope() -> None:
+    def scope(*settings: str) -> str:
+        given = {"model.prototxt": "p", "model.weights": "w", "output": "o"}
+        return load(None, given, settings).activations.scope
+
+    assert scope() == "inputs"
+    assert scope("weights.solver=reference") == scope("activations.solver=reference") == "relu"
+    assert scope("weights.solver=reference", "activations.scope=inputs") == "inputs"
