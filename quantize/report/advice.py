@@ -107,14 +107,16 @@ def _accuracy(record: RunRecord) -> list[Advice]:
     if agreement is None:
         return []
     best = record.settings.weights.solver == "data_aware"
+    main = record.evaluation.main
+    where = "images" if main is not None and main.places == 1 else "places of the images"
     if agreement >= LOW_AGREEMENT:
         more = "" if best else "Closer still, at the same size, with what takes longer: --quality best."
-        found = f"Both networks choose the same class for {agreement:.2f} % of the images."
+        found = f"Both networks choose the same class for {agreement:.2f} % of the {where}."
         return [Advice("good", found, more)]
     return [
         Advice(
             "warning",
-            f"The networks choose the same class for only {agreement:.2f} % of the images.",
+            f"The networks choose the same class for only {agreement:.2f} % of the {where}.",
             "Give the layers with the lowest output SQNR 8 bits, or try more bits everywhere:"
             if best
             else "Fit the weights to what each layer's output should be, at the same size:",
