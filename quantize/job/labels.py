@@ -6,7 +6,7 @@ from quantize.caffenet import NetParameter
 from quantize.data.feed import Feed
 from quantize.data.files import FolderLabels
 from quantize.data.loader import Images
-from quantize.job.prototxts import image_classes
+from quantize.job.prototxts import image_scores
 from quantize.progress import SILENT, Progress
 
 
@@ -31,8 +31,7 @@ def folders_as_classes(feed: Feed, net: NetParameter) -> tuple[str, bool] | None
     for images in feed.inputs.values():
         if isinstance(images, Images) and images.source.folders is not None:
             folders = images.source.folders
-            _, classes = image_classes(net, feed.shapes)
-            fault = _fault(folders, classes)
+            fault = _fault(folders, image_scores(net, feed.shapes).classes)
             return f"{images.source.path}: {folders.text}{f'; but {fault}' if fault else ''}", fault is None
     return None
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from quantize.arrays import Shape
 from quantize.caffenet import (
@@ -32,7 +33,14 @@ from quantize.record import CaffeTest
 from quantize.settings import Config
 
 
-def validation_prototxt(net: NetParameter, config: Config, shapes: Mapping[str, Shape]) -> NetParameter:
+class ImageScores(NamedTuple):
+    """The blob with the class scores of an image, and how many; 0 where there are none or it is not known."""
+
+    blob: str
+    classes: int
+
+
+def validation_prototxt(net: NetParameter, config: Config, scores: ImageScores) -> NetParameter:
     """The net with a TEST Data layer that reads the validation LMDB, for ``caffe test``.
 
     It takes the place of whatever makes the images in the TEST phase: a Data layer, or the Input layer of a
@@ -43,7 +51,7 @@ def validation_prototxt(net: NetParameter, config: Config, shapes: Mapping[str, 
     Args:
         net: the net with all its phases.
         config: the settings.
-        shapes: by input the shape of one image's values, where it is known.
+        scores: of the net before it was quantized.
     """
     changed = with_stored_statistics(net)
     source = validation_lmdb(config)
@@ -67,8 +75,7 @@ def validation_prototxt(net: NetParameter, config: Config, shapes: Mapping[str, 
     del changed.layer[:]
     changed.layer.extend(layers)
     if not any(layer.type == "Accuracy" for layer in filtered.layer):
-        scores, classes = image_classes(net, shapes)
-        changed.layer.extend(_accuracy(scores, label, k) for k in (1, 5) if k <= classes)
+        changed.layer.extend(_accuracy(scores.blob, label, k) for k in (1, 5) if k <= scores.classes)
     return changed
 
 
@@ -107,8 +114,13 @@ def _label_blob(net: NetParameter, images: LayerParameter) -> str:
     return next(read, "label")
 
 
-def image_classes(net: NetParameter, shapes: Mapping[str, Shape]) -> tuple[str, int]:
-    """The blob with an image's class scores, and their number; 0 where there are none or it is not known."""
+def image_scores(net: NetParameter, shapes: Mapping[str, Shape]) -> ImageScores:
+    """The class scores of an image.
+
+    Args:
+        net: not quantized, with all its phases.
+        shapes: by input the shape of one image's values, where it is known.
+    """
     test = InferenceNet.of(net)
     one = {blob: (1, *shape) for blob, shape in shapes.items()}
     known = infer_shapes(known_part(test.net, one), one).blobs
@@ -116,8 +128,8 @@ def image_classes(net: NetParameter, shapes: Mapping[str, Shape]) -> tuple[str, 
         shape = known.get(output.blob, ())
         axis = output.axis_of(shape)
         if output.is_main and axis is not None and math.prod(shape) == shape[axis]:
-            return output.blob, shape[axis]
-    return "", 0
+            return ImageScores(output.blob, shape[axis])
+    return ImageScores("", 0)
 
 
 def deploy_prototxt(net: NetParameter, shapes: Mapping[str, Shape]) -> NetParameter:

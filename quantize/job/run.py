@@ -32,14 +32,11 @@ from quantize.caffenet import (
     check_weights,
     doubtful_norms,
     filter_net,
-    format_prototxt,
     infer_shapes,
     known_part,
     load_weights,
 )
 from quantize.caffenet.quantized import QUANTIZED_TYPES, alpha_terms, correctable, with_alpha_terms
-from quantize.caffenet.quantizers import with_quantizers
-from quantize.caffenet.strings import to_bytes
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError
@@ -48,9 +45,9 @@ from quantize.job.checks import Checks
 from quantize.job.evaluation import measure_outputs
 from quantize.job.feeds import input_shapes, read_model_prototxt, stage_feed
 from quantize.job.output import Files, OutputFolder
-from quantize.job.prototxts import caffe_test, deploy_prototxt, validation_prototxt
+from quantize.job.prototxts import caffe_test
+from quantize.job.results import Results
 from quantize.job.resume import changes, dependencies, made_from, model_hashes, sha256
-from quantize.job.sizes import Packed, packed_bytes
 from quantize.job.store import PAGE, previous_record, show_page, write_record
 from quantize.job.transforms import says_transform, transform_check, with_chosen_transform
 from quantize.measure.outputs import class_scores
@@ -61,11 +58,9 @@ from quantize.record import (
     ActivationsRecord,
     AnyStageRecord,
     Budget,
-    Coverage,
     Dependencies,
     RenormRecord,
     RunRecord,
-    Sizes,
     StageName,
     Stages,
     TransformRecord,
@@ -74,7 +69,6 @@ from quantize.record import (
 from quantize.settings import Config, GridChoice
 from quantize.stages.activations import activations_quan
 from quantize.stages.budget import keep_budget
-from quantize.stages.coverage import coverage
 from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import FullPrecision, renorm
 from quantize.stages.sites import find_sites
@@ -386,11 +380,12 @@ class Run:
     def _finish(self, stage: StageName, done: AnyStageRecord, transform: TransformRecord | None) -> RunRecord:
         """Write the prototxts and the report for what there is now; drop what is behind the stage."""
         self.folder.remove(PAGE)  # lest a run that is killed from here on leaves a page about other results
-        results = {"weights": [self.files.quantized], "renorm": [self.files.renorm], "activations": []}
+        written = {"weights": [self.files.quantized], "renorm": [self.files.renorm], "activations": []}
         for later in STAGES[STAGES.index(stage) + 1 :]:
-            for name in results[later]:
+            for name in written[later]:
                 self.folder.remove(name)
         stages = self.stages.then(stage, done)
+        results = Results(self.config, self.net, stages)
         return self._write_record(
             RunRecord(
                 tool=f"labelfree {__version__}",
@@ -400,10 +395,10 @@ class Run:
                 inputs=self.inputs,
                 transform=transform,
                 stages=stages,
-                prototxts=self._write_prototxts(self._prototxts(stages)),
+                prototxts=self._write_prototxts(results.prototxts(self.progress)),
                 caffe_test=caffe_test(self.net, self.config),
-                sizes=self._sizes(stages),
-                coverage=self._coverage(stages),
+                sizes=results.sizes(),
+                coverage=results.coverage(),
             )
         )
 
@@ -427,7 +422,7 @@ class Run:
         record = self.record
         if record is None:
             raise ValueError("no stage was asked for")
-        prototxts = self._prototxts(record.stages)
+        prototxts = Results(self.config, self.net, record.stages).prototxts(self.progress)
         digests = {name: hashlib.sha256(text).hexdigest() for name, text in prototxts.items()}
         settings = self._settings([stage for stage in STAGES if stage not in stages])
         same_images = settings.data.validation == record.settings.data.validation
@@ -446,50 +441,9 @@ class Run:
             self._write_record(new)
         return new
 
-    def _quantized_net(self, stages: Stages) -> NetParameter:
-        """The net with all its phases and with what the stages that have run have found."""
-        net = with_alpha_terms(self.net, Weights.names(self.config.output / self._latest(stages)))
-        if stages.activations is not None:
-            net = with_quantizers(net, stages.activations.layers)
-        return net
-
-    def _coverage(self, stages: Stages) -> Coverage | None:
-        shapes = input_shapes(self.config, self.net)
-        test = InferenceNet.of(self._quantized_net(stages))
-        if not shapes.keys() >= set(test.inputs):
-            return None
-        one = {blob: (1, *shape) for blob, shape in shapes.items()}
-        macs = infer_shapes(known_part(test.net, one), one).macs
-        return coverage(test.net, test.inputs, alpha_terms(test.net), macs)
-
-    def _prototxts(self, stages: Stages) -> dict[str, bytes]:
-        """The texts of the prototxts by name, for what the stages that have run have found."""
-        net = self._quantized_net(stages)
-        shapes = input_shapes(self.config, self.net)
-        nets = {self.files.val: validation_prototxt(net, self.config, shapes)}
-        if shapes.keys() >= set(InferenceNet.of(net).inputs):
-            nets[self.files.deploy] = deploy_prototxt(net, shapes)
-        else:
-            self.progress.note(f"{self.files.deploy} needs the images' shape: give data.input_shape")
-        return {name: to_bytes(format_prototxt(content)) for name, content in nets.items()}
-
     def _write_prototxts(self, prototxts: Mapping[str, bytes]) -> dict[str, str]:
         """Write them; their names and hashes."""
         for name, text in prototxts.items():
             with self.folder.writing(name) as file:
                 file.write(text)
         return {name: hashlib.sha256(text).hexdigest() for name, text in prototxts.items()}
-
-    def _latest(self, stages: Stages) -> str:
-        return self.files.renorm if stages.renorm is not None else self.files.quantized
-
-    def _sizes(self, stages: Stages) -> Sizes:
-        """Bytes of the model: as given, as written, and packed at the bits chosen."""
-        written = self.config.output / self._latest(stages)
-        layers = stages.weights.layers if stages.weights is not None else []
-        packed = [Packed(layer.weights, layer.bits, layer.kernels) for layer in layers]
-        return Sizes(
-            model=self.config.model.weights.stat().st_size,
-            written=written.stat().st_size,
-            packed=packed_bytes(self.net, Weights.read(written), packed),
-        )

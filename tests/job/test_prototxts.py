@@ -7,9 +7,11 @@ import cv2
 import numpy as np
 import pytest
 
-from quantize.caffenet import NetParameter, check_net, filter_net
-from quantize.job.prototxts import caffe_test, deploy_prototxt, validation_prototxt
+from quantize.caffenet import NetParameter, check_net, filter_net, read_prototxt
+from quantize.job.prototxts import caffe_test, deploy_prototxt, image_scores, validation_prototxt
+from quantize.job.run import Run
 from quantize.record import CaffeTest
+from quantize.settings import Config
 from tests.conftest import Job
 from tests.nets import CROPPED, parse
 
@@ -34,6 +36,10 @@ def net_of(feed: str, loss: str = "", classes: int = 7) -> NetParameter:
     return parse(feed + BODY.replace("CLASSES", str(classes)) + loss)
 
 
+def val_prototxt(net: NetParameter, config: Config, shapes: dict[str, tuple[int, ...]]) -> NetParameter:
+    return validation_prototxt(net, config, image_scores(net, shapes))
+
+
 @pytest.mark.parametrize(
     ("feed", "loss", "label"),
     [
@@ -44,7 +50,7 @@ def net_of(feed: str, loss: str = "", classes: int = 7) -> NetParameter:
     ],
 )
 def test_one_data_layer_feeds_images_and_labels(job: Job, feed: str, loss: str, label: str) -> None:
-    val = filter_net(validation_prototxt(net_of(feed, loss), job.config(), {"data": CROPPED}), 1)
+    val = filter_net(val_prototxt(net_of(feed, loss), job.config(), {"data": CROPPED}), 1)
     check_net(val)
     assert [layer.type for layer in val.layer][:2] == ["Data", "Convolution"]
     assert list(val.layer[0].top) == ["data", label]
@@ -55,14 +61,14 @@ def test_one_data_layer_feeds_images_and_labels(job: Job, feed: str, loss: str, 
 
 def test_no_top_5_of_three_classes(job: Job) -> None:
     """Caffe would refuse the net."""
-    val = validation_prototxt(net_of(INPUT, PROB, classes=3), job.config(), {"data": CROPPED})
+    val = val_prototxt(net_of(INPUT, PROB, classes=3), job.config(), {"data": CROPPED})
     assert [layer.accuracy_param.top_k for layer in val.layer if layer.type == "Accuracy"] == [1]
 
 
 def test_no_accuracy_where_scores_are_maps(job: Job) -> None:
     net = net_of(INPUT, PROB)
     net.layer[1].convolution_param.kernel_size[0] = 3
-    val = validation_prototxt(net, job.config(), {"data": CROPPED})
+    val = val_prototxt(net, job.config(), {"data": CROPPED})
     assert "Accuracy" not in [layer.type for layer in val.layer]
 
 
@@ -76,7 +82,7 @@ def test_no_accuracy_where_scores_are_maps(job: Job) -> None:
 )
 def test_no_accuracy_where_nothing_says_classes(job: Job, loss: str) -> None:
     """A landmark regressor, say."""
-    val = validation_prototxt(
+    val = val_prototxt(
         net_of(TWO_INPUTS if "truth" in loss else INPUT, loss), job.config(), {"data": CROPPED}
     )
     assert "Accuracy" not in [layer.type for layer in val.layer]
@@ -88,7 +94,7 @@ def test_batch_norms_use_their_stored_statistics(job: Job, given: str) -> None:
         batch_norm_param {{ use_global_stats: {given} eps: 0.5 }} }}"""
     net = net_of(INPUT, norm)
     for written in (
-        validation_prototxt(net, job.config(), {"data": CROPPED}),
+        val_prototxt(net, job.config(), {"data": CROPPED}),
         deploy_prototxt(net, {"data": CROPPED}),
     ):
         found = next(layer for layer in written.layer if layer.type == "BatchNorm").batch_norm_param
@@ -101,7 +107,7 @@ def test_without_validation_lmdb_data_layers_stay(make_job: Callable[[str], Job]
     (tmp_path / "list.txt").write_text("x.png 3\n")
     net = net_of(LEVELDB)
     config = job.config(f"data.validation.source={tmp_path / 'list.txt'}")
-    assert validation_prototxt(net, config, {"data": CROPPED}) == net
+    assert val_prototxt(net, config, {"data": CROPPED}) == net
 
 
 def test_layers_that_feed_take_no_name_that_others_have(job: Job) -> None:
@@ -112,7 +118,7 @@ def test_layers_that_feed_take_no_name_that_others_have(job: Job) -> None:
     )
     net.layer.insert(2, parse('layer { name: "pixels" type: "ReLU" bottom: "data" top: "data" }').layer[0])
     for written in (
-        filter_net(validation_prototxt(net, job.config(), {"pixels": CROPPED}), 1),
+        filter_net(val_prototxt(net, job.config(), {"pixels": CROPPED}), 1),
         deploy_prototxt(net, {"pixels": CROPPED}),
     ):
         check_net(written)
@@ -121,6 +127,18 @@ def test_layers_that_feed_take_no_name_that_others_have(job: Job) -> None:
             ["Input", "BatchNorm", "ReLU"],
         )
         assert [layer.name for layer in written.layer][1:3] == ["data", "pixels"]
+
+
+def test_a_quantized_net_has_the_class_scores_of_the_net_it_was(job: Job) -> None:
+    """Behind its last InnerProduct stands a Scale layer."""
+    text = (job.folder / "net.prototxt").read_text()
+    layers = [line for line in text.splitlines() if "phase" not in line and '"label"' not in line]
+    body = "\n".join(layers[next(i for i, line in enumerate(layers) if '"conv1"' in line) :])
+    (job.folder / "net.prototxt").write_text(f'name: "residual" {INPUT} {body}')
+    Run(job.config("data.transform={crop_size: 9, scale: 0.02, mean_value: 100}")).quantize()
+    val = read_prototxt(job.out / "residual_val.prototxt")
+    assert [layer.type for layer in val.layer][-3:] == ["Scale", "Accuracy", "Accuracy"]
+    assert [layer.bottom[0] for layer in list(val.layer)[-2:]] == ["fc2", "fc2"]
 
 
 # ---- What `caffe test` would need ----
