@@ -10,7 +10,6 @@ from quantize.caffenet.fork import (
 )
 from quantize.caffenet.norms import doubtful_norms, stored_statistics
 from quantize.caffenet.phases import (
-    TRANSFORMING_TYPES,
     InferenceNet,
     at_state,
     check_net,
@@ -55,7 +54,6 @@ from quantize.caffenet.weights import Weights
 __all__ = [
     "TEST",
     "TRAIN",
-    "TRANSFORMING_TYPES",
     "BlobId",
     "BlobProto",
     "BlobShape",

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from quantize.caffenet import LayerParameter, NetParameter
-
-LINEAR = frozenset({"BatchNorm", "Scale", "Bias"})
-"""What only rescales a layer's output: its BatchNorm, and the Scale layers around it."""
-ACTIVATIONS = frozenset(
-    {"ReLU", "PReLU", "ELU", "Clip", "Sigmoid", "TanH", "Swish", "BNLL", "AbsVal", "ReLU6", "Power"}
-)
-"""What is applied to each value of a layer's output."""
+from quantize.caffenet.traits import Trait, traits_of
 
 
-def followers(net: NetParameter, name: str, types: Collection[str]) -> list[LayerParameter]:
-    """The layers right behind layer ``name``, as long as each is the only reader and one of ``types``.
+def followers(net: NetParameter, name: str, traits: Trait) -> list[LayerParameter]:
+    """The layers right behind layer ``name``, as long as each is the only reader and has one of ``traits``.
 
     Behind a layer of several tops those behind its first.
 
@@ -30,7 +22,7 @@ def followers(net: NetParameter, name: str, types: Collection[str]) -> list[Laye
     layer = next(layer for layer in net.layer if layer.name == name)
     while True:
         behind = readers.get(layer.top[0], [])
-        if len(behind) != 1 or behind[0].type not in types:
+        if len(behind) != 1 or not traits_of(behind[0]) & traits:
             return found
         layer = behind[0]
         found.append(layer)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from quantize.caffenet.fork import foreign_fields
 from quantize.caffenet.phases import exists, filter_net
-from quantize.caffenet.quantized import QUANTIZER_TYPES, Quantizer, become_quantizer
+from quantize.caffenet.quantized import Quantizer, become_quantizer
 from quantize.caffenet.schema import TEST, LayerParameter, NetParameter
 from quantize.caffenet.surgery import single_assignment
+from quantize.caffenet.traits import Trait, passed_on, traits_of
 from quantize.record import QuantizerLayer, Reader
 
 MOST_SIGNED_LEVELS = 127
 """Of codes of both signs, so that they fit a byte."""
-PASSING_TYPES = frozenset(
-    {"Split", "Flatten", "Reshape", "Permute", "Slice", "Crop", "Dropout", "Tile", "ShuffleChannel"}
-)
-"""Layers whose tops hold values of their first bottom and no others."""
 
 
 def with_quantizers(net: NetParameter, quantizers: Iterable[QuantizerLayer]) -> NetParameter:
@@ -83,19 +80,11 @@ def origins(net: NetParameter, inputs: Iterable[str] = ()) -> dict[str, str]:
     """
     found = {blob: blob for blob in inputs}
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
-        before = [found.setdefault(bottom, bottom) for bottom in layer.bottom]
-        passed = foreign is None and _passes(layer, before)
-        found.update((top, before[0] if passed else top) for top in layer.top)
+        found.update((bottom, bottom) for bottom in layer.bottom if bottom not in found)
+        held = {found[bottom] for bottom in passed_on(layer)} if foreign is None else set()
+        one = held.pop() if len(held) == 1 else None
+        found.update((top, one or top) for top in layer.top)
     return found
-
-
-def _passes(layer: LayerParameter, origins: Sequence[str]) -> bool:
-    """Whether the tops hold values of the first bottom and no others."""
-    if layer.type == "Concat":
-        return len(set(origins)) == 1
-    if layer.type == "Pooling":
-        return layer.pooling_param.pool == layer.pooling_param.MAX and len(layer.top) == 1
-    return layer.type in PASSING_TYPES
 
 
 def coded_by(net: NetParameter) -> Mapping[str, str]:
@@ -108,5 +97,5 @@ def coded_by(net: NetParameter) -> Mapping[str, str]:
     return {
         blob: makers[origin].name
         for blob, origin in origins(net).items()
-        if origin in makers and makers[origin].type in QUANTIZER_TYPES
+        if origin in makers and Trait.CODES in traits_of(makers[origin])
     }

@@ -17,7 +17,6 @@ from quantize.caffenet import (
 )
 from quantize.errors import InputError
 
-SOFTMAX_LOSSES = ("SoftmaxWithLoss", "InfogainLoss")
 CLASSES_AXIS = 1
 """Of an InnerProduct's (N, classes)."""
 
@@ -128,7 +127,7 @@ def _axis_compared(layer: LayerParameter) -> int | None:
         return layer.accuracy_param.axis
     if layer.type == "InfogainLoss":
         return layer.infogain_loss_param.axis
-    return layer.softmax_param.axis if layer.type in SOFTMAX_LOSSES else None
+    return layer.softmax_param.axis if layer.type == "SoftmaxWithLoss" else None
 
 
 def _given_names(net: NetParameter, flat: NetParameter) -> dict[str, str]:

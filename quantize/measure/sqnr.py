@@ -15,7 +15,8 @@ import numpy as np
 
 from quantize.arrays import FLOAT_BYTES, FloatArray, Shape
 from quantize.caffenet import NetParameter, Weights, single_assignment
-from quantize.caffenet.chains import LINEAR, followers
+from quantize.caffenet.chains import followers
+from quantize.caffenet.traits import Trait
 from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine, Range
 from quantize.numerics.decibels import decibels
@@ -95,7 +96,7 @@ class _Taps:
     ) -> None:
         flat = single_assignment(version.net)
         by_name = {layer.name: layer for layer in flat.layer}
-        ends = {name: [by_name[name], *followers(flat, name, LINEAR)][-1] for name in layers}
+        ends = {name: [by_name[name], *followers(flat, name, Trait.AFFINE)][-1] for name in layers}
         self.tops = {name: end.top[0] for name, end in ends.items()}
         last = max(i for i, layer in enumerate(flat.layer) if layer.name in {e.name for e in ends.values()})
         del flat.layer[last + 1 :]

@@ -9,9 +9,10 @@ import numpy as np
 
 from quantize.arrays import Floats
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment, stored_statistics
-from quantize.caffenet.chains import ACTIVATIONS, LINEAR, followers
+from quantize.caffenet.chains import followers
 from quantize.caffenet.kernels import to_kernels
-from quantize.caffenet.quantized import QUANTIZED_TYPES, alpha_of
+from quantize.caffenet.quantized import alpha_of
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.numerics.grids import make_grid
 from quantize.record import BatchNormShift, QuantizedActivation, QuantizedLayer, RunRecord
 
@@ -65,8 +66,8 @@ def rows_of(record: RunRecord, net: NetParameter) -> list[Row]:
         if layer.name in done:
             continue
         behind: list[LayerParameter] = []
-        if layer.type in QUANTIZED_TYPES:
-            behind = followers(flat, layer.name, LINEAR | ACTIVATIONS)
+        if Trait.KERNELS in traits_of(layer):
+            behind = followers(flat, layer.name, Trait.AFFINE | Trait.ELEMENTWISE)
         group = [layer.name, *(follower.name for follower in behind)]
         norm = next((norms[name] for name in group if name in norms), None)
         activation = next((activations[name] for name in reversed(group) if name in activations), None)

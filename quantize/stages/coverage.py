@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 from quantize.caffenet import LayerParameter, NetParameter, single_assignment
-from quantize.caffenet.quantized import QUANTIZED_TYPES
 from quantize.caffenet.quantizers import coded_by, origins
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.record import Coverage
 from quantize.stages.weights import unquantizable
 
@@ -58,7 +58,7 @@ def _why_weights(
 ) -> Iterator[str]:
     if layer.name in quantized:
         return
-    if layer.type not in QUANTIZED_TYPES:
+    if Trait.KERNELS not in traits_of(layer):
         yield f"weights of type {layer.type} are not quantized"
     else:
         yield left_out.get(layer.name, "its weights are skipped (weights.layers)")

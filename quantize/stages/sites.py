@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from quantize.caffenet import LayerParameter, NetParameter, foreign_fields, single_assignment
-from quantize.caffenet.quantized import QUANTIZER_TYPES
 from quantize.caffenet.quantizers import origins
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.record import Reader
 from quantize.settings import ActivationSettings
 
@@ -142,7 +142,7 @@ class _Graph:
                 Reader(maker.name, number) in wanting for number in range(len(maker.bottom))
             )
             is_input = self.origins[blob] in self.inputs
-            coded = maker is not None and maker.type in QUANTIZER_TYPES
+            coded = maker is not None and Trait.CODES in traits_of(maker)
             if not readers or coded or (is_input and not with_inputs) or blob not in self.varying:
                 continue
             if not (passed_on and self.origins[blob] != blob):

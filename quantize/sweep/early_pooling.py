@@ -1,7 +1,7 @@
 """MAX pooling moved in front of BatchNorm, where what waits at a cut is four times smaller.
 
-BatchNorm with what follows it up to a MAX pooling is a monotone function of each value: the maximum of its
-values in a window is its value of the maximum; of the minimum, where the function falls. That holds for
+BatchNorm with what follows it up to a MAX pooling is often a monotone function of each value: the maximum of
+its values in a window is its value of the maximum; of the minimum, where the function falls. That holds for
 float32 too, as rounding is monotone. So the pooling can run first, and the statistics are still those of the
 values before it.
 """
@@ -13,14 +13,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from quantize.caffenet import LayerParameter, NetParameter, Weights, layer_index
+from quantize.caffenet import LayerParameter, NetParameter, Weights, foreign_fields, layer_index
 from quantize.caffenet.shape_rules import ShapeError, height_and_width
+from quantize.caffenet.traits import Trait, traits_of
 
 
 def with_early_pooling(net: NetParameter, weights: Weights) -> tuple[NetParameter, Weights]:
-    """The net with every MAX pooling behind a BatchNorm, Scales and ReLUs moved in front of the BatchNorm.
+    """The net with every MAX pooling behind a BatchNorm, Scales, ReLUs and the like moved in front of it.
 
-    Where a Scale is negative, the signs go in as Scale layers before and behind the pooling.
+    Where a Scale is negative, the signs go in as Scale layers before and behind the pooling. Layers with
+    fields of a fork stay where they are, as nobody knows what they compute.
 
     Args:
         net: an inference net with every blob name assigned once.
@@ -34,9 +36,10 @@ def with_early_pooling(net: NetParameter, weights: Weights) -> tuple[NetParamete
     weights = weights.copy()
     readers = Counter(bottom for layer in changed.layer for bottom in layer.bottom)
     producers = {top: layer.name for layer in changed.layer for top in layer.top}
+    foreign = {layer.name for layer, field in zip(net.layer, foreign_fields(net), strict=True) if field}
     for pool in [layer.name for layer in changed.layer if _shrinks(layer)]:
         chain = _monotone_chain(changed, pool, producers, readers)
-        if chain:
+        if chain and foreign.isdisjoint((pool, *chain)):
             _move(changed, weights, pool, chain)
     return changed, weights
 
@@ -66,16 +69,16 @@ def _monotone_chain(
         if layer.bottom[0] not in producers:
             return []
         layer = net.layer[layer_index(net, producers[layer.bottom[0]])]
-        if not _is_monotone(layer):
+        if len(layer.top) != 1 or not (Trait.RISING in traits_of(layer) or _is_scale(layer)):
             return []
         chain.insert(0, layer.name)
     return []
 
 
-def _is_monotone(layer: LayerParameter) -> bool:
-    if layer.type == "Scale":
-        return len(layer.bottom) == 1 and layer.scale_param.axis == 1 and layer.scale_param.num_axes == 1
-    return layer.type == "BatchNorm" or (layer.type == "ReLU" and layer.relu_param.negative_slope >= 0)
+def _is_scale(layer: LayerParameter) -> bool:
+    """Whether it multiplies each channel by a number, whose sign says whether it rises or falls."""
+    param = layer.scale_param
+    return layer.type == "Scale" and len(layer.bottom) == 1 and param.axis == 1 and param.num_axes == 1
 
 
 def _move(net: NetParameter, weights: Weights, pool: str, chain: list[str]) -> None:

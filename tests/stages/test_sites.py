@@ -5,8 +5,9 @@ import pytest
 
 from quantize.arrays import FloatArray
 from quantize.caffenet import InferenceNet, NetParameter, Weights, infer_shapes, single_assignment
-from quantize.caffenet.quantized import QUANTIZED_TYPES, QUANTIZER_TYPES, alpha_terms
+from quantize.caffenet.quantized import alpha_terms
 from quantize.caffenet.quantizers import coded_by, with_quantizers
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.data.feed import Feed
 from quantize.data.values import Values
 from quantize.engines import engine_opener
@@ -114,11 +115,10 @@ def test_quantized_layers_read_codes(name: str, values: dict[str, object]) -> No
     flat = single_assignment(InferenceNet.of(net).net)
     layers = {each.name: each for each in flat.layer}
     coded = coded_by(flat)
-    read = {
-        blob for each in flat.layer if each.type in QUANTIZED_TYPES for blob in each.bottom if blob != "data"
-    }
+    kernels = [each for each in flat.layer if Trait.KERNELS in traits_of(each)]
+    read = {blob for each in kernels for blob in each.bottom if blob != "data"}
     if values.get("input"):
-        assert not any("data" in each.bottom for each in flat.layer if each.type in QUANTIZED_TYPES)
+        assert not any("data" in each.bottom for each in kernels)
     assert read
     assert coded.keys() >= read
     for blob, x in zip(read, run(flat, weights, feeds, list(read)), strict=True):
@@ -302,4 +302,4 @@ def test_a_quantizer_for_no_relu_changes_nothing() -> None:
     names = [each.name for each in net.layer]
     written = with_quantizers(net, [QuantizerLayer("q", 0.5, 7, True, [])])
     assert [each.name for each in written.layer] == names  # no ReLU of that name
-    assert not any(each.type in QUANTIZER_TYPES for each in written.layer)
+    assert not any(Trait.CODES in traits_of(each) for each in written.layer)
