@@ -253,17 +253,6 @@ def takes_images(shape: tuple[int, ...] | None) -> bool:
     return shape is None or len(shape) == IMAGE_AXES
 
 
-def dependents(net: NetParameter, blob: str) -> list[str]:
-    """The names of the layers that need a blob, which no layer makes, directly or through others."""
-    reached = {blob}
-    found = []
-    for layer in net.layer:
-        if reached.intersection(layer.bottom):
-            found.append(layer.name)
-            reached.update(layer.top)
-    return found
-
-
 def scores_blob(net: NetParameter) -> str:
     """The blob with a filtered net's class scores: (N, classes), before any Softmax.
 
