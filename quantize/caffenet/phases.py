@@ -137,11 +137,11 @@ def name_apart(net: NetParameter) -> None:
     Args:
         net: the net with all its phases.
     """
-    found = [(layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase)]) for layer in net.layer]
+    present = [(layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase)]) for layer in net.layer]
     taken = {layer.name for layer in net.layer}
     used: dict[int, set[str]] = {TEST: set(), TRAIN: set()}
     numbers: Counter[str] = Counter()
-    for layer, phases in sorted(found, key=lambda each: TEST not in each[1]):
+    for layer, phases in sorted(present, key=lambda each: TEST not in each[1]):
         name = layer.name
         while any(layer.name in used[phase] for phase in phases) or (
             layer.name != name and layer.name in taken

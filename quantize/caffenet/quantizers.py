@@ -42,8 +42,10 @@ def with_quantizers(net: NetParameter, quantizers: Iterable[QuantizerLayer]) -> 
     return changed
 
 
-def _become(layer: LayerParameter, found: QuantizerLayer) -> None:
-    become_quantizer(layer, Quantizer(found.step, -found.levels if found.signed else 0, found.levels))
+def _become(layer: LayerParameter, quantizer: QuantizerLayer) -> None:
+    become_quantizer(
+        layer, Quantizer(quantizer.step, -quantizer.levels if quantizer.signed else 0, quantizer.levels)
+    )
 
 
 def _insert(net: NetParameter, quantizer: QuantizerLayer, first: Reader, in_place: bool) -> None:

@@ -86,9 +86,9 @@ def _move(net: NetParameter, weights: Weights, pool: str, chain: list[str]) -> N
     layers = [net.layer[layer_index(net, name)] for name in chain]
     moved = LayerParameter()
     moved.CopyFrom(net.layer[layer_index(net, pool)])
-    before, between, behind = layers[0].bottom[0], layers[-1].top[0], moved.top[0]
+    before, between, after = layers[0].bottom[0], layers[-1].top[0], moved.top[0]
     moved.bottom[0], moved.top[0] = before, between
-    layers[0].bottom[0], layers[-1].top[0] = between, behind
+    layers[0].bottom[0], layers[-1].top[0] = between, after
     del net.layer[layer_index(net, pool)]
     place = layer_index(net, chain[0])
     scales = [weights[layer.name][0] for layer in layers if layer.type == "Scale" and layer.name in weights]
