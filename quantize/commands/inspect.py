@@ -27,9 +27,9 @@ from quantize.caffenet import (
     read_net,
 )
 from quantize.caffenet.model import Model
-from quantize.caffenet.quantized import QUANTIZED_TYPES
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.shape_rules import has_rule
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.commands.summary import coverage_text, size_text, table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
@@ -97,7 +97,7 @@ def inspect_net(
             what = f"weights: {chosen[first].bits} bits {chosen[first].grid}{same}"
         elif layer.name in left_out:
             what = f"kept: {left_out[layer.name]}"
-        elif layer.type in QUANTIZED_TYPES:
+        elif Trait.KERNELS in traits_of(layer):
             what = "kept: weights.layers says skip"
         elif layer.type == "BatchNorm":
             what = _renorm(config)

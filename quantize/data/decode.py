@@ -107,9 +107,9 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 def _tiff_size(data: bytes) -> tuple[int, int]:
     """Size of the first image; that of a tile where it is larger, for OpenCV makes room for a whole one."""
-    found = _tiff_numbers(data)
-    height = max(found.get(TIFF_HEIGHT, 0), found.get(TIFF_TILE_HEIGHT, 0))
-    width = max(found.get(TIFF_WIDTH, 0), found.get(TIFF_TILE_WIDTH, 0))
+    fields = _tiff_numbers(data)
+    height = max(fields.get(TIFF_HEIGHT, 0), fields.get(TIFF_TILE_HEIGHT, 0))
+    width = max(fields.get(TIFF_WIDTH, 0), fields.get(TIFF_TILE_WIDTH, 0))
     return height, width
 
 
@@ -121,7 +121,7 @@ def _tiff_numbers(data: bytes) -> dict[int, int]:
     at = _unpack(word, data, 8 if big else 4)
     entries = _unpack(half, data, at)
     at += struct.calcsize(half)
-    found: dict[int, int] = {}
+    fields: dict[int, int] = {}
     for _ in range(min(entries, len(data))):
         tag, kind = _unpack(f"{order}H", data, at), _unpack(f"{order}H", data, at + 2)
         if tag in TIFF_TAGS and kind in TIFF_KINDS:
@@ -129,9 +129,9 @@ def _tiff_numbers(data: bytes) -> dict[int, int]:
             number = f"{order}{TIFF_KINDS[kind]}"
             if count * struct.calcsize(number) > struct.calcsize(word):
                 value = _unpack(word, data, value)
-            found[tag] = max(found.get(tag, 0), _unpack(number, data, value))
+            fields[tag] = max(fields.get(tag, 0), _unpack(number, data, value))
         at += 4 + 2 * struct.calcsize(word)
-    return found
+    return fields
 
 
 def _unpack(number: str, data: bytes, at: int) -> int:

@@ -35,7 +35,8 @@ from quantize.caffenet import (
     known_part,
 )
 from quantize.caffenet.model import Model
-from quantize.caffenet.quantized import QUANTIZED_TYPES, with_alpha_terms
+from quantize.caffenet.quantized import with_alpha_terms
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError
@@ -256,7 +257,9 @@ class Run:
         outputs = self._write_weights(self.files.quantized, quantized.weights)
         done = {name for layer in layers for name in (layer.name, *layer.shared_by)} | kept.keys()
         skipped = [
-            layer.name for layer in test.net.layer if layer.type in QUANTIZED_TYPES and layer.name not in done
+            layer.name
+            for layer in test.net.layer
+            if Trait.KERNELS in traits_of(layer) and layer.name not in done
         ]
         return WeightsRecord(
             **begun.ended(outputs),

@@ -17,7 +17,7 @@ from quantize.data.feed import Feed
 from quantize.engines.base import Engine, OpenEngine, Range
 from quantize.errors import InputError, LabelfreeError
 from quantize.measure.accuracy import Rights, right_top_k
-from quantize.measure.closeness import Sums, places
+from quantize.measure.closeness import Sums, scores_by_place
 from quantize.measure.outputs import Output, tapped
 from quantize.measure.significance import mcnemar, wilson
 from quantize.progress import SILENT, Progress
@@ -188,7 +188,7 @@ class _Comparison:
         rows = [row for row, label in enumerate(labels) if label is not None]
         axis = self.axes[self.main]
         assert axis is not None
-        scores = places(blobs[self.main], axis)[rows]
+        scores = scores_by_place(blobs[self.main], axis)[rows]
         for k in TOP_K:
             right = right_top_k(scores, np.array([labels[row] for row in rows], np.int64), k)
             self.rights[name][k].append(right)

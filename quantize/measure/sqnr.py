@@ -13,9 +13,9 @@ from contextlib import ExitStack, closing
 import numpy as np
 
 from quantize.arrays import FLOAT_BYTES, FloatArray, Shape
-from quantize.caffenet import single_assignment
-from quantize.caffenet.chains import LINEAR, followers
+from quantize.caffenet import NetGraph
 from quantize.caffenet.model import Model
+from quantize.caffenet.traits import Trait
 from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine, Range
 from quantize.numerics.decibels import decibels
@@ -85,9 +85,9 @@ class _Taps:
         open_engine: OpenEngine,
         stack: ExitStack,
     ) -> None:
-        flat = single_assignment(version.inference.net)
-        by_name = {layer.name: layer for layer in flat.layer}
-        ends = {name: [by_name[name], *followers(flat, name, LINEAR)][-1] for name in layers}
+        graph = NetGraph(version.inference.net)
+        flat = graph.net
+        ends = {name: [graph.layers[name], *graph.followers(name, Trait.AFFINE)][-1] for name in layers}
         self.tops = {name: end.top[0] for name, end in ends.items()}
         last = max(i for i, layer in enumerate(flat.layer) if layer.name in {e.name for e in ends.values()})
         del flat.layer[last + 1 :]

@@ -21,6 +21,7 @@ from quantize.caffenet import (
     LayerParameter,
     NetParameter,
     Weights,
+    dependent_layers,
     needed_layers,
     single_assignment,
     stored_statistics,
@@ -292,15 +293,9 @@ def first_norms(net: NetParameter) -> list[LayerParameter]:
     Args:
         net: with every blob name assigned once.
     """
-    behind: set[str] = set()
-    found = []
-    for layer in net.layer:
-        normed = not behind.isdisjoint(layer.bottom)
-        if layer.type == "BatchNorm" and not normed:
-            found.append(layer)
-        if layer.type == "BatchNorm" or normed:
-            behind.update(layer.top)
-    return found
+    norms = [layer for layer in net.layer if layer.type == "BatchNorm"]
+    normed = {layer.name for layer in dependent_layers(net.layer, [norm.top[0] for norm in norms])}
+    return [norm for norm in norms if norm.name not in normed]
 
 
 @dataclass(frozen=True)

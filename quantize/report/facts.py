@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantize.arrays import Floats
-from quantize.caffenet import LayerParameter, NetParameter, single_assignment, stored_statistics
-from quantize.caffenet.chains import ACTIVATIONS, LINEAR, followers
+from quantize.caffenet import LayerParameter, NetGraph, NetParameter, stored_statistics
 from quantize.caffenet.kernels import to_kernels
 from quantize.caffenet.model import Model
-from quantize.caffenet.quantized import QUANTIZED_TYPES, alpha_of
+from quantize.caffenet.quantized import alpha_of
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.numerics.grids import make_grid
 from quantize.record import BatchNormShift, QuantizedActivation, QuantizedLayer, RunRecord
 
@@ -59,15 +59,15 @@ def rows_of(record: RunRecord, net: NetParameter) -> list[Row]:
     activations = {a.behind: a for a in stages.activations.layers} if stages.activations else {}
     outputs = {layer.name: layer.sqnr_db for layer in record.output_sqnr.layers} if record.output_sqnr else {}
     same_as = {user: layer.name for layer in quantized.values() for user in layer.shared_by}
-    flat = single_assignment(net)
+    graph = NetGraph(net)
     done: set[str] = set()
     rows = []
-    for layer in flat.layer:
+    for layer in graph.net.layer:
         if layer.name in done:
             continue
         behind: list[LayerParameter] = []
-        if layer.type in QUANTIZED_TYPES:
-            behind = followers(flat, layer.name, LINEAR | ACTIVATIONS)
+        if Trait.KERNELS in traits_of(layer):
+            behind = graph.followers(layer.name, Trait.AFFINE | Trait.ELEMENTWISE)
         group = [layer.name, *(follower.name for follower in behind)]
         norm = next((norms[name] for name in group if name in norms), None)
         activation = next((activations[name] for name in reversed(group) if name in activations), None)

@@ -32,7 +32,7 @@ from quantize.caffenet.model import Model
 from quantize.data.feed import thinned
 from quantize.engines.base import Engine, RangeResult
 from quantize.errors import InputError, LabelfreeError
-from quantize.measure.closeness import divergences, places
+from quantize.measure.closeness import divergences, scores_by_place
 from quantize.measure.outputs import Output, tapped
 from quantize.numerics.grids import make_grid
 from quantize.numerics.moments import Moments
@@ -302,7 +302,7 @@ class _Scores:
         full = self.values[images.start : images.stop]
         if not (np.isfinite(full).all() and np.isfinite(own).all()):
             raise LabelfreeError(f"{layer}: blob {self.blob} is not finite; layers before it overflow")
-        found = divergences(places(full, self.class_axis), places(own, self.class_axis))
+        found = divergences(scores_by_place(full, self.class_axis), scores_by_place(own, self.class_axis))
         return float(found.sum()) * len(full) / len(found)
 
 

@@ -26,13 +26,13 @@ from quantize.caffenet import (
 from quantize.caffenet.kernels import are_kernels, outputs, to_kernels
 from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import (
-    QUANTIZED_TYPES,
     alpha_terms,
     kernel_order,
     same_weights,
     write_quantized,
 )
 from quantize.caffenet.shapes import no_weights
+from quantize.caffenet.traits import Trait, traits_of, types_with
 from quantize.errors import InputError
 from quantize.numerics.decibels import decibels
 from quantize.numerics.grids import make_grid
@@ -67,9 +67,8 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
         if reason and not settings.layers[name].skip:
             raise InputError(f"weights.layers.{name}: cannot be quantized: {reason}; leave it out")
     if not names:
-        raise InputError(
-            f"the net has no layer to quantize (types {', '.join(QUANTIZED_TYPES)}); check model.prototxt"
-        )
+        types = ", ".join(types_with(Trait.KERNELS))
+        raise InputError(f"the net has no layer to quantize (types {types}); check model.prototxt")
     free = free_layers(net, settings)
     users = weight_users(net)
     found: dict[str, GridChoice] = {}
@@ -138,7 +137,7 @@ def unquantizable(net: NetParameter) -> dict[str, str]:
 
 
 def _names(net: NetParameter) -> list[str]:
-    return [layer.name for layer in net.layer if layer.type in QUANTIZED_TYPES]
+    return [layer.name for layer in net.layer if Trait.KERNELS in traits_of(layer)]
 
 
 def _override(users: Iterable[str], settings: WeightSettings) -> LayerChoice | None:

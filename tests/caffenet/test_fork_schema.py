@@ -16,6 +16,7 @@ from quantize.caffenet import (
     load_schema,
     read_prototxt,
     schema_of,
+    single_assignment,
 )
 from quantize.caffenet import fork as fork_module
 from quantize.data.feed import Feed
@@ -24,6 +25,7 @@ from quantize.settings import RenormSettings, WeightSettings
 from quantize.stages.renorm import renorm
 from quantize.stages.sites import plain_relus
 from quantize.stages.weights import choices
+from quantize.sweep.early_pooling import with_early_pooling
 from tests.nets import model_of
 
 pytest.importorskip("grpc_tools")
@@ -195,6 +197,16 @@ def test_a_foreign_field_of_an_executed_layer_is_an_error(read, field: str) -> N
     inference = InferenceNet.of(net).net
     with pytest.raises(InputError, match=rf"layer 'x' \(Convolution\): {field} is .*skip: true"):
         choices(inference, WeightSettings())
+
+
+@pytest.mark.parametrize(
+    ("norm", "pool", "moves"),
+    [("eps: 0.1", "MAX", True), ("scale_bias: true", "MAX", False), ("eps: 0.1", "SUM", False)],
+)
+def test_pooling_is_not_moved_over_what_only_the_fork_knows(read, norm: str, pool: str, moves: bool) -> None:
+    text = NET.replace('"BatchNorm"', f'"BatchNorm" batch_norm_param {{ {norm} }}') % (pool, "")
+    moved, _ = with_early_pooling(single_assignment(read(text)), Weights())
+    assert ([each.name for each in moved.layer][1:] == ["pool", "bn"]) == moves
 
 
 def test_a_value_that_only_the_fork_has(read) -> None:

@@ -70,6 +70,36 @@ def test_it_computes_the_same(kernel: int, pad: int, negative: bool, seed: int) 
     )
 
 
+@pytest.mark.parametrize(
+    ("between", "moves"),
+    [
+        ('type: "TanH"', True),
+        ('type: "Clip" clip_param { min: -0.5 max: 1 }', True),
+        ('type: "ActQuantize" relu_param { negative_slope: 0.25 } threshold_param { threshold: -7 }', True),
+        ('type: "ELU" elu_param { alpha: 0.5 }', True),
+        ('type: "Dropout"', True),
+        ('type: "ELU" elu_param { alpha: -0.5 }', False),
+        ('type: "ReLU" relu_param { negative_slope: -0.1 }', False),
+        ('type: "AbsVal"', False),
+        ('type: "Swish"', False),
+        ('type: "Power" power_param { power: 2 }', False),
+        ('type: "PReLU"', False),
+        ('type: "LRN"', False),
+        ('type: "Softmax"', False),
+    ],
+)
+def test_pooling_moves_over_what_rises(between: str, moves: bool) -> None:
+    own = f'layer {{ name: "own" {between} bottom: "conv" top: "conv" }}\n'
+    flat = single_assignment(of(HALVING, CHAIN + own))
+    weights = random_weights(flat, {"data": SHAPE})
+    pooled, pooled_weights = with_early_pooling(flat, weights)
+    assert (order(pooled).index("pool") < order(pooled).index("bn")) == moves
+    images = np.random.default_rng(0).normal(0, 1, (3, *SHAPE)).astype(np.float32)
+    np.testing.assert_allclose(
+        outputs(pooled, pooled_weights, images), outputs(flat, weights, images), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_names_that_are_taken_are_left_alone() -> None:
     taken = CHAIN + 'layer { name: "pool_signs" type: "ReLU" bottom: "conv" top: "conv" }\n'
     flat = single_assignment(of(HALVING, taken))
