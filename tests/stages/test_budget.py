@@ -17,7 +17,6 @@ from quantize.caffenet import (
     Weights,
     infer_shapes,
     layer_index,
-    remove_layer,
     single_assignment,
 )
 from quantize.caffenet.kernels import from_kernels, to_kernels
@@ -253,7 +252,7 @@ def test_without_a_batchnorm_or_with_another_reader_nothing_is_repaired(
 ) -> None:
     net = NetParameter()
     net.CopyFrom(parse(RESIDUAL))
-    remove_layer(net, "bn_right_b")
+    del net.layer[layer_index(net, "bn_right_b")]
     for layer in net.layer:
         if layer.name == "bn_right_a":
             layer.top[:] = ["beside"]  # right_b reads what is not normalized
