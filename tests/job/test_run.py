@@ -217,12 +217,12 @@ def run_slowly(yaml: Path) -> None:
         def advance(self, amount: float = 1.0) -> None:  # noqa: ARG002
             time.sleep(0.02)
 
-    Run(Job(yaml.parent).config("renorm.memory=40000"), Slow()).quantize()
+    Run(Job(yaml.parent).config("memory=40000"), Slow()).quantize()
 
 
 def test_killed_and_resumed_is_the_same_as_not_killed(make_job: Callable[[str], Job]) -> None:
     whole, killed = make_job("whole"), make_job("killed")
-    Run(whole.config("renorm.memory=40000")).quantize()
+    Run(whole.config("memory=40000")).quantize()
     context = multiprocessing.get_context("spawn")
     for delay in (0.9, 1.3, 1.7):
         process = context.Process(target=run_slowly, args=(killed.yaml,))
@@ -233,7 +233,7 @@ def test_killed_and_resumed_is_the_same_as_not_killed(make_job: Callable[[str], 
         process.join()
         for path in killed.out.glob("*.caffemodel"):
             Weights.read(path)
-    Run(killed.config("renorm.memory=40000")).quantize(resume=True)
+    Run(killed.config("memory=40000")).quantize(resume=True)
     found = {n: c.replace(b"/killed/", b"/whole/") for n, c in contents(killed.out).items()}
     assert found == contents(whole.out)
 
