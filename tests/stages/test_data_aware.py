@@ -28,12 +28,12 @@ from quantize.numerics.rounding import (
     start_alphas,
 )
 from quantize.numerics.solvers import fit
-from quantize.progress import Progress
 from quantize.settings import CaffeProcess, GridChoice, WeightSettings
 from quantize.stages.data_aware import Calibration, LayerMoments, data_aware
 from quantize.stages.renorm import renorm
 from quantize.stages.weights import choices, weights_quan
 from tests.conftest import Job
+from tests.heard import Heard
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
 GRIDS = [
@@ -436,9 +436,9 @@ def test_the_whole_job(job: Job) -> None:
     assert record.stages.weights is not None
     layers = record.stages.weights.layers
     assert all(layer.output_sqnr_db > layer.nearest_sqnr_db - 1 for layer in layers)
-    notes = Notes()
-    Run(config, notes).quantize(resume=True)
-    assert sum("skipped" in note for note in notes.notes) == 3
+    heard = Heard()
+    Run(config, heard).quantize(resume=True)
+    assert sum("skipped" in note for note in heard.notes) == 3
     Run(config).quantize(force=True)
     assert (job.out / "residual_renorm.caffemodel").read_bytes() == first
     found = evaluate_run(config)
@@ -448,12 +448,12 @@ def test_the_whole_job(job: Job) -> None:
 
 def test_other_images_are_another_result(job: Job) -> None:
     Run(job.config("weights.solver=data_aware", "weights.images=20")).quantize(("weights",))
-    notes = Notes()
+    heard = Heard()
     before = (job.out / "residual_quantized.caffemodel").read_bytes()
-    Run(job.config("weights.solver=data_aware", "weights.images=19"), notes).quantize(
+    Run(job.config("weights.solver=data_aware", "weights.images=19"), heard).quantize(
         ("weights",), resume=True
     )
-    assert not any("skipped" in note for note in notes.notes)
+    assert not any("skipped" in note for note in heard.notes)
     assert (job.out / "residual_quantized.caffemodel").read_bytes() != before
 
 
@@ -463,11 +463,3 @@ def test_it_needs_images(job: Job) -> None:
     with pytest.raises(InputError, match=r"data\.calibration\.source is missing"):
         Run(job.config("weights.solver=data_aware")).quantize(("weights",))
     assert not job.out.exists() or not list(job.out.iterdir())
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)

@@ -10,10 +10,10 @@ from quantize.data import Transform
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.engines.base import Engine
-from quantize.progress import Progress
 from quantize.settings import CaffeProcess
 from quantize.stages.renorm import Tour, renorm
 from quantize.sweep.run import Shard
+from tests.heard import Heard
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
 TRANSFORM = Transform(crop_size=9, mirror=True, scale=0.02, mean_value=(100.0,))
@@ -146,17 +146,12 @@ def test_progress_ends_at_the_plans_work(net: NetParameter, weights: Weights, fe
     tour = Tour.of(net, weights)
     engine = OPEN(tour.net, tour.weights, {"data": CROPPED})
     shard = Shard(engine, feed, tour.steps, 60_000)
-    done: list[float] = []
-
-    class Counting(Progress):
-        def advance(self, amount: float = 1.0) -> None:
-            done.append(amount)
-
+    heard = Heard()
     for step in tour.steps:
-        moments = shard.advance(progress=Counting())
+        moments = shard.advance(progress=heard)
         assert set(moments) == set(step.measured)
         assert all(found.count % COUNT == 0 for found in moments.values())
-    assert sum(done) == pytest.approx(shard.plan.work)
+    assert heard.done[""] == pytest.approx(shard.plan.work)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
