@@ -159,7 +159,7 @@ def _job(config: Config, choose_transform: bool) -> Iterator[Check]:
     found = [_attempt(what, look) for what, look in runs[0].checks()]
     yield from found
     if found[0].state == "ok":
-        norms = doubtful_norms(InferenceNet.of(runs[0].net).net, runs[0].model_weights)
+        norms = doubtful_norms(InferenceNet.of(runs[0].net).net, runs[0].model.weights)
         yield from (Check("BatchNorm", "FAIL", line) for line in norms)
     if all(check.state == "ok" for check in found):
         yield _transform(runs[0])

@@ -26,6 +26,7 @@ from quantize.caffenet import (
     owners,
     read_net,
 )
+from quantize.caffenet.model import Model
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.shape_rules import has_rule
 from quantize.caffenet.traits import Trait, traits_of
@@ -261,13 +262,13 @@ class Inspection:
         run = Run(config, progress)
         with using_threads(config.threads):
             chosen, budget = run.grids()
-        layers = packed_layers(run.net, run.model_weights, chosen)
+        layers = packed_layers(run.model, chosen)
         count = sum(layer.weights for layer in layers)
         configured = Configured(
             config,
             budget,
             config.model.weights.stat().st_size,
-            packed_bytes(run.net, run.model_weights, layers),
+            packed_bytes(run.model, layers),
             sum(layer.weights * layer.bits for layer in layers) / count if count else 0.0,
         )
         return replace(self, chosen=chosen, configured=configured)
@@ -357,7 +358,7 @@ def plan_text(
     test = InferenceNet.of(found.net)
     if not any(layer.type == "BatchNorm" for layer in test.net.layer):
         raise InputError("the net has no BatchNorm layer: renorm has nothing to do")
-    tour = Tour.of(test.net, Weights())
+    tour = Tour.of(Model(found.net, Weights()))
     net, steps = tour.net, tour.steps
     one = {blob: (1, *shape) for blob, shape in found.inputs.items()}
     costs = Costs.of(net, infer_shapes(net, one), list(one), (), steps)

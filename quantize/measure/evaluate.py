@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantize.arrays import FLOAT_BYTES, FloatArray, Shape
-from quantize.caffenet import NetParameter, Weights
+from quantize.caffenet.model import Model
 from quantize.data.feed import Feed
 from quantize.engines.base import Engine, OpenEngine, Range
 from quantize.errors import InputError, LabelfreeError
@@ -29,27 +29,19 @@ FULL = "fp32"
 """The candidate that the others are compared with."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One of the nets to compare: an inference net and its blobs."""
-
-    net: NetParameter
-    weights: Weights
-
-
 def evaluate(
-    candidates: Mapping[str, Candidate],
+    candidates: Mapping[str, Model],
     outputs: Sequence[Output],
     feed: Feed,
     open_engine: OpenEngine,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Run nets over the same images.
+    """Run models over the same images.
 
     Accuracy is counted where the main output has one score per class of an image and all images have labels.
 
     Args:
-        candidates: by name: full precision is called ``fp32``.
+        candidates: the models by name; full precision is called ``fp32``.
         outputs: of full precision (`measure.outputs.net_outputs`).
         feed: images transformed for the TEST phase.
         open_engine: opens a net for running.
@@ -85,13 +77,13 @@ class _Opened:
     @classmethod
     def of(
         cls,
-        candidate: Candidate,
+        candidate: Model,
         outputs: Sequence[Output],
         feed: Feed,
         open_engine: OpenEngine,
         stack: ExitStack,
     ) -> _Opened:
-        net, names = tapped(candidate.net, outputs)
+        net, names = tapped(candidate.inference.net, outputs)
         for name in names:
             if not any(name in layer.top for layer in net.layer):
                 raise InputError(f"the net has no output {name!r} any more; quantize again")

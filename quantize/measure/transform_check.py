@@ -26,6 +26,7 @@ from quantize.caffenet import (
     single_assignment,
     stored_statistics,
 )
+from quantize.caffenet.model import Model
 from quantize.caffenet.norms import NORM_BLOBS
 from quantize.data.feed import Feed, thinned
 from quantize.data.loader import Images
@@ -248,8 +249,7 @@ class TransformCheck:
 
 
 def check_transform(
-    net: NetParameter,
-    weights: Weights,
+    model: Model,
     feed: Feed,
     open_engine: OpenEngine,
     others: Sequence[Values] = (),
@@ -258,8 +258,7 @@ def check_transform(
     """Compare what the first BatchNorms see with what they stored.
 
     Args:
-        net: the inference net.
-        weights: its blobs, in full precision.
+        model: in full precision.
         feed: the images with the transform in question.
         open_engine: opens a net for running.
         others: transforms to try before the usual ones.
@@ -268,7 +267,8 @@ def check_transform(
     Raises:
         LabelfreeError: an image cannot be read, or a layer in front of the BatchNorms cannot be run.
     """
-    flat = single_assignment(net)
+    weights = model.weights
+    flat = single_assignment(model.inference.net)
     first = first_norms(flat)
     norms = [norm for layer in first if (norm := _Norm.of(layer, weights))]
     if not any(isinstance(given, Images) for given in feed.inputs.values()):

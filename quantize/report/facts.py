@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantize.arrays import Floats
-from quantize.caffenet import LayerParameter, NetGraph, NetParameter, Weights, stored_statistics
+from quantize.caffenet import LayerParameter, NetGraph, NetParameter, stored_statistics
 from quantize.caffenet.kernels import to_kernels
+from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import alpha_of
 from quantize.caffenet.traits import Trait, traits_of
 from quantize.numerics.grids import make_grid
@@ -88,15 +89,14 @@ class WeightPlot:
     logarithmic: bool
 
 
-def weight_plot(
-    record: QuantizedLayer, layer: LayerParameter, full: Weights, quantized: Weights
-) -> WeightPlot:
+def weight_plot(record: QuantizedLayer, full: Model, quantized: Model) -> WeightPlot:
     """The weights of a layer as its grid sees them: w / alpha, where alpha is not 0."""
-    alpha = np.asarray(alpha_of(quantized, record.name), np.float64)
-    kernels = to_kernels(layer, full[record.name][0])
+    layer = next(layer for layer in full.inference.net.layer if layer.name == record.name)
+    alpha = np.asarray(alpha_of(quantized.weights, record.name), np.float64)
+    kernels = to_kernels(layer, full.weights[record.name][0])
     used = alpha != 0
     grid = make_grid(record.grid, record.bits)
-    Q = to_kernels(layer, quantized[record.name][0])
+    Q = to_kernels(layer, quantized.weights[record.name][0])
     largest = np.abs(Q).max(initial=0)
     # The reference solver chooses among variants of one shape: the one whose levels all Q are.
     fitting = [v for v in grid.variants if np.isin(np.unique(Q), grid.levels(v)).all()]
@@ -128,6 +128,6 @@ class NormPlot:
         return int((self.new_variance <= DEAD_VARIANCE * typical).sum()) if typical > 0 else 0
 
 
-def norm_plot(name: str, before: Weights, after: Weights) -> NormPlot:
-    """The statistics of a BatchNorm layer in two caffemodels."""
-    return NormPlot(name, *stored_statistics(before[name]), *stored_statistics(after[name]))
+def norm_plot(name: str, before: Model, after: Model) -> NormPlot:
+    """The statistics of a BatchNorm layer in two versions of a model."""
+    return NormPlot(name, *stored_statistics(before.weights[name]), *stored_statistics(after.weights[name]))

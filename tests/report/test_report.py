@@ -18,6 +18,8 @@ import pytest
 
 from quantize import cli
 from quantize.caffenet import InferenceNet, Weights, read_prototxt
+from quantize.caffenet.model import Model
+from quantize.caffenet.quantized import with_alpha_terms
 from quantize.commands.config import load
 from quantize.commands.terminal import Lines, rate_text
 from quantize.job.evaluation import evaluate_run, report_run
@@ -46,10 +48,10 @@ from quantize.record import (
 from quantize.report import plots
 from quantize.report.advice import advise
 from quantize.report.facts import NormPlot, Row, rows_of
-from quantize.report.page import Caffemodels, render
+from quantize.report.page import render
 from tests.conftest import Job
 from tests.heard import Heard
-from tests.nets import RESIDUAL, parse
+from tests.nets import RESIDUAL, model_of, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = """</text></svg><img src=x onerror=alert(1)>$\\alpha_{$&quot;'</script>{{7*7}}"""
@@ -292,7 +294,8 @@ def test_plots_are_only_imported_to_plot() -> None:
 def test_a_large_network_has_a_small_page() -> None:
     """ResNet-50: 54 layers with weights, 53 BatchNorms, 26,560 channels."""
     rng = np.random.default_rng(0)
-    net = InferenceNet.of(read_prototxt(ROOT / "configs/models/resnet50.prototxt")).net
+    given = read_prototxt(ROOT / "configs/models/resnet50.prototxt")
+    net = InferenceNet.of(given).net
     layers = [layer for layer in net.layer if layer.type in ("Convolution", "InnerProduct")]
     norms = [layer for layer in net.layer if layer.type == "BatchNorm"]
     relus = [layer for layer in net.layer if layer.type == "ReLU"]
@@ -329,7 +332,7 @@ def test_a_large_network_has_a_small_page() -> None:
         update={"output_sqnr": OutputSqnr(32, [LayerSqnr(w.name, {"quantized": 20.0}) for w in weights])}
     )
     began = time.monotonic()
-    page = render(record, net, Caffemodels(full, quantized, after))
+    page = render(record, *(Model(with_alpha_terms(given, each), each) for each in (full, quantized, after)))
     assert len(page) < 3e6
     assert time.monotonic() - began < 30
     assert len(rows_of(record, net)) == len(layers) + 16  # a ReLU behind each sum
@@ -610,11 +613,9 @@ def test_it_sorts_and_requests_nothing(done: Job, browse: Callable[[Path], tuple
 def test_the_page_says_what_is_in_float() -> None:
     coverage = Coverage(10**6, 1.0, 0.725, 0.7, {"stem": "reads the net's input <data>"})
     record = a_record().model_copy(update={"coverage": coverage})
-    page = render(
-        record,
-        parse('layer { name: "x" type: "ReLU" bottom: "d" top: "x" }'),
-        Caffemodels(Weights(), Weights(), None),
-    )
+    net = parse('layer { name: "x" type: "ReLU" bottom: "d" top: "x" }')
+    model = model_of(net, Weights())
+    page = render(record, model, model, None)
     assert "70.0 %" in page
     assert "inputs on codes 72.5 %" in page
     assert "reads the net&#39;s input &lt;data&gt;" in page

@@ -5,6 +5,7 @@ import pytest
 
 from quantize.arrays import FloatArray
 from quantize.caffenet import InferenceNet, NetGraph, NetParameter, Weights, infer_shapes, single_assignment
+from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import alpha_terms
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.traits import Trait, traits_of
@@ -14,7 +15,7 @@ from quantize.engines import engine_opener
 from quantize.errors import LabelfreeError
 from quantize.record import QuantizerLayer
 from quantize.settings import ActivationSettings, CaffeProcess, WeightSettings
-from quantize.stages.activations import activations_quan
+from quantize.stages.activations import activations_quan, fit_steps
 from quantize.stages.coverage import coverage
 from quantize.stages.sites import find_sites
 from quantize.stages.weights import (
@@ -87,14 +88,11 @@ def quantized_net(
     """A net with quantized weights and activations, its blobs, and images."""
     test = InferenceNet.of(net)
     weights = random_weights(test.net, INPUT)
-    with_terms, weights, _ = weights_quan(net, weights, choices(test.net, WeightSettings()), "optimal")
-    test = InferenceNet.of(with_terms)
+    model, _ = weights_quan(Model(net, weights), choices(test.net, WeightSettings()), "optimal")
     x = np.random.default_rng(seed).normal(0, 2, (4, *INPUT["data"])).astype(np.float32)
-    chosen = settings(**values)
-    sites = find_sites(test.net, test.inputs, alpha_terms(test.net), chosen)
     opener = engine_opener("onnx", CaffeProcess(), 1)
-    found = activations_quan(test.net, weights, values_feed(x), sites, chosen, opener)
-    return with_quantizers(with_terms, found), weights, {"data": x}
+    small, _ = activations_quan(model, values_feed(x), settings(**values), opener)
+    return small.net, small.weights, {"data": x}
 
 
 def run(
@@ -265,7 +263,7 @@ def test_an_activation_that_is_constant() -> None:
     opener = engine_opener("onnx", CaffeProcess(), 1)
     for bias, signed in ((3.0, False), (-3.0, True), (0.0, False)):
         weights.replace("c1", [weights["c1"][0], np.full(4, bias, np.float32)])
-        [found] = activations_quan(test.net, weights, values_feed(x), sites, settings(), opener)
+        [found] = fit_steps(Model(net, weights), values_feed(x), sites, settings(), opener)
         code = round(bias / found.step)
         assert found.step * code == pytest.approx(bias, rel=1e-6)
         assert (found.signed, found.dead) == (signed, bias == 0)
@@ -280,7 +278,7 @@ def test_values_that_overflow_are_named() -> None:
     sites = find_sites(test.net, test.inputs, ["fc"], settings())
     opener = engine_opener("onnx", CaffeProcess(), 1)
     with pytest.raises(LabelfreeError, match="blob 't': activations hold NaN or infinity"):
-        activations_quan(test.net, weights, values_feed(x), sites, settings(), opener)
+        fit_steps(Model(net, weights), values_feed(x), sites, settings(), opener)
 
 
 def test_settings_that_make_no_sense() -> None:
