@@ -65,10 +65,10 @@ def rows_of(record: RunRecord, net: NetParameter) -> list[Row]:
     for layer in graph.net.layer:
         if layer.name in done:
             continue
-        behind: list[LayerParameter] = []
+        followers: list[LayerParameter] = []
         if Trait.KERNELS in traits_of(layer):
-            behind = graph.followers(layer.name, Trait.AFFINE | Trait.ELEMENTWISE)
-        group = [layer.name, *(follower.name for follower in behind)]
+            followers = graph.followers(layer.name, Trait.AFFINE | Trait.ELEMENTWISE)
+        group = [layer.name, *(follower.name for follower in followers)]
         norm = next((norms[name] for name in group if name in norms), None)
         activation = next((activations[name] for name in reversed(group) if name in activations), None)
         weights = quantized.get(layer.name)
@@ -101,7 +101,7 @@ def weight_plot(record: QuantizedLayer, full: Model, quantized: Model) -> Weight
     # The reference solver chooses among variants of one shape: the one whose levels all Q are.
     fitting = [v for v in grid.variants if np.isin(np.unique(Q), grid.levels(v)).all()]
     levels = min(
-        (grid.levels(v) for v in fitting or [grid.canonical]), key=lambda found: abs(found.max() - largest)
+        (grid.levels(v) for v in fitting or [grid.canonical]), key=lambda levels: abs(levels.max() - largest)
     )
     return WeightPlot(
         record.name,
