@@ -347,7 +347,7 @@ def test_the_scores_come_nearer_to_full_precision(
 def test_the_statistics_of_the_norms_are_those_of_renorm(
     calibrated: tuple[NetParameter, Weights, Calibration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the layers see is the net quantized so far, renormed: so its statistics are those of stage 2."""
+    """What the layers see is the net quantized so far, renormed as the stage renorm does it."""
     net, weights, calibration = calibrated
     seen: dict[str, list[np.ndarray]] = {}
     engines = []
