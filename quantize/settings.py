@@ -244,7 +244,7 @@ class LayerChoice(GridChoice):
 
 
 class WeightSettings(GridChoice):
-    """Stage 1."""
+    """Of the stage weights."""
 
     budget: float | None = Field(
         None,
@@ -302,7 +302,7 @@ class WeightSettings(GridChoice):
 
 
 class RenormSettings(Section):
-    """Stage 2."""
+    """Of the stage renorm."""
 
     statistics: StatisticsName = Field(
         "paired",
@@ -331,7 +331,7 @@ class RenormSettings(Section):
 
 
 class ActivationSettings(Section):
-    """Stage 3."""
+    """Of the stage activations."""
 
     bits: Whole = Field(
         8,

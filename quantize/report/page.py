@@ -38,8 +38,8 @@ def render(record: RunRecord, full: Model, quantized: Model, renormed: Model | N
     Args:
         record: the content of report.json.
         full: the model in full precision.
-        quantized: what stage 1 has made of it.
-        renormed: what stage 2 has made of that; None where that has not run.
+        quantized: what the stage weights has made of it.
+        renormed: what the stage renorm has made of that; None where that has not run.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
