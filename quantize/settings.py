@@ -251,7 +251,7 @@ class LayerChoice(GridChoice):
 
 
 class WeightSettings(GridChoice):
-    """Stage 1."""
+    """Of the stage weights."""
 
     budget: float | None = Field(
         None,
@@ -309,7 +309,7 @@ class WeightSettings(GridChoice):
 
 
 class RenormSettings(Section):
-    """Stage 2."""
+    """Of the stage renorm."""
 
     statistics: StatisticsName = Field(
         "paired",
@@ -339,7 +339,7 @@ class RenormSettings(Section):
 
 
 class ActivationSettings(Section):
-    """Stage 3."""
+    """Of the stage activations."""
 
     bits: Whole = Field(
         8,
@@ -445,7 +445,8 @@ class Config(Section):
                     f"{MOVED[name]} and renorm.{name}, its earlier place, are both given: keep the former"
                 )
         if moved.get("augment") is not None:
-            self.__dict__["data"] = self.data.model_copy(update={"augment": moved["augment"]})
+            self.__dict__["data"] = self.data.model_copy()  # the default is everybody's
+            self.data.__dict__["augment"] = moved["augment"]
         if "memory" in moved:
             self.__dict__["memory"] = moved["memory"]
-        return self
+        return self  # as before, neither counts as set: settings in a record are looked at again

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from typing import Any
 
 import cv2
 import numpy as np
@@ -167,7 +168,7 @@ def decode(data: bytes, color: bool | None) -> npt.NDArray[np.uint8]:
         raise InputError(f"the image claims {size[1]} x {size[0]} pixels, more than the {MAX_PIXELS} allowed")
     flag = cv2.IMREAD_UNCHANGED if color is None else cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+        pixels: npt.NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     except cv2.error as error:
         raise InputError(f"the image is damaged: {error.err}") from error
     if pixels is None:
@@ -177,6 +178,5 @@ def decode(data: bytes, color: bool | None) -> npt.NDArray[np.uint8]:
         raise InputError("the image is damaged: it cannot be decoded")
     if pixels.dtype != np.uint8:
         raise InputError("the image has more than 8 bits per value: set force_color or force_gray")
-    if pixels.ndim == 2:
-        return pixels[np.newaxis].astype(np.uint8, copy=False)
-    return pixels.transpose(2, 0, 1).astype(np.uint8, copy=False)
+    planar: npt.NDArray[np.uint8] = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return planar

@@ -130,13 +130,13 @@ class _Comparison:
                         "quantize again"
                     )
         axes = [output.axis_of(shape) for output, shape in zip(outputs, shapes, strict=True)]
-        found = (i for i, output in enumerate(outputs) if output.is_main and axes[i] is not None)
+        mains = (i for i, output in enumerate(outputs) if output.is_main and axes[i] is not None)
         others = [name for name in opened if name != FULL]
         return cls(
             opened,
             outputs,
             axes,
-            next(found, None),
+            next(mains, None),
             {name: [Sums(axis) for axis in axes] for name in others},
             {name: {k: [] for k in TOP_K} for name in opened},
         )
@@ -203,11 +203,11 @@ class _Comparison:
         labeled = sum(label is not None for label in labels)
         outputs = []
         for number, (output, axis) in enumerate(zip(self.outputs, self.axes, strict=True)):
-            found = {name: sums[number] for name, sums in self.sums.items()}
+            own = {name: sums[number] for name, sums in self.sums.items()}
             shape = self.opened[FULL].shapes[number]
             classes = None if axis is None else shape[axis]
             at = int(np.prod(shape)) // classes if classes else None
-            close = {name: sums.closeness for name, sums in found.items()}
+            close = {name: sums.closeness for name, sums in own.items()}
             presumed = output.presumed and axis is not None
             outputs.append(OutputCloseness(output.blob, classes, at, presumed, close))
         top1 = {name: np.concatenate(by_k[1]) for name, by_k in self.rights.items()} if labeled else {}

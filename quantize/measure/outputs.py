@@ -146,11 +146,11 @@ def tapped(net: NetParameter, outputs: Sequence[Output]) -> tuple[NetParameter, 
         if output.before is not None:
             while name in taken:
                 name += "'"
-            places = [i for i, layer in enumerate(copy.layer) if layer.name == output.before]
-            if not places:
+            overwriters = [i for i, layer in enumerate(copy.layer) if layer.name == output.before]
+            if not overwriters:
                 raise InputError(f"the net has no layer {output.before!r} any more; quantize again")
             identity = LayerParameter(name=f"{name} (output)", type="Power", bottom=[output.blob], top=[name])
-            copy.layer.insert(places[-1], identity)
+            copy.layer.insert(overwriters[-1], identity)
             taken.add(name)
         names.append(name)
     return copy, names

@@ -374,10 +374,12 @@ class _Probe:
 
     def _fit(self, text: str, values: Values | None, fed: Iterable[Mapping[str, FloatArray]]) -> Fit:
         """Run batches and compare the statistics of all channels with the stored ones."""
-        found = [self._range.run({name: feeds[name] for name in self._range.inputs}).moments for feeds in fed]
+        batches = [
+            self._range.run({name: feeds[name] for name in self._range.inputs}).moments for feeds in fed
+        ]
         shifts, ratios = [], []
         for norm in self._norms:
-            moments = reduce(Moments.merged, (each[norm.bottom] for each in found))
+            moments = reduce(Moments.merged, (each[norm.bottom] for each in batches))
             stored = norm.variance + norm.eps
             shifts.append((moments.mean - norm.mean) / np.sqrt(stored))
             ratios.append((moments.m2 / max(moments.count - 1, 1) + norm.eps) / stored)

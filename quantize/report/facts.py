@@ -26,10 +26,10 @@ class Row:
 
     Attributes:
         name: the layer with weights; a BatchNorm or what else is quantized behind none has a row of its own.
-        weights: stage 1's record of it.
+        weights: what the stage weights did to it.
         output: output SQNR in decibels by version.
-        norm: stage 2's record of its BatchNorm.
-        activation: stage 3's record of what it makes.
+        norm: how the stage renorm moved its BatchNorm.
+        activation: what the stage activations found for what it makes.
         same_as: the layer whose weights it shares and that has the record of them, if any.
     """
 
@@ -65,10 +65,10 @@ def rows_of(record: RunRecord, net: NetParameter) -> list[Row]:
     for layer in graph.net.layer:
         if layer.name in done:
             continue
-        behind: list[LayerParameter] = []
+        followers: list[LayerParameter] = []
         if Trait.KERNELS in traits_of(layer):
-            behind = graph.followers(layer.name, Trait.AFFINE | Trait.ELEMENTWISE)
-        group = [layer.name, *(follower.name for follower in behind)]
+            followers = graph.followers(layer.name, Trait.AFFINE | Trait.ELEMENTWISE)
+        group = [layer.name, *(follower.name for follower in followers)]
         norm = next((norms[name] for name in group if name in norms), None)
         activation = next((activations[name] for name in reversed(group) if name in activations), None)
         weights = quantized.get(layer.name)
@@ -101,7 +101,7 @@ def weight_plot(record: QuantizedLayer, full: Model, quantized: Model) -> Weight
     # The reference solver chooses among variants of one shape: the one whose levels all Q are.
     fitting = [v for v in grid.variants if np.isin(np.unique(Q), grid.levels(v)).all()]
     levels = min(
-        (grid.levels(v) for v in fitting or [grid.canonical]), key=lambda found: abs(found.max() - largest)
+        (grid.levels(v) for v in fitting or [grid.canonical]), key=lambda levels: abs(levels.max() - largest)
     )
     return WeightPlot(
         record.name,

@@ -38,8 +38,8 @@ def render(record: RunRecord, full: Model, quantized: Model, renormed: Model | N
     Args:
         record: the content of report.json.
         full: the model in full precision.
-        quantized: what stage 1 has made of it.
-        renormed: what stage 2 has made of that; None where that has not run.
+        quantized: what the stage weights has made of it.
+        renormed: what the stage renorm has made of that; None where that has not run.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -67,7 +67,7 @@ def render(record: RunRecord, full: Model, quantized: Model, renormed: Model | N
         record=record,
         rows=rows,
         advice=advise(record, rows, norms),
-        plots={name: [Markup(svg) for svg in found] for name, found in pictures.items()},
+        plots={name: [Markup(svg) for svg in svgs] for name, svgs in pictures.items()},
         moved=moved,
         versions=versions_of(record),
         stage_titles=STAGE_TITLES,
@@ -87,8 +87,8 @@ def versions_of(record: RunRecord) -> list[tuple[str, str]]:
 
 def _weight_plots(rows: Sequence[Row], full: Model, quantized: Model) -> list[str]:
     coarse = [row.weights for row in rows if row.weights and row.weights.sqnr_db is not None]
-    coarse.sort(key=lambda found: found.sqnr_db or 0.0)
-    return [plots.weight_histogram(weight_plot(found, full, quantized)) for found in coarse[:SMALL_MULTIPLES]]
+    coarse.sort(key=lambda layer: layer.sqnr_db or 0.0)
+    return [plots.weight_histogram(weight_plot(layer, full, quantized)) for layer in coarse[:SMALL_MULTIPLES]]
 
 
 def _activation_plots(record: RunRecord) -> list[str]:

@@ -67,12 +67,12 @@ def find_sites(
     """
     search = _Search(net, inputs)
     if settings.scope == "relu":
-        found = search.activations()
+        readers_of = search.activations()
     else:
-        found = search.inputs_of(set(quantized), settings.sums, settings.input)
+        readers_of = search.inputs_of(set(quantized), settings.sums, settings.input)
     names = {name for layer in net.layer for name in (layer.name, *layer.bottom, *layer.top)}
     names.update(taken)
-    return [search.site(blob, readers, names) for blob, readers in found.items()]
+    return [search.site(blob, readers, names) for blob, readers in readers_of.items()]
 
 
 class _Search:
@@ -103,14 +103,14 @@ class _Search:
 
     def activations(self) -> dict[str, list[Bottom]]:
         """The blobs of plain ReLUs and of ReLU6 in all its forms, and all their readers."""
-        found: dict[str, list[Bottom]] = {}
+        readers_of: dict[str, list[Bottom]] = {}
         for layer in self.layers:
             if layer.name in self.relus or _clips_from_zero(layer):
                 blob = self._cut_off(layer.top[0])
                 readers = self.graph.readers_of(blob)
                 if readers or self._is_relu(blob):
-                    found[blob] = readers
-        return found
+                    readers_of[blob] = readers
+        return readers_of
 
     def _cut_off(self, blob: str) -> str:
         """The blob as it is behind the Clip and ReLU layers that alone read it."""
@@ -123,7 +123,7 @@ class _Search:
     def inputs_of(self, quantized: set[str], sums: bool, with_inputs: bool) -> dict[str, list[Bottom]]:
         """The blobs that quantized layers read, traced back, and who of their readers wants codes."""
         wanting = self._wanting(quantized, sums)
-        found: dict[str, list[Bottom]] = {}
+        readers_of: dict[str, list[Bottom]] = {}
         for blob in (*self.inputs, *self.graph.makers):
             readers = [reader for reader in self.graph.readers_of(blob) if reader in wanting]
             maker, origin = self.graph.makers.get(blob), self.graph.origin(blob)
@@ -132,8 +132,8 @@ class _Search:
                 continue
             traced_back = maker is not None and origin != blob and not wanting.isdisjoint(_bottoms(maker))
             if blob in self.varying and not traced_back:
-                found[blob] = readers
-        return found
+                readers_of[blob] = readers
+        return readers_of
 
     def _wanting(self, quantized: set[str], sums: bool) -> set[Bottom]:
         """Who wants codes: quantized layers, sums, and what passes values on to nobody but these.

@@ -345,7 +345,8 @@ def _stretch(
     for way in ways:
         before_last = way.held[length - 2] if length > 1 else start.place
         if end.place is None or (before_last or 0) <= end.place:
-            ending[(*way.held[: length - 1], end.place)] = way.work[length - 1]
+            held = (*way.held[: length - 1], end.place)
+            ending[held] = way.work[length - 1]
     cheapest = None
     for small, small_work in ending.items():
         for large, large_work in ending.items():

@@ -20,9 +20,9 @@ from quantize.job.run import Run
 from quantize.measure.evaluate import evaluate
 from quantize.measure.outputs import net_outputs
 from quantize.measure.significance import wilson
-from quantize.progress import Progress
 from quantize.record import Evaluation
 from quantize.settings import CaffeProcess, Config
+from tests.heard import Heard
 from tests.nets import images_of, parse, random_weights, write_images
 
 ONNX = engine_opener("onnx", CaffeProcess(), 1)
@@ -70,14 +70,6 @@ DETECTOR = STEM + "".join(
     for i in range(4)
 )
 SEGMENTATION = STEM + convolution("score", 5) + unary("prob", "Softmax", "score", "prob")
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def job(folder: Path, text: str) -> Config:
@@ -214,15 +206,15 @@ def test_a_detector_has_all_its_heads(tmp_path: Path) -> None:
 def test_a_segmentation_net_agrees_at_every_place(tmp_path: Path) -> None:
     config = job(tmp_path, SEGMENTATION)
     Run(config).quantize()
-    notes = Notes()
-    found = evaluate_run(config, progress=notes)
+    heard = Heard()
+    found = evaluate_run(config, progress=heard)
     [full], [own] = blobs_of(config, "net", "score")
     assert found.agreement == pytest.approx(100 * (full.argmax(1) == own.argmax(1)).mean())
     assert found.closeness["quantized"].divergence == pytest.approx(divergence(full, own), rel=1e-4)
     assert found.main is not None
     assert (found.main.classes, found.main.places) == (5, 25)
     assert found.accuracy["fp32"].top1 is None
-    assert any("labels by place are not read, so no accuracy is counted" in note for note in notes.notes)
+    assert any("labels by place are not read, so no accuracy is counted" in note for note in heard.notes)
     text = evaluation_text(found)
     assert f"on {IMAGES} images, at 25 places each: agreement" in text
     assert "top-1" not in text

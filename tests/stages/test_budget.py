@@ -33,13 +33,13 @@ from quantize.measure.outputs import Output
 from quantize.numerics.grids import make_grid
 from quantize.numerics.moments import moments_of
 from quantize.numerics.solvers import fit
-from quantize.progress import Progress
 from quantize.record import QuantizedLayer, RunRecord
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.budget import Sensitivities, allocate, bits_left, keep_budget, sensitivities
 from quantize.stages.data_aware import Calibration
 from quantize.sweep.plan import Costs
 from tests.conftest import Job
+from tests.heard import Heard
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,22 +49,6 @@ NET = InferenceNet.of(parse(RESIDUAL)).net
 SCORES = Output("fc2", class_axis=1)
 EPSILON = 1e-5
 """Caffe's default of BatchNorm."""
-
-
-class Heard(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.total = self.done = 0.0
-
-    def start(self, title: str, total: float) -> None:
-        if title == "budget":
-            self.total, self.done = total, 0.0
-
-    def advance(self, amount: float = 1.0) -> None:
-        self.done += amount
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 # ---- Which bits ----
@@ -238,8 +222,7 @@ def test_sensitivities_are_what_they_are_defined_to_be(
     found, images = sensitivities(model, list(NORMS), "power_of_two", bounded, SCORES, heard)
     assert images == IMAGES
     assert list(found) == list(NORMS)
-    assert heard.done == pytest.approx(heard.total)
-    assert heard.total > 0
+    assert heard.done["budget"] == pytest.approx(heard.total["budget"])
     for name, norm in NORMS.items():
         assert list(found[name]) == [2, 3, 4, 5]
         for bits, value in found[name].items():
@@ -262,21 +245,16 @@ def test_without_a_batchnorm_or_with_another_reader_nothing_is_repaired(
         assert found[name][3] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_net_that_costs_much_is_measured_on_fewer_images(
-    calibration: Calibration, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("quantize.stages.budget.LEAST_IMAGES", 3)
+def test_a_net_that_costs_much_is_measured_on_fewer_images(calibration: Calibration, model: Model) -> None:
     _, images = sensitivities(model, ["left"], "uniform", calibration, SCORES)
     assert images == IMAGES
     net = single_assignment(NET)
     costs = Costs.of(net, infer_shapes(net, {"data": (1, *CROPPED)}), ["data"], ["fc2"])
     behind = costs.between(layer_index(net, "left"), len(net.layer))
-    monkeypatch.setattr("quantize.stages.budget.WORK", 7 * behind * 7.5)  # 2 to 8 bits
-    _, images = sensitivities(model, ["left"], "uniform", calibration, SCORES)
-    assert images == 7
-    monkeypatch.setattr("quantize.stages.budget.WORK", 1.0)
-    _, images = sensitivities(model, ["left"], "uniform", calibration, SCORES)
-    assert images == 3
+    work = 7 * behind * 7.5  # 2 to 8 bits
+    for most, wanted in ((work, 7), (1.0, 3)):
+        _, images = sensitivities(model, ["left"], "uniform", calibration, SCORES, work=most, least_images=3)
+        assert images == wanted
 
 
 def test_more_bits_of_the_uniform_grid_move_the_output_less(calibration: Calibration, model: Model) -> None:
