@@ -66,7 +66,7 @@ class LayerRow:
 
     name: str
     type: str
-    shape: tuple[int, ...] | None
+    shape: Shape | None
     parameters: int | None
     macs: int | None
     plan: str
@@ -277,7 +277,7 @@ class Inspection:
         return replace(self, chosen=chosen, configured=configured)
 
 
-def _cropped(net: NetParameter) -> tuple[int, ...] | None:
+def _cropped(net: NetParameter) -> Shape | None:
     layer = data_layer(net, TEST)
     if layer is None or not layer.transform_param.crop_size:
         return None
