@@ -13,8 +13,10 @@ from quantize.caffenet.graph import (
     dependent_layers,
     layer_index,
     live_blobs,
+    names_in,
     needed_layers,
     single_assignment,
+    unused_name,
 )
 from quantize.caffenet.norms import doubtful_norms, stored_statistics
 from quantize.caffenet.phases import (
@@ -93,6 +95,7 @@ __all__ = [
     "load_schema",
     "load_weights",
     "loaded",
+    "names_in",
     "needed_layers",
     "owners",
     "read_net",
@@ -102,5 +105,6 @@ __all__ = [
     "sharers",
     "single_assignment",
     "stored_statistics",
+    "unused_name",
     "users",
 ]
