@@ -28,7 +28,7 @@ from quantize.caffenet.sharing import load_weights
 from quantize.caffenet.strings import from_path, to_bytes, to_path
 from quantize.caffenet.weights import Weights
 from quantize.errors import InputError
-from quantize.files import made_folder, whole_file
+from quantize.files import Digest, made_folder, whole_file
 from quantize.settings import GridChoice
 
 NAME = re.compile(r"\w[\w.+-]*")
@@ -135,19 +135,26 @@ class Model:
         return model
 
     @classmethod
-    def of(cls, net: NetParameter, caffemodel: str | Path, prototxt: Path | None = None) -> Model:
+    def of(
+        cls,
+        net: NetParameter,
+        caffemodel: str | Path,
+        prototxt: Path | None = None,
+        digest: Digest | None = None,
+    ) -> Model:
         """A net with the blobs of a caffemodel, as Caffe loads them into it; `check` compares the two.
 
         Args:
             net: with all its phases.
             caffemodel: the file.
             prototxt: the file that the net comes from.
+            digest: hears the bytes of the caffemodel.
 
         Raises:
             InputError: the file cannot be read or is damaged, or holds quantized weights that the net does
                 not provide for.
         """
-        weights = load_weights(caffemodel, net)
+        weights = load_weights(caffemodel, net, digest)
         try:
             return cls(net, weights, prototxt)
         except InputError as error:

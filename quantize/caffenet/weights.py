@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from quantize.caffenet.schema import BlobProto, BlobShape, LayerParameter, V1Lay
 from quantize.caffenet.strings import to_bytes, to_text
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_v1_layer
 from quantize.errors import InputError, LabelfreeError
-from quantize.files import open_file
+from quantize.files import Digest, Writable, open_file
 
 MAX_BYTES = 2**31 - 1
 """The largest message that protobuf, and so Caffe, reads or writes."""
@@ -99,16 +99,22 @@ class Weights:
         self._rest: list[memoryview] = []
 
     @classmethod
-    def read(cls, path: str | Path) -> Weights:
+    def read(cls, path: str | Path, digest: Digest | None = None) -> Weights:
         """Read a caffemodel of any age but Caffe's first year (V0).
 
         Blobs are read-only float32 views of the file's bytes where it holds packed floats; they may lie
         at any byte, which numpy handles (``flags.aligned`` tells). V1 layers are upgraded as Caffe does.
 
+        Args:
+            path: the file.
+            digest: hears its bytes.
+
         Raises:
             InputError: the file cannot be read, or is damaged, truncated, not a caffemodel, or V0.
         """
         buffer = _read_file(path)
+        if digest is not None:
+            digest.update(buffer)
         weights = cls()
         with _told(path, buffer):
             weights._scan(buffer)
@@ -199,7 +205,7 @@ class Weights:
         """Put a new layer at the end."""
         self._layers.append(_new_layer(new, blobs))
 
-    def write(self, file: BinaryIO) -> None:
+    def write(self, file: Writable) -> None:
         """Write the caffemodel; layers that were not touched are written byte for byte as they were read.
 
         Raises:

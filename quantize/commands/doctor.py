@@ -158,7 +158,7 @@ def _job(config: Config, choose_transform: bool) -> Iterator[Check]:
     checks = [_attempt(what, look) for what, look in runs[0].checks()]
     yield from checks
     if checks[0].state == "ok":
-        norms = doubtful_norms(InferenceNet.of(runs[0].net).net, runs[0].model.weights)
+        norms = doubtful_norms(InferenceNet.of(runs[0].net).net, runs[0].given.model.weights)
         yield from (Check("BatchNorm", "FAIL", line) for line in norms)
     if all(check.state == "ok" for check in checks):
         yield _transform(runs[0])

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from quantize.caffenet import (
     NetParameter,
     read_net,
 )
-from quantize.caffenet.model import Model
 from quantize.caffenet.phases import takes_images
 from quantize.data.sources import Source, open_source
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
 from quantize.job.feeds import effective_transform, resized_before_crop
+from quantize.job.given import Given
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.output import OutputFolder
 from quantize.job.transforms import ARITHMETIC, has_data_layer, with_chosen_transform, with_transform
@@ -114,7 +115,8 @@ def initial_config(
     kept = f"{count - images} are kept for evaluate" if count > images else "none are left for evaluate"
     guesses.append(f"data.calibration.images {images} of {count}: {kept}")
     config = with_transform(config, TransformKeys.model_validate(keys))
-    config, why = with_chosen_transform(config, Model.of(net, model.weights))
+    with closing(Given(config, net)) as given:
+        config, why = with_chosen_transform(given)
     guesses.append(f"data.transform: {why}")
     shown = json.dumps({**keys, **_arithmetic(config.data.transform)}).replace('"', "")
     comment = "  # overrides of the prototxt's transform_param" if has_data_layer(net) else ""
@@ -188,8 +190,7 @@ def write_initial(
         raise InputError(f"{target}: there already; choose another --config or give --force")
     output = OutputFolder(target.parent)
     try:
-        with output.writing(target.name) as file:
-            file.write(initial.yaml.encode())
+        output.write(target.name, initial.yaml.encode())
     finally:
         output.close()
     return target, initial.guesses

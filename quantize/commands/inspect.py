@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from quantize.commands.summary import coverage_text, size_text, table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
 from quantize.host import using_threads
-from quantize.job.feeds import input_shapes, read_model_prototxt
+from quantize.job.feeds import input_shapes
+from quantize.job.given import Given
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.run import Run
 from quantize.job.sizes import packed_bytes, packed_layers
@@ -252,8 +254,8 @@ class Inspection:
             InputError: as `of`, or images of unknown shape.
         """
         model = config.model
-        shapes = input_shapes(config, read_model_prototxt(config))
-        given = {name: list(shape) for name, shape in shapes.items()}
+        with closing(Given(config)) as job:
+            given = {name: list(shape) for name, shape in input_shapes(job).items()}
         return cls.of(model.prototxt, model.weights, given, model.caffe_proto, model.stages, model.level)
 
     def configured_by(self, config: Config, progress: Progress = SILENT) -> Inspection:
@@ -265,13 +267,13 @@ class Inspection:
         run = Run(config, progress)
         with using_threads(config.threads):
             chosen, budget = run.grids()
-        layers = packed_layers(run.model, chosen)
+        layers = packed_layers(run.given.model, chosen)
         count = sum(layer.weights for layer in layers)
         configured = Configured(
             config,
             budget,
             config.model.weights.stat().st_size,
-            packed_bytes(run.model, layers),
+            packed_bytes(run.given.model, layers),
             sum(layer.weights * layer.bits for layer in layers) / count if count else 0.0,
         )
         return replace(self, chosen=chosen, configured=configured)

@@ -12,6 +12,7 @@ import pytest
 
 from quantize.caffenet import InferenceNet, Weights, read_prototxt
 from quantize.errors import InputError, LabelfreeError
+from quantize.files import Writable
 from quantize.job.evaluation import evaluate_run
 from quantize.job.output import OutputFolder
 from quantize.job.run import Run
@@ -186,13 +187,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     folder = OutputFolder(tmp_path)
     (tmp_path / "a").write_text("old")
 
-    def fail_half_way() -> None:
-        with folder.writing("a") as file:
-            file.write(b"new")
-            raise OSError(28, os.strerror(28))
+    def fail_half_way(file: Writable) -> None:
+        file.write(b"new")
+        raise OSError(28, os.strerror(28))
 
     with pytest.raises(LabelfreeError, match=r"cannot write: No space"):
-        fail_half_way()
+        folder.write("a", fail_half_way)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
 
