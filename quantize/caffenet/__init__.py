@@ -47,7 +47,7 @@ from quantize.caffenet.schema import (
     TransformationParameter,
 )
 from quantize.caffenet.shape_rules import LayerShapes
-from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
+from quantize.caffenet.shapes import Shapes, all_finite, check_weights, in_shape, infer_shapes, known_part
 from quantize.caffenet.sharing import BlobId, check_sharing, load_weights, loaded, owners, sharers, users
 from quantize.caffenet.weights import Weights
 
@@ -84,6 +84,7 @@ __all__ = [
     "foreign_field_text",
     "foreign_fields",
     "format_prototxt",
+    "in_shape",
     "infer_shapes",
     "inference_net",
     "input_blobs",

@@ -80,7 +80,7 @@ class Checks:
     def _weights(self) -> str:
         """The caffemodel against the net, and the settings against both."""
         model, settings = self.given.model, self.config.weights
-        test, weights = model.inference, model.weights
+        test = model.inference
         chosen = {}
         if "weights" in self.stages:
             check_unquantized(test.net)
@@ -89,7 +89,7 @@ class Checks:
             shapes = input_shapes(self.given)
         except InputError:  # the images are looked at next
             shapes = {}
-        model.check(shapes)
+        weights = model.checked(shapes).weights
         check_kernels(filter_net(model.net, TEST), weights, chosen)
         if "weights" in self.stages and settings.budget is not None:
             class_scores(model.net, "weights.budget")
