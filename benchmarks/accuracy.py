@@ -62,7 +62,7 @@ class Subject:
         feed = self.feed(numbers)
         of_weights, of_activations = SOLVERS[solver]
         chosen = choices(self.model.inference.net, weight_settings)
-        memory = self.config.renorm.memory
+        memory = self.config.memory
         statistics: StatisticsName = "measured" if solver == "published" else self.statistics
         model, _ = weights_quan(
             self.model,

@@ -84,7 +84,7 @@ class Runtime:
         engine: ``auto``, ``onnx`` or ``caffe``; auto is onnx.
         caffe: how pycaffe is started for the latter: the section ``caffe`` of the configuration.
         threads: None: as many as this process may use.
-        memory: bound on what is kept between two layers, such as ``"2GiB"`` (``renorm.memory``).
+        memory: bound on what is kept between two layers, such as ``"2GiB"`` (``memory``).
         progress: receives the advance; by default only warnings are shown.
     """
 
@@ -689,7 +689,7 @@ def _configuration(
     """
     data: dict[str, Any] = {}
     if images is not None:
-        data = dict(images._data)
+        data = {**images._data, "augment": images.augment}
         if images._fed:
             data[fed] = images._fed | ({"images": images.count} if fed == "calibration" else {})
     tree: dict[str, Any] = {
@@ -699,14 +699,13 @@ def _configuration(
         "engine": runtime.engine,
         "caffe": dict(runtime.caffe),
         "threads": runtime.threads,
+        "memory": runtime.memory,
         "output": Path(),
     }
     tree |= {name: dict(settings) for name, settings in sections.items() if settings}
     for key, owner in (("memory", "Runtime"), ("augment", "Images")):
         if key in tree.get("renorm", ()):
             raise InputError(f"{where}: renorm.{key} holds for all stages: give it to {owner}({key}=...)")
-    augment = "train" if images is None else images.augment
-    tree["renorm"] = {**tree.get("renorm", {}), "memory": runtime.memory, "augment": augment}
     return checked(tree, where)
 
 

@@ -90,10 +90,10 @@ def _memory(config: Config | None) -> Check:
         available = int(fields["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         return Check("memory", "ok", "unknown")
-    needed = (config.renorm.memory if config else None) or 0
+    needed = (config.memory if config else None) or 0
     shown = f"{available / 2**30:.1f} GiB available"
     if needed > available:
-        return Check("memory", "FAIL", f"{shown}, renorm.memory allows {needed / 2**30:.1f} GiB: lower it")
+        return Check("memory", "FAIL", f"{shown}, `memory` allows {needed / 2**30:.1f} GiB: lower it")
     return Check("memory", "ok", shown)
 
 

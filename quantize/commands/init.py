@@ -44,6 +44,7 @@ data:
   calibration: {{source: {calibration}, images: {images}{inputs}}}  # unlabeled; {kept}
   # validation: {{source: /path/to/labeled_lmdb, batch_size: 50}}    # for evaluate and `caffe test`
 {transform}{shapes}
+  augment: train                      # random crops and mirrors as in training; test: centre crops
   seed: 0                             # of random crops and mirrors
 weights:
   bits: 4                             # 2 to 5 on the power_of_two grid; or `budget: 3.5`, on average
@@ -52,13 +53,13 @@ weights:
   first_last: {{bits: 8, grid: fixed_point}}
   # layers: {{some_layer: {{bits: 8, grid: fixed_point}}, other_layer: {{skip: true}}}}
 renorm:
+  statistics: paired                  # to full precision's; measured: the images' own, as published
   # images: {renorm_images}                        # of calibration; the default
-  augment: train                      # random crops and mirrors as in training; test: centre crops
-  memory: 2GiB                        # bound on what the sweep keeps
 activations:
   bits: 8                             # codes 0..127, -127..127 with negative values; `levels: 255`: full byte
   scope: inputs                       # what quantized layers read; relu: the outputs of ReLUs, as published
   # images: {activation_images}
+memory: 2GiB                          # bound on what is kept between two layers
 output: {output}
 """
 

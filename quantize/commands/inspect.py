@@ -43,6 +43,7 @@ from quantize.job.sizes import packed_bytes, packed_layers
 from quantize.progress import SILENT, Progress
 from quantize.record import Budget, Coverage, QuantizerLayer
 from quantize.settings import (
+    DEFAULT_MEMORY,
     ActivationSettings,
     Config,
     GridChoice,
@@ -346,20 +347,21 @@ def _sizes(row: LayerRow) -> tuple[str, str, str]:
 
 
 def plan_text(
-    inspected: Inspection, settings: RenormSettings, images: int | None, memory: str | None, as_json: bool
+    inspected: Inspection, config: Config | None, images: int | None, memory: str | None, as_json: bool
 ) -> str:
     """The plan of renorm's sweep: per step what is kept, bytes and recomputed work.
 
     Args:
         inspected: the net.
-        settings: images and memory, where these are not given.
+        config: says how many images and how much memory, where these are not given.
         images: how many, if given.
         memory: the bound, if given.
         as_json: as JSON.
     """
-    images = images or settings.images
+    images = images or (RenormSettings() if config is None else config.renorm).images
+    bound = DEFAULT_MEMORY if config is None else config.memory
     try:
-        bound = settings.memory if memory is None else parse_size(memory)
+        bound = bound if memory is None else parse_size(memory)
     except ValueError as error:
         raise InputError(f"--memory {memory}: {error}") from error
     test = InferenceNet.of(inspected.net)

@@ -131,7 +131,7 @@ class Checks:
             engine.compile(0, len(flat.layer), [flat.layer[-1].top[0]])
             widest = Costs.of(engine.net, engine.shapes, list(engine.inputs), ()).widest
         if "renorm" in self._fed:
-            micro_batch_size(widest, 1, self.config.renorm.memory)
+            micro_batch_size(widest, 1, self.config.memory)
         return f"{len(flat.layer)} of {len(test.net.layer)} layers have to be run, and all these can be"
 
     def _validation(self) -> str:

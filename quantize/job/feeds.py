@@ -91,7 +91,7 @@ def calibration_images(given: Given) -> int:
 
 
 def calibration_feed(given: Given, images: int, progress: Progress = SILENT) -> Feed:
-    """The first ``images`` calibration images, transformed as ``renorm.augment`` says.
+    """The first ``images`` calibration images, transformed as ``data.augment`` says.
 
     Raises:
         InputError: no calibration source, fewer images than asked for, or a transform that cannot be.
@@ -109,7 +109,7 @@ def calibration_feed(given: Given, images: int, progress: Progress = SILENT) -> 
 
 def calibration_phase(config: Config) -> int:
     """The phase whose transform calibration images get."""
-    return TRAIN if config.renorm.augment == "train" else TEST
+    return TRAIN if config.data.augment == "train" else TEST
 
 
 def validation_feed(given: Given, images: int | None = None, progress: Progress = SILENT) -> Feed:

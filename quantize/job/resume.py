@@ -21,7 +21,7 @@ from quantize.job.feeds import calibration_phase, effective_transform, resizing,
 from quantize.job.given import Given
 from quantize.job.inputs import image_input
 from quantize.record import STAGES, Dependencies, RunRecord, StageName
-from quantize.settings import Config
+from quantize.settings import MOVED, Config
 
 LONGEST_SHOWN = 60
 
@@ -72,8 +72,6 @@ READ: Mapping[str, Mapping[StageName, When]] = {
     "renorm.statistics": {"weights": DATA_AWARE_OR_BUDGET, "renorm": ALWAYS},
     "renorm.images": {"renorm": ALWAYS},
     "renorm.bias_correction": {"renorm": PAIRED},
-    "renorm.augment": WITH_IMAGES,
-    "renorm.memory": {"weights": DATA_AWARE_OR_BUDGET, "renorm": ALWAYS},
     "activations.bits": ACTIVATIONS,
     "activations.levels": ACTIVATIONS,
     "activations.scope": ACTIVATIONS,
@@ -85,15 +83,18 @@ READ: Mapping[str, Mapping[StageName, When]] = {
     IMAGES_INPUT: WITH_IMAGES,
     "data.transform": WITH_IMAGES,
     "data.input_shape": WITH_IMAGES,
+    "data.augment": WITH_IMAGES,
     "data.seed": WITH_IMAGES,
     "engine": WITH_IMAGES,
     "caffe": WITH_IMAGES,
     "threads": WITH_IMAGES,
+    "memory": {"weights": DATA_AWARE_OR_BUDGET, "renorm": ALWAYS},
 }
 """Settings and files, and which stage's result depends on them. Memory and threads are among them because
 they decide in which order sums are added up: they change the last digits."""
 MODEL_FILES = ("model.prototxt", "model.caffe_proto", "model.weights")
-READ_BY_NO_STAGE = ("name", "output", "data.validation")
+READ_BY_NO_STAGE = ("name", "output", "data.validation", *(f"renorm.{name}" for name in MOVED))
+"""The last ones are read where they are now."""
 
 
 def made_from(record: RunRecord, given: Given) -> bool:

@@ -56,7 +56,7 @@ from quantize.record import (
     TransformRecord,
     WeightsRecord,
 )
-from quantize.settings import Config, GridChoice
+from quantize.settings import MOVED, Config, GridChoice
 
 LIBRARIES = (
     *("numpy", "protobuf", "onnx", "onnxruntime", "opencv-python-headless", "lmdb", "threadpoolctl"),
@@ -146,6 +146,8 @@ class Run:
             LabelfreeError: the work failed.
         """
         with using_threads(self.config.threads), closing(self.given):
+            for name in sorted(MOVED.keys() & self.config.renorm.model_fields_set):
+                self.progress.note(f"renorm.{name} holds for every stage; write {MOVED[name]} instead")
             for _, look in self.checks(stages):
                 look()
             self.choose_transform()

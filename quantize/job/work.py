@@ -89,9 +89,8 @@ class Work:
     def renorm(self, model: Model, full: Model | None = None) -> tuple[Model, list[BatchNormShift], int]:
         """Stage 2; the model, the shifts, and the number of images."""
         feed, settings = self.feed("renorm"), self.config.renorm
-        renormed, shifts = renorm(
-            model, feed, settings, self.open_engine, settings.memory, self.progress, full
-        )
+        memory = self.config.memory
+        renormed, shifts = renorm(model, feed, settings, self.open_engine, memory, self.progress, full)
         if renormed.weights is model.weights:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
         return renormed, shifts, len(feed)
@@ -108,5 +107,5 @@ class Work:
 
     def _calibration(self) -> Calibration:
         """What the data-aware solver and a budget need."""
-        settings = self.config.renorm
-        return Calibration(self.feed("weights"), self.open_engine, settings.memory, settings.statistics)
+        statistics = self.config.renorm.statistics
+        return Calibration(self.feed("weights"), self.open_engine, self.config.memory, statistics)

@@ -217,7 +217,7 @@ def test_photographs_are_resized_to_the_size_of_the_mean_image(tmp_path: Path) -
         "model.weights": str(tmp_path / "net.caffemodel"),
         "output": "o",
         "data.calibration.source": str(tmp_path / "photos"),
-        "renorm.augment": "test",
+        "data.augment": "test",
     }
     config = load(None, options)
     heard = Heard()

@@ -135,7 +135,7 @@ def again(job: Job, *assignments: str, stages: tuple[StageName, ...] = STAGES) -
         ("renorm.images=19", ["renorm"]),
         ("data.seed=1", ["renorm", "activations"]),
         ("data.transform.scale=0.03", ["renorm", "activations"]),
-        ("renorm.augment=test", ["renorm", "activations"]),
+        ("data.augment=test", ["renorm", "activations"]),
         ("weights.layers={left: {bits: 5}}", ["weights"]),
         ("weights.budget=4.5", ["weights"]),
     ],

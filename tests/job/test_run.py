@@ -212,13 +212,13 @@ class Counted(Progress):
 
 def run_until(yaml: Path, deadly: int) -> None:
     """The job, killed at its advance of number ``deadly``."""
-    Run(Job(yaml.parent).config("renorm.memory=40000"), Counted(deadly)).quantize()
+    Run(Job(yaml.parent).config("memory=40000"), Counted(deadly)).quantize()
 
 
 def test_killed_and_resumed_is_the_same_as_not_killed(make_job: Callable[[str], Job]) -> None:
     whole, killed = make_job("whole"), make_job("killed")
     counted = Counted()
-    Run(whole.config("renorm.memory=40000"), counted).quantize()
+    Run(whole.config("memory=40000"), counted).quantize()
     context = multiprocessing.get_context("spawn")
     for quarter in (1, 2, 3):
         deadly = quarter * counted.advances // 4
@@ -228,7 +228,7 @@ def test_killed_and_resumed_is_the_same_as_not_killed(make_job: Callable[[str], 
         assert process.exitcode == -signal.SIGKILL
         for path in killed.out.glob("*.caffemodel"):
             Weights.read(path)
-    Run(killed.config("renorm.memory=40000")).quantize(resume=True)
+    Run(killed.config("memory=40000")).quantize(resume=True)
     found = {n: c.replace(b"/killed/", b"/whole/") for n, c in contents(killed.out).items()}
     assert found == contents(whole.out)
 
