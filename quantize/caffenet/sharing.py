@@ -14,6 +14,7 @@ from quantize.caffenet.phases import filter_net
 from quantize.caffenet.schema import TEST, NetParameter
 from quantize.caffenet.weights import Weights
 from quantize.errors import InputError
+from quantize.files import Digest
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,18 @@ def permissive_blobs(net: NetParameter) -> set[BlobId]:
     return permissive
 
 
-def load_weights(path: str | Path, net: NetParameter) -> Weights:
+def load_weights(path: str | Path, net: NetParameter, digest: Digest | None = None) -> Weights:
     """Read a caffemodel as Caffe loads it into a net (see `loaded`).
 
     Args:
         path: the file.
         net: with all its phases; what counts is the TEST phase.
+        digest: hears the file's bytes.
 
     Raises:
         InputError: as `Weights.read`.
     """
-    return loaded(filter_net(net, TEST), Weights.read(path))
+    return loaded(filter_net(net, TEST), Weights.read(path, digest))
 
 
 def loaded(net: NetParameter, weights: Weights) -> Weights:

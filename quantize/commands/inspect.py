@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,15 @@ from quantize.commands.summary import coverage_text, size_text, table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
 from quantize.host import using_threads
-from quantize.job.feeds import input_shapes, read_model_prototxt
+from quantize.job.feeds import input_shapes
+from quantize.job.given import Given
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.run import Run
 from quantize.job.sizes import packed_bytes, packed_layers
 from quantize.progress import SILENT, Progress
 from quantize.record import Budget, Coverage, QuantizerLayer
 from quantize.settings import (
+    DEFAULT_MEMORY,
     ActivationSettings,
     Config,
     GridChoice,
@@ -66,7 +69,7 @@ class LayerRow:
 
     name: str
     type: str
-    shape: tuple[int, ...] | None
+    shape: Shape | None
     parameters: int | None
     macs: int | None
     plan: str
@@ -252,8 +255,8 @@ class Inspection:
             InputError: as `of`, or images of unknown shape.
         """
         model = config.model
-        shapes = input_shapes(config, read_model_prototxt(config))
-        given = {name: list(shape) for name, shape in shapes.items()}
+        with closing(Given(config)) as job:
+            given = {name: list(shape) for name, shape in input_shapes(job).items()}
         return cls.of(model.prototxt, model.weights, given, model.caffe_proto, model.stages, model.level)
 
     def configured_by(self, config: Config, progress: Progress = SILENT) -> Inspection:
@@ -265,19 +268,19 @@ class Inspection:
         run = Run(config, progress)
         with using_threads(config.threads):
             chosen, budget = run.grids()
-        layers = packed_layers(run.model, chosen)
+        layers = packed_layers(run.given.model, chosen)
         count = sum(layer.weights for layer in layers)
         configured = Configured(
             config,
             budget,
             config.model.weights.stat().st_size,
-            packed_bytes(run.model, layers),
+            packed_bytes(run.given.model, layers),
             sum(layer.weights * layer.bits for layer in layers) / count if count else 0.0,
         )
         return replace(self, chosen=chosen, configured=configured)
 
 
-def _cropped(net: NetParameter) -> tuple[int, ...] | None:
+def _cropped(net: NetParameter) -> Shape | None:
     layer = data_layer(net, TEST)
     if layer is None or not layer.transform_param.crop_size:
         return None
@@ -344,20 +347,21 @@ def _sizes(row: LayerRow) -> tuple[str, str, str]:
 
 
 def plan_text(
-    inspected: Inspection, settings: RenormSettings, images: int | None, memory: str | None, as_json: bool
+    inspected: Inspection, config: Config | None, images: int | None, memory: str | None, as_json: bool
 ) -> str:
     """The plan of renorm's sweep: per step what is kept, bytes and recomputed work.
 
     Args:
         inspected: the net.
-        settings: images and memory, where these are not given.
+        config: says how many images and how much memory, where these are not given.
         images: how many, if given.
         memory: the bound, if given.
         as_json: as JSON.
     """
-    images = images or settings.images
+    images = images or (RenormSettings() if config is None else config.renorm).images
+    bound = DEFAULT_MEMORY if config is None else config.memory
     try:
-        bound = settings.memory if memory is None else parse_size(memory)
+        bound = bound if memory is None else parse_size(memory)
     except ValueError as error:
         raise InputError(f"--memory {memory}: {error}") from error
     test = InferenceNet.of(inspected.net)

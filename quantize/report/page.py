@@ -56,7 +56,7 @@ def render(record: RunRecord, full: Model, quantized: Model, renormed: Model | N
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"db": decibels, "percent": percent, "size": size, "number": number}
+    environment.filters |= {"db": decibels_text, "percent": percent, "size": size, "number": number}
     pictures = {
         "depth": [plots.depth_plot(rows)] if any(row.weights for row in rows) else [],
         "weights": _weight_plots(rows, full, quantized),
@@ -98,7 +98,7 @@ def _activation_plots(record: RunRecord) -> list[str]:
     return [plots.activation_histogram(layer) for layer in seen[:SMALL_MULTIPLES]]
 
 
-def decibels(value: float | None) -> str:
+def decibels_text(value: float | None) -> str:
     """A ratio in decibels; a dash where there is none."""
     return "–" if value is None else f"{value:.1f}"
 

@@ -18,7 +18,6 @@ from quantize.caffenet import (
     NetParameter,
     Shapes,
     Weights,
-    check_weights,
     infer_shapes,
     needed_layers,
 )
@@ -60,7 +59,6 @@ class OnnxEngine(Engine):
         part_bytes: int = CACHE_BYTES,
     ) -> None:
         super().__init__(net, weights, inputs)
-        check_weights(net, self.weights, self.shapes)
         self.threads = threads or available_threads()
         self.part_bytes = part_bytes
         self.per_image = _values_per_image(net, inputs, self.shapes)
