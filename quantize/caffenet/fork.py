@@ -31,6 +31,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from quantize.caffenet.schema import DESCRIPTOR, ForkedNet, LayerParameter, NetParameter, V1LayerParameter
+from quantize.caffenet.unknown_fields import Findings, extend
 from quantize.caffenet.upgrade import UnsupportedLayerError
 from quantize.errors import InputError
 from quantize.files import read_file
@@ -54,6 +55,15 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "forward_math": "the precision of the arithmetic; labelfree computes in float32",
     "backward_type": "training",
     "backward_math": "training",
+    "default_forward_type": "the precision of the values; labelfree computes in float32",
+    "default_forward_math": "the precision of the arithmetic; labelfree computes in float32",
+    "default_backward_type": "training",
+    "default_backward_math": "training",
+    "default_conv_algos_override": "which cuDNN algorithms are used",
+    "default_cudnn_math_override": "which cuDNN arithmetic is used",
+    "global_grad_scale": "training",
+    "reduce_buckets": "how training is spread over machines",
+    "debug": "what is printed",
     "multinode": "how training is spread over machines",
     "mn_activation_param": "how training is spread over machines",
     "mn_grad_compress_param": "how training is spread over machines",
@@ -82,6 +92,17 @@ def load_schema(path: str | Path) -> Schema:
         fault = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be joined with the caffe.proto of Caffe 1.0: {fault}") from None
     return schema
+
+
+def with_unknown(schema: Schema | None, found: Findings) -> Schema:
+    """A schema, or ours, that also has what a text was found to have besides."""
+    if schema is not None:
+        files = FileDescriptorSet.FromString(schema)
+    else:
+        files = FileDescriptorSet(file=[descriptor_pb2.FileDescriptorProto()])
+        DESCRIPTOR.CopyToProto(files.file[0])
+    extend(files.file[-1], found)
+    return Schema(files.SerializeToString(deterministic=True))
 
 
 @lru_cache(maxsize=4)

@@ -26,6 +26,7 @@ from quantize.caffenet import (
     owners,
     read_net,
 )
+from quantize.caffenet.norms import norm_places
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.shape_rules import has_rule
 from quantize.caffenet.traits import Trait, traits_of
@@ -89,7 +90,7 @@ def inspect_net(
     shared = owners(test.net)
     sites = {site.behind: site for site in planned_sites(test, config)}
     rows = []
-    for layer in test.net.layer:
+    for layer in test.whole.layer:
         first = first_user.get(layer.name, layer.name)
         if first in chosen:
             same = "" if first == layer.name else f", those of {first}"
@@ -98,8 +99,10 @@ def inspect_net(
             what = f"kept: {left_out[layer.name]}"
         elif Trait.KERNELS in traits_of(layer):
             what = "kept: weights.layers says skip"
-        elif layer.type == "BatchNorm":
+        elif norm_places(layer) is not None:
             what = _renorm(config)
+        elif layer.name in test.trailing:
+            what = "carried over: not run, and nothing that is quantized needs it"
         elif not has_rule(layer.type):
             what = f"kept: type {layer.type} is unknown here, engine: caffe may run it"
         elif shapes.params.get(layer.name):
@@ -355,7 +358,7 @@ def plan_text(
     except ValueError as error:
         raise InputError(f"--memory {memory}: {error}") from error
     test = InferenceNet.of(found.net)
-    if not any(layer.type == "BatchNorm" for layer in test.net.layer):
+    if not any(map(norm_places, test.net.layer)):
         raise InputError("the net has no BatchNorm layer: renorm has nothing to do")
     tour = Tour.of(test.net, Weights())
     net, steps = tour.net, tour.steps

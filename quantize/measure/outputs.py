@@ -53,19 +53,21 @@ class Output:
 def net_outputs(net: NetParameter) -> list[Output]:
     """The outputs of a net in the TEST phase, in network order.
 
-    Those are the tops that no layer reads, and what losses and Accuracy layers compare with labels. Class
-    scores are what a Softmax, an Accuracy or a softmax loss reads, and the output of a net that has but one
-    where an InnerProduct makes it. The main ones are the last that an Accuracy reads, else the last that a
-    softmax loss reads (auxiliary classifiers come before the real one), else the only ones.
+    Those are the tops that no layer reads which is run (see `InferenceNet`), and what losses and Accuracy
+    layers compare with labels. Class scores are what a Softmax, an Accuracy or a softmax loss reads, and the
+    output of a net that has but one where an InnerProduct makes it. The main ones are the last that an
+    Accuracy reads, else the last that a softmax loss reads (auxiliary classifiers come before the real one),
+    else the only ones.
 
     Args:
         net: with all its phases.
     """
     filtered = filter_net(net, TEST)
     flat = single_assignment(filtered)
-    made = {top: layer for layer in InferenceNet.of(flat).net.layer for top in layer.top}
+    test = InferenceNet.of(flat)
+    made = {top: layer for layer in test.net.layer for top in layer.top}
     measures = [layer for layer in flat.layer if is_measure(layer)]
-    read = {bottom for layer in flat.layer for bottom in layer.bottom}
+    read = {bottom for layer in flat.layer if layer.name not in test.trailing for bottom in layer.bottom}
     compared = {bottom for layer in measures for bottom in layer.bottom}
     axes: dict[str, int | None] = {}
     for blob, maker in made.items():

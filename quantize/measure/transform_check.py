@@ -25,7 +25,7 @@ from quantize.caffenet import (
     single_assignment,
     stored_statistics,
 )
-from quantize.caffenet.norms import NORM_BLOBS
+from quantize.caffenet.norms import epsilon, norm_places
 from quantize.data.feed import Feed, thinned
 from quantize.data.loader import Images
 from quantize.engines.base import Engine, OpenEngine
@@ -296,9 +296,9 @@ def first_norms(net: NetParameter) -> list[LayerParameter]:
     found = []
     for layer in net.layer:
         normed = not behind.isdisjoint(layer.bottom)
-        if layer.type == "BatchNorm" and not normed:
+        if norm_places(layer) is not None and not normed:
             found.append(layer)
-        if layer.type == "BatchNorm" or normed:
+        if norm_places(layer) is not None or normed:
             behind.update(layer.top)
     return found
 
@@ -319,13 +319,13 @@ class _Norm:
 
         That is where its third blob is 0, and where all means are 0 and all variances equal: as it was made.
         """
-        if layer.name not in weights or len(weights[layer.name]) != NORM_BLOBS:
+        places = norm_places(layer)
+        if places is None or layer.name not in weights or len(weights[layer.name]) != places.blobs:
             return None
-        mean, variance = stored_statistics(weights[layer.name])
+        mean, variance = stored_statistics(weights[layer.name], places)
         if not variance.any() or (not mean.any() and np.ptp(variance) == 0):
             return None
-        eps = layer.batch_norm_param.eps
-        return cls(layer.name, layer.bottom[0], mean, np.maximum(variance, 0), eps)
+        return cls(layer.name, layer.bottom[0], mean, np.maximum(variance, 0), epsilon(layer))
 
 
 class _Probe:

@@ -11,6 +11,7 @@ from quantize.arrays import Floats
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment, stored_statistics
 from quantize.caffenet.chains import followers
 from quantize.caffenet.kernels import to_kernels
+from quantize.caffenet.norms import places_of
 from quantize.caffenet.quantized import alpha_of
 from quantize.caffenet.traits import Trait, traits_of
 from quantize.numerics.grids import make_grid
@@ -129,6 +130,8 @@ class NormPlot:
         return int((self.new_variance <= DEAD_VARIANCE * typical).sum()) if typical > 0 else 0
 
 
-def norm_plot(name: str, before: Weights, after: Weights) -> NormPlot:
+def norm_plot(layer: LayerParameter, before: Weights, after: Weights) -> NormPlot:
     """The statistics of a BatchNorm layer in two caffemodels."""
-    return NormPlot(name, *stored_statistics(before[name]), *stored_statistics(after[name]))
+    places = places_of(layer)
+    old, new = (stored_statistics(weights[layer.name], places) for weights in (before, after))
+    return NormPlot(layer.name, *old, *new)

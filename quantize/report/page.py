@@ -56,7 +56,8 @@ def render(record: RunRecord, net: NetParameter, weights: Caffemodels) -> str:
     rows = rows_of(record, net)
     after = weights.renorm
     shifts = record.stages.renorm.layers if record.stages.renorm else []
-    norms = [norm_plot(shift.name, weights.quantized, after) for shift in shifts if after is not None]
+    layers = {layer.name: layer for layer in net.layer}
+    norms = [norm_plot(layers[shift.name], weights.quantized, after) for shift in shifts if after is not None]
     moved = max(shifts, key=lambda shift: shift.mean_shift).name if shifts else None
     script = files("quantize.report").joinpath("sort.js").read_text(encoding="utf-8")
     environment = Environment(

@@ -317,10 +317,14 @@ def test_measures():
 
 CONV = 'type: "Convolution" convolution_param'
 IMPOSSIBLE = [
-    ('type: "Permute"', [IMAGE], "not supported .*; supported are: .*Convolution"),
-    ('type: "Filter"', [IMAGE, (2,)], "not supported"),
-    ('type: "Convolutoin"', [IMAGE], r"not supported; did you mean Convolution\? \(engine: caffe"),
-    ('type: "relu"', [IMAGE], r"not supported; did you mean ReLU\?"),
+    ('type: "PriorBox"', [IMAGE], "does not know this type; use engine: caffe.* Known types are: .*Conv"),
+    ('type: "Filter"', [IMAGE, (2,)], "does not know this type"),
+    (
+        'type: "Convolutoin"',
+        [IMAGE],
+        r"does not know this type; did you mean Convolution\?; use engine: caffe",
+    ),
+    ('type: "relu"', [IMAGE], r"does not know this type; did you mean ReLU\?"),
     ('type: "ReLU"', [], "0 bottoms"),
     ('type: "ReLU"', [IMAGE, IMAGE], "2 bottoms"),
     ('type: "Eltwise"', [IMAGE], "1 bottoms"),
@@ -391,7 +395,7 @@ IMPOSSIBLE = [
     ('type: "Input" input_param { shape { dim: [1, -3] } }', [], "impossible shape"),
     ('type: "Input" input_param { shape { dim: [1, 3, 9223372036854775807] } }', [], "larger than Caffe's"),
     ('type: "DummyData" dummy_data_param { num: 1 }', [], "differing numbers"),
-    ('type: "Data"', [], "not supported"),
+    ('type: "Data"', [], "does not know this type"),
 ]
 
 
