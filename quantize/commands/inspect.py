@@ -30,6 +30,7 @@ from quantize.caffenet.norms import norm_places
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.shape_rules import has_rule
 from quantize.caffenet.traits import Trait, traits_of
+from quantize.caffenet.weights import raw_types_text
 from quantize.commands.summary import coverage_text, size_text, table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
@@ -241,6 +242,7 @@ class Inspection:
             given = load_weights(weights, net)
             check_weights(known, given, infer_shapes(known, one))
             notes += doubtful_norms(test.net, given)
+            notes += [raw_types_text(given)] if given.raw_types else []
         return cls(net, found, notes, choices(test.net, WeightSettings()))
 
     @classmethod

@@ -38,6 +38,7 @@ from quantize.caffenet import (
 )
 from quantize.caffenet.quantized import alpha_terms, correctable, with_alpha_terms
 from quantize.caffenet.traits import Trait, traits_of
+from quantize.caffenet.weights import raw_types_text
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError
@@ -252,6 +253,8 @@ class Run:
             self.progress.note("weights: weights.layers skips every layer; no weights are quantized")
         kept = unquantizable(test.net)
         doubtful = doubtful_norms(test.net, weights)
+        if weights.raw_types:
+            self.progress.note(f"weights: {raw_types_text(weights)}")
         for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
             self.progress.note(f"weights: {line}")
         chosen, budget = self.grids()
