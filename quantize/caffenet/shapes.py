@@ -209,7 +209,7 @@ def _needed_for(net: NetParameter, name: str) -> str:
             behind.update(layer.top)
         if reads and traits_of(layer) & (Trait.KERNELS | Trait.BLOBS):
             return f", and layer {layer.name!r} ({layer.type}) behind it needs what it makes"
-    return ""
+    return ", and the run needs what it makes"
 
 
 def _infer_layer(

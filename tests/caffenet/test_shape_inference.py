@@ -317,12 +317,16 @@ def test_measures():
 
 CONV = 'type: "Convolution" convolution_param'
 IMPOSSIBLE = [
-    ('type: "PriorBox"', [IMAGE], "does not know this type; use engine: caffe.* Known types are: .*Conv"),
+    (
+        'type: "PriorBox"',
+        [IMAGE],
+        "not know this type, and the run needs .*; use engine: caffe.* Known types are: .*Conv",
+    ),
     ('type: "Filter"', [IMAGE, (2,)], "does not know this type"),
     (
         'type: "Convolutoin"',
         [IMAGE],
-        r"does not know this type; did you mean Convolution\?; use engine: caffe",
+        r"not know this type; did you mean Convolution\?, and the .*; use engine: caffe",
     ),
     ('type: "relu"', [IMAGE], r"does not know this type; did you mean ReLU\?"),
     ('type: "ReLU"', [], "0 bottoms"),
