@@ -182,21 +182,26 @@ def _unknown_text(net: NetParameter, names: Sequence[str], foreign: Mapping[str,
         names: of the layers, at least one.
         foreign: by layer the field of a fork that may change what it computes.
     """
-    layers = {layer.name: layer for layer in net.layer}
+    types = {layer.name: layer.type for layer in net.layer}
     first, *others = names
-    text = f"layer {first!r} ({layers[first].type}): "
+    text = f"layer {first!r} ({types[first]}): "
     field = foreign[first]
-    if field is not None:
+    if field is not None and has_rule(types[first]):
         text += f"{foreign_field_text(field)}; or use engine: caffe with that fork"
+        last = ""
     else:
-        hint = did_you_mean(layers[first].type, known_types())
+        hint = did_you_mean(types[first], known_types())
         text += f"the onnx engine does not know this type{hint}{_needed_for(net, first)}; use engine: caffe, "
         text += "which runs what your Caffe knows, or --stages weights, which runs nothing"
+        last = f". Known types are: {', '.join(sorted(known_types()))}"
     if others:
-        shown = [f"{name!r} ({foreign[name] or layers[name].type})" for name in others[:MOST_NAMED]]
+        shown = [
+            f"{name!r} ({foreign[name] if has_rule(types[name]) else types[name]})"
+            for name in others[:MOST_NAMED]
+        ]
         more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
         text += f". So it is with the layers {', '.join(shown)}{more}"
-    return text if field is not None else f"{text}. Known types are: {', '.join(sorted(known_types()))}"
+    return text + last
 
 
 def _needed_for(net: NetParameter, name: str) -> str:

@@ -403,6 +403,20 @@ IMPOSSIBLE = [
 ]
 
 
+def test_all_that_cannot_be_run_is_named_and_who_needs_it() -> None:
+    text = """
+      layer { name: "a" type: "LSTM" bottom: "x" top: "a" }
+      layer { name: "b" type: "MyPooling" bottom: "a" top: "b" }
+      layer { name: "fc" type: "InnerProduct" bottom: "b" top: "b" inner_product_param { num_output: 2 } }
+    """
+    wanted = (
+        r"^layer 'a' \(LSTM\): the onnx engine does not know this type, and layer 'fc' \(InnerProduct\) behind it "
+        r"needs what it makes; use engine: caffe[^.]*\. So it is with the layers 'b' \(MyPooling\)\. Known types"
+    )
+    with pytest.raises(InputError, match=wanted):
+        infer_shapes(parse(text), {"x": (1, 3)})
+
+
 @pytest.mark.parametrize(("layer", "bottoms", "expected"), IMPOSSIBLE)
 def test_what_caffe_refuses(layer, bottoms, expected):
     with pytest.raises(InputError, match=expected) as caught:

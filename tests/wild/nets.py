@@ -6,7 +6,7 @@ from tests.families import GLOBAL, HEAD, act, add, conv, dense, layer, pool
 
 IMAGE = (3, 17, 17)
 EVEN = HEAD.replace("17, 17", "16, 16")
-FLOOR = "stride: 4 ceil_mode: false"
+FLOOR = "pool: AVE kernel_size: 4 stride: 4 ceil_mode: false"
 PADDED = "scale: 2 pad_out_h: 1 pad_out_w: 1"
 SIZED = "scale: 2 upsample_h: 17 upsample_w: 17"
 NV_NORM = "batch_norm_param { eps: 0.0001 scale_bias: true %s } forward_type: FLOAT16"
