@@ -410,11 +410,12 @@ def test_all_that_cannot_be_run_is_named_and_who_needs_it() -> None:
       layer { name: "fc" type: "InnerProduct" bottom: "b" top: "b" inner_product_param { num_output: 2 } }
     """
     wanted = (
-        r"^layer 'a' \(LSTM\): the onnx engine does not know this type, and layer 'fc' \(InnerProduct\) behind it "
-        r"needs what it makes; use engine: caffe[^.]*\. So it is with the layers 'b' \(MyPooling\)\. Known types"
+        r"^layer 'a' \(LSTM\): the onnx engine does not know this type, and layer 'fc' \(InnerProduct\) "
+        r"behind it needs what it makes; use engine: caffe[^.]*\. So it is with the layers 'b' \(MyPooling\)\. "
+        "Known types"
     )
     with pytest.raises(InputError, match=wanted):
-        infer_shapes(parse(text), {"x": (1, 3)})
+        infer_shapes(text_format.Parse(text, NetParameter()), {"x": (1, 3)})
 
 
 @pytest.mark.parametrize(("layer", "bottoms", "expected"), IMPOSSIBLE)
