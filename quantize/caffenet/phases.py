@@ -145,11 +145,11 @@ def name_apart(net: NetParameter) -> None:
     Args:
         net: the net with all its phases.
     """
-    found = [(layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase)]) for layer in net.layer]
+    present = [(layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase)]) for layer in net.layer]
     taken = {layer.name for layer in net.layer}
     used: dict[int, set[str]] = {TEST: set(), TRAIN: set()}
     numbers: Counter[str] = Counter()
-    for layer, phases in sorted(found, key=lambda each: TEST not in each[1]):
+    for layer, phases in sorted(present, key=lambda each: TEST not in each[1]):
         name = layer.name
         while any(layer.name in used[phase] for phase in phases) or (
             layer.name != name and layer.name in taken
@@ -259,17 +259,6 @@ def input_blobs(net: NetParameter) -> tuple[str, ...]:
 def takes_images(shape: tuple[int, ...] | None) -> bool:
     """Whether images can go into an input of this shape, which may be unknown."""
     return shape is None or len(shape) == IMAGE_AXES
-
-
-def dependents(net: NetParameter, blob: str) -> list[str]:
-    """The names of the layers that need a blob, which no layer makes, directly or through others."""
-    reached = {blob}
-    found = []
-    for layer in net.layer:
-        if reached.intersection(layer.bottom):
-            found.append(layer.name)
-            reached.update(layer.top)
-    return found
 
 
 def scores_blob(net: NetParameter) -> str:

@@ -185,12 +185,12 @@ def alpha_terms(net: NetParameter) -> dict[str, list[str]]:
     """The quantized layers of a net, and the Scale layers that carry their alphas."""
     present = {layer.name for layer in net.layer}
     users = same_weights(net)
-    found = {}
+    carriers = {}
     for layer in net.layer:
         if Trait.KERNELS in traits_of(layer) and layer.name + ALPHA_SUFFIX in present:
             terms = _alpha_layers(layer, users[layer.name])
-            found[layer.name] = [term.name for term in terms if term.name in present]
-    return found
+            carriers[layer.name] = [term.name for term in terms if term.name in present]
+    return carriers
 
 
 def correctable(net: NetParameter) -> dict[str, str]:
@@ -204,12 +204,12 @@ def correctable(net: NetParameter) -> dict[str, str]:
     """
     layers = {layer.name: layer for layer in net.layer}
     shared = {blob.layer for blob in sharers(net)}
-    found = {}
+    terms = {}
     for name, (term, *more) in alpha_terms(net).items():
         scale = layers[term].scale_param
         if not more and scale.bias_term and scale.axis == 1 and not shared.intersection((name, term)):
-            found[name] = term
-    return found
+            terms[name] = term
+    return terms
 
 
 def _alpha_layers(layer: LayerParameter, users: Sequence[str]) -> list[LayerParameter]:
@@ -221,7 +221,7 @@ def _alpha_layers(layer: LayerParameter, users: Sequence[str]) -> list[LayerPara
     name = layer.name + ALPHA_SUFFIX
     is_product = layer.type == "InnerProduct"
     parameters = layer.inner_product_param if is_product else layer.convolution_param
-    found = []
+    scales = []
     for number, top in enumerate(layer.top, 1):
         alpha = LayerParameter(name=name if number == 1 else f"{name}_{number}", type="Scale")
         alpha.bottom.append(top)
@@ -235,8 +235,8 @@ def _alpha_layers(layer: LayerParameter, users: Sequence[str]) -> list[LayerPara
         alpha.scale_param.bias_term = parameters.bias_term
         alpha.include.extend(layer.include)
         alpha.exclude.extend(layer.exclude)
-        found.append(alpha)
-    return found
+        scales.append(alpha)
+    return scales
 
 
 # ---- Activations ----

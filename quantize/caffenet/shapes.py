@@ -11,12 +11,12 @@ import numpy as np
 from quantize.arrays import FloatArray, Shape
 from quantize.caffenet import fork_shape_rules as fork_shape_rules  # registers the rules
 from quantize.caffenet.fork import foreign_field_text, foreign_fields
+from quantize.caffenet.graph import dependent_layers, single_assignment
 from quantize.caffenet.masks import check_masks
 from quantize.caffenet.phases import NAMESAKE, is_data_layer
 from quantize.caffenet.schema import LayerParameter, NetParameter
 from quantize.caffenet.shape_rules import LayerShapes, ShapeError, has_rule, known_types, layer_shapes
 from quantize.caffenet.sharing import BlobId, check_sharing, permissive_blobs
-from quantize.caffenet.surgery import single_assignment
 from quantize.caffenet.text_faults import did_you_mean
 from quantize.caffenet.traits import Trait, traits_of
 from quantize.caffenet.weights import MAX_AXES, Weights
@@ -206,13 +206,10 @@ def _unknown_text(net: NetParameter, names: Sequence[str], foreign: Mapping[str,
 
 def _needed_for(net: NetParameter, name: str) -> str:
     """For the sake of which layer behind it one is to be run: the first with blobs."""
-    flat = single_assignment(net)
-    behind: set[str] = set()
-    for layer in flat.layer:
-        reads = not behind.isdisjoint(layer.bottom)
-        if layer.name == name or reads:
-            behind.update(layer.top)
-        if reads and traits_of(layer) & (Trait.KERNELS | Trait.BLOBS):
+    layers = single_assignment(net).layer
+    made = [top for layer in layers if layer.name == name for top in layer.top]
+    for layer in dependent_layers(layers, made):
+        if traits_of(layer) & (Trait.KERNELS | Trait.BLOBS):
             return f", and layer {layer.name!r} ({layer.type}) behind it needs what it makes"
     return ", and the run needs what it makes"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from quantize.caffenet.fork import foreign_fields
+from quantize.caffenet.graph import single_assignment
 from quantize.caffenet.schema import LayerParameter, NetParameter
 from quantize.caffenet.shape_rules import has_rule
-from quantize.caffenet.surgery import single_assignment
 from quantize.caffenet.traits import Trait, traits_of
 
 SCORING = ("Accuracy", "SoftmaxWithLoss")

@@ -138,9 +138,9 @@ _ROWS = {
 def traits_of(layer: LayerParameter) -> Trait:
     """What is known of a layer; of an unknown type only whether it compares with labels."""
     row = _ROWS.get(layer.type, _NOTHING)
-    found = row.always | (row.more if row.where(layer) else Trait.NONE)
+    traits = row.always | (row.more if row.where(layer) else Trait.NONE)
     compares = any(name in layer.type for name in COMPARING) or any(layer.loss_weight)
-    return found | Trait.COMPARES if compares else found
+    return traits | Trait.COMPARES if compares else traits
 
 
 def types_with(trait: Trait) -> list[str]:

@@ -494,7 +494,8 @@ def _read_blob(buffer: memoryview, blob: _Field) -> _Blob:
     if data is None:
         message = _parsed(BlobProto, buffer[blob.start : blob.end])
         held = message.double_data or message.data
-        values = np.fromiter(held, np.float64 if message.double_data else np.float32, len(held))
+        dtype = np.float64 if message.double_data else np.float32
+        values: npt.NDArray[np.floating] = np.fromiter(held, dtype, len(held))
     else:
         told = (*_BLOB_SHAPES, _BLOB_RAW_TYPE)
         fields = [f for f in _fields(buffer, blob.start, blob.end) if f.number in told]

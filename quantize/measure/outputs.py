@@ -10,10 +10,10 @@ from quantize.caffenet import (
     TEST,
     InferenceNet,
     LayerParameter,
+    NetGraph,
     NetParameter,
     filter_net,
     is_measure,
-    single_assignment,
 )
 from quantize.errors import InputError
 
@@ -62,12 +62,11 @@ def net_outputs(net: NetParameter) -> list[Output]:
     Args:
         net: with all its phases.
     """
-    filtered = filter_net(net, TEST)
-    flat = single_assignment(filtered)
-    test = InferenceNet.of(flat)
-    made = {top: layer for layer in test.net.layer for top in layer.top}
-    measures = [layer for layer in flat.layer if is_measure(layer)]
-    read = {bottom for layer in flat.layer if layer.name not in test.trailing for bottom in layer.bottom}
+    graph = NetGraph(filter_net(net, TEST))
+    test = InferenceNet.of(graph.net)
+    made = NetGraph(test.net).makers
+    measures = [layer for layer in graph.net.layer if is_measure(layer)]
+    read = {blob for bottom, blob in graph.read.items() if bottom.layer not in test.trailing}
     compared = {bottom for layer in measures for bottom in layer.bottom}
     axes: dict[str, int | None] = {}
     for blob, maker in made.items():
@@ -88,17 +87,16 @@ def net_outputs(net: NetParameter) -> list[Output]:
         presumed = only if made[only].type == "InnerProduct" else None
     if main is None:
         main = classes[0] if len(classes) == 1 else presumed
-    places = {blob: place for place, blob in enumerate(made)}
-    given = _given_names(filtered, flat)
     return [
         Output(
-            given[blob],
-            _overwriter(flat, given, blob),
+            graph.given_names[blob],
+            graph.overwriter(blob),
             CLASSES_AXIS if blob == presumed else axes[blob],
             blob == presumed,
             blob == main,
         )
-        for blob in sorted(axes, key=lambda blob: places[blob])
+        for blob in made
+        if blob in axes
     ]
 
 
@@ -132,25 +130,6 @@ def _axis_compared(layer: LayerParameter) -> int | None:
     return layer.softmax_param.axis if layer.type == "SoftmaxWithLoss" else None
 
 
-def _given_names(net: NetParameter, flat: NetParameter) -> dict[str, str]:
-    """The names of blobs in a net by those in its `single_assignment`."""
-    return {
-        own: given
-        for layer, alike in zip(net.layer, flat.layer, strict=True)
-        for given, own in zip(layer.top, alike.top, strict=True)
-    }
-
-
-def _overwriter(flat: NetParameter, given: dict[str, str], blob: str) -> str | None:
-    """The layer that overwrites a blob in the net that a `single_assignment` is of."""
-    made = False
-    for layer in flat.layer:
-        if made and given[blob] in (given[top] for top in layer.top):
-            return layer.name
-        made = made or blob in layer.top
-    return None
-
-
 def tapped(net: NetParameter, outputs: Sequence[Output]) -> tuple[NetParameter, list[str]]:
     """A net that keeps its outputs to the end, and their names there.
 
@@ -170,11 +149,11 @@ def tapped(net: NetParameter, outputs: Sequence[Output]) -> tuple[NetParameter, 
         if output.before is not None:
             while name in taken:
                 name += "'"
-            places = [i for i, layer in enumerate(copy.layer) if layer.name == output.before]
-            if not places:
+            overwriters = [i for i, layer in enumerate(copy.layer) if layer.name == output.before]
+            if not overwriters:
                 raise InputError(f"the net has no layer {output.before!r} any more; quantize again")
             identity = LayerParameter(name=f"{name} (output)", type="Power", bottom=[output.blob], top=[name])
-            copy.layer.insert(places[-1], identity)
+            copy.layer.insert(overwriters[-1], identity)
             taken.add(name)
         names.append(name)
     return copy, names

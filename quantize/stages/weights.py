@@ -7,7 +7,8 @@ section 3.1). How both stand in the net and its blobs is `caffenet.quantized`'s.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +24,11 @@ from quantize.caffenet import (
     sharers,
 )
 from quantize.caffenet.kernels import are_kernels, outputs, to_kernels
+from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import (
     alpha_terms,
     kernel_order,
     same_weights,
-    with_alpha_terms,
     write_quantized,
 )
 from quantize.caffenet.shapes import no_weights
@@ -38,7 +39,7 @@ from quantize.numerics.grids import make_grid
 from quantize.numerics.solvers import Solver, fit
 from quantize.progress import SILENT, Progress
 from quantize.record import QuantizedLayer
-from quantize.settings import GridChoice, LayerChoice, WeightSettings
+from quantize.settings import GridChoice, LayerChoice, SolverName, WeightSettings
 from quantize.stages.data_aware import Calibration, DataAwareFit, data_aware
 
 
@@ -208,41 +209,38 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
 
 
 def weights_quan(
-    net: NetParameter,
-    weights: Weights,
+    model: Model,
     chosen: Mapping[str, GridChoice],
-    solver: Solver | Literal["data_aware"],
+    solver: SolverName,
     progress: Progress = SILENT,
     calibration: Calibration | None = None,
-) -> tuple[NetParameter, Weights, list[QuantizedLayer]]:
+) -> tuple[Model, list[QuantizedLayer]]:
     """Quantize the weights of the layers in ``chosen``.
 
     Args:
-        net: the net with all its phases.
-        weights: its blobs.
+        model: in full precision.
         chosen: grid by layer name (see `choices`).
-        solver: ``optimal``, ``reference`` or ``data_aware``.
+        solver: what looks for alpha and Q.
         calibration: the images for ``data_aware``.
 
     Returns:
-        The new net, its blobs (everything else carried over untouched), and what was done per layer.
+        The quantized model (everything else of it carried over untouched), and what was done per layer.
     """
-    weights = weights.copy()
-    if not chosen:
-        return with_alpha_terms(net, weights), weights, []
-    progress.start("weights", sum(weights[name][0].size for name in chosen))
+    net, weights = model.net, model.weights.copy()
+    if chosen:
+        progress.start("weights", sum(weights[name][0].size for name in chosen))
     aware: dict[str, DataAwareFit] = {}
-    if solver == "data_aware":
+    if solver == "data_aware" and chosen:
         if calibration is None:
             raise ValueError("the data_aware solver needs a calibration")
-        aware = data_aware(weights, chosen, calibration, progress)
-        solver = "optimal"
+        aware = data_aware(model, chosen, calibration, progress)
+    rest: Solver = "optimal" if solver == "data_aware" else solver
     findings = []
     shared, users_of = sharers(net), same_weights(net)
     for name, choice in chosen.items():
         w = to_kernels(_layer(net, name), weights[name][0])
         informed = aware.get(name)
-        found = informed or fit(w, make_grid(choice.grid, choice.bits), solver)
+        found = informed or fit(w, make_grid(choice.grid, choice.bits), rest)
         users = [user for user in users_of[name] if user in weights]
         for user in users:
             bias = aware[user].bias if user in aware else None
@@ -268,7 +266,7 @@ def weights_quan(
         )
         if informed is None:
             progress.advance(w.size)
-    return with_alpha_terms(net, weights), weights, findings
+    return replace(model.holding(weights), grids=dict(chosen), solver=solver), findings
 
 
 def _energy(x: npt.NDArray[np.floating[Any]]) -> float:

@@ -21,11 +21,12 @@ from quantize.caffenet import (
 from quantize.caffenet import fork as fork_module
 from quantize.data.feed import Feed
 from quantize.errors import InputError
-from quantize.settings import WeightSettings
+from quantize.settings import RenormSettings, WeightSettings
 from quantize.stages.renorm import renorm
 from quantize.stages.sites import plain_relus
 from quantize.stages.weights import choices
 from quantize.sweep.early_pooling import with_early_pooling
+from tests.nets import model_of
 
 pytest.importorskip("grpc_tools")
 
@@ -232,7 +233,7 @@ def test_statistics_of_a_batch_norm_that_does_more_are_not_measured(read) -> Non
     with pytest.raises(
         InputError, match=r"layer 'bn' \(BatchNorm\): batch_norm_param.clip_variance is a field of a fork"
     ):
-        renorm(net, Weights(), Feed("data", None), None, None)  # type: ignore[arg-type]
+        renorm(model_of(net, Weights()), Feed({}), RenormSettings(), None, None)  # type: ignore[arg-type]
 
 
 def test_old_layers_with_fields_of_a_fork(read) -> None:

@@ -411,8 +411,8 @@ def test_all_that_cannot_be_run_is_named_and_who_needs_it() -> None:
     """
     wanted = (
         r"^layer 'a' \(LSTM\): the onnx engine does not know this type, and layer 'fc' \(InnerProduct\) "
-        r"behind it needs what it makes; use engine: caffe[^.]*\. So it is with the layers 'b' \(MyPooling\)\. "
-        "Known types"
+        r"behind it needs what it makes; use engine: caffe[^.]*\. So it is with the layers 'b' \(MyPooling\)"
+        r"\. Known types"
     )
     with pytest.raises(InputError, match=wanted):
         infer_shapes(text_format.Parse(text, NetParameter()), {"x": (1, 3)})

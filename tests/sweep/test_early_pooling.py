@@ -13,9 +13,8 @@ from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.settings import CaffeProcess
-from quantize.stages.renorm import renorm
 from quantize.sweep.early_pooling import with_early_pooling
-from tests.nets import images_of, parse, random_weights, write_images
+from tests.nets import images_of, parse, random_weights, renorm_weights, write_images
 
 OPEN = engine_opener("onnx", CaffeProcess(), 2)
 SHAPE = (3, 9, 9)
@@ -140,9 +139,9 @@ def test_the_statistics_are_those_of_all_values(tmp_path: Path, monkeypatch: pyt
     net = of(HALVING)
     weights = random_weights(single_assignment(net), {"data": SHAPE})
     assert (weights["scale"][0] < 0).any()
-    found, shifts = renorm(net, weights, feed, OPEN, None)
+    found, shifts = renorm_weights(net, weights, feed, OPEN, None)
     monkeypatch.setattr("quantize.stages.renorm.with_early_pooling", lambda *net_and_weights: net_and_weights)
-    expected, expected_shifts = renorm(net, weights, feed, OPEN, None)
+    expected, expected_shifts = renorm_weights(net, weights, feed, OPEN, None)
     assert [shift.values for shift in shifts] == [shift.values for shift in expected_shifts]
     for name in ("bn", "bn2"):
         for got, wanted in zip(found[name], expected[name], strict=True):
@@ -161,4 +160,4 @@ def test_scales_that_do_not_fit_are_one_line(tmp_path: Path, blobs: list[np.ndar
         if layer.name in good:
             bad.add(layer, blobs if layer.name == "scale2" else good[layer.name])
     with pytest.raises(InputError, match="scale2"):
-        renorm(net, bad, feed, OPEN, None)
+        renorm_weights(net, bad, feed, OPEN, None)

@@ -221,9 +221,9 @@ class _OnnxRange(Range):
         running = [self._pool.submit(self._run_part, part, feeds, blobs) for part in parts]
 
         def finish() -> RangeResult:
-            found = [part.result() for part in running]
+            parts = [part.result() for part in running]
             moments = {
-                name: reduce(Moments.merged, (part[name] for part in found if name in part))
+                name: reduce(Moments.merged, (part[name] for part in parts if name in part))
                 for name in self._moments
             }
             return RangeResult(blobs, moments)
