@@ -175,6 +175,31 @@ def foreign_fields(net: NetParameter) -> list[str | None]:
     return [next(_foreign(layer, LayerParameter.DESCRIPTOR), None) for layer in forked.layer]
 
 
+def without_effectless(net: NetParameter) -> NetParameter:
+    """A copy of a net without the fields ``WITHOUT_EFFECT`` that only its fork knows."""
+    schema = schema_of(net)
+    changed = (NetParameter if schema is None else fork_class(schema)).FromString(net.SerializeToString())
+    if schema is not None:
+        _drop_effectless(changed, NetParameter.DESCRIPTOR)
+    return NetParameter.FromString(changed.SerializeToString())
+
+
+def _drop_effectless(message: Message, ours: Any) -> None:
+    for field, value in message.ListFields():
+        known = None if ours is None else ours.fields_by_name.get(field.name)
+        own = known if known is not None and known.number == field.number else None
+        if field.name in WITHOUT_EFFECT and (own is None or _has_foreign_value(value, own)):
+            message.ClearField(field.name)
+        elif field.message_type is not None and own is not None:
+            for each in [value] if isinstance(value, Message) else value:
+                _drop_effectless(each, own.message_type)
+
+
+def _has_foreign_value(value: Any, ours: Any) -> bool:
+    """Whether an enum has a value that ours lacks."""
+    return ours.enum_type is not None and value not in ours.enum_type.values_by_number
+
+
 def foreign_field_text(field: str) -> str:
     """What there is to say of such a field."""
     return (

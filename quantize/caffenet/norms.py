@@ -57,6 +57,11 @@ def norm_places(layer: LayerParameter) -> NormPlaces | None:
     return None
 
 
+def places_with_affine(blobs: int) -> NormPlaces | None:
+    """Where those layers of forks keep things that have so many blobs, a scale and a shift among them."""
+    return next((places for places in (_NVCAFFE, _BN) if places.blobs == blobs), None)
+
+
 def places_of(layer: LayerParameter) -> NormPlaces:
     """`norm_places` of a layer that has statistics."""
     places = norm_places(layer)

@@ -26,6 +26,7 @@ from quantize.caffenet import (
     owners,
     read_net,
 )
+from quantize.caffenet.bvlc import in_bvlc_forms
 from quantize.caffenet.model import Model
 from quantize.caffenet.norms import norm_places
 from quantize.caffenet.quantizers import with_quantizers
@@ -216,6 +217,7 @@ class Inspection:
         caffe_proto: Path | None = None,
         stages: Sequence[str] = (),
         level: int = 0,
+        write: str = "as_read",
     ) -> Inspection:
         """Read a network; with ``weights`` check them against it.
 
@@ -223,6 +225,7 @@ class Inspection:
             InputError: bad files, weights that do not fit, or a shape that is not known.
         """
         net = read_net(prototxt, caffe_proto, stages, level)
+        net = in_bvlc_forms(net) if write == "bvlc" else net
         test = InferenceNet.of(net)
         inputs = shapes_of_inputs(net, shapes, "--shape")
         cropped = _cropped(net)
@@ -259,7 +262,9 @@ class Inspection:
         model = config.model
         shapes = input_shapes(config, read_model_prototxt(config))
         given = {name: list(shape) for name, shape in shapes.items()}
-        return cls.of(model.prototxt, model.weights, given, model.caffe_proto, model.stages, model.level)
+        return cls.of(
+            model.prototxt, model.weights, given, model.caffe_proto, model.stages, model.level, model.write
+        )
 
     def configured_by(self, config: Config, progress: Progress = SILENT) -> Inspection:
         """With what a configuration would do; the bits within a budget are measured.

@@ -16,6 +16,7 @@ from quantize.caffenet import (
     foreign_fields,
     read_net,
 )
+from quantize.caffenet.bvlc import in_bvlc_forms
 from quantize.caffenet.strings import from_path
 from quantize.caffenet.traits import Trait, traits_of
 from quantize.data.feed import Feed
@@ -90,7 +91,8 @@ def calibration_images(config: Config) -> int:
 def read_model_prototxt(config: Config) -> NetParameter:
     """The network to quantize, with all its phases."""
     model = config.model
-    return read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
+    net = read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
+    return in_bvlc_forms(net) if model.write == "bvlc" else net
 
 
 def calibration_feed(config: Config, net: NetParameter, images: int, progress: Progress = SILENT) -> Feed:

@@ -176,9 +176,7 @@ FAMILIES: dict[str, Family] = {
         HEAD
         + bn("conv1", "data", 8, fields="stride: 2")
         + bn("conv2", "conv1", 8, fields="dilation: 2")
-        + layer(
-            "pyramid", "Pooling", "conv2", "pyramid", f"pooling_param {{ pool: AVE kernel_size: 4 {FLOOR} }}"
-        )
+        + layer("pyramid", "Pooling", "conv2", "pyramid", f"pooling_param {{ {FLOOR} }}")
         + bn("conv3", "pyramid", 4, 1)
         + layer("conv3_interp", "Interp", "conv3", "conv3_interp", "interp_param { height: 7 width: 7 }")
         + layer("joined", "Concat", "conv2 conv3_interp")
