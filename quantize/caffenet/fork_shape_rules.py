@@ -108,16 +108,15 @@ def _upsample(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 
 def _upsampled(param: UpsampleParameter, sizes: Shape, has_mask: bool) -> Shape:
     """``upsample_h`` and ``upsample_w``, or the sizes times the scale less ``pad_out``."""
-    if has_mask and param.HasField("upsample_h") and param.HasField("upsample_w"):
+    named = {field.name for field, _ in param.ListFields()}
+    require(
+        has_mask or named <= {"scale"},
+        "upsample_param: without a mask as its second bottom it takes `scale` and nothing else",
+    )
+    if {"upsample_h", "upsample_w"} <= named:
         return (param.upsample_h, param.upsample_w)
-    scales = (param.scale_h, param.scale_w) if param.HasField("scale_h") else (param.scale, param.scale)
+    scales = (param.scale_h, param.scale_w) if "scale_h" in named else (param.scale, param.scale)
     require(min(scales) > 0, "upsample_param.scale is missing or 0")
-    if not has_mask:
-        require(
-            scales == (param.scale, param.scale),
-            "upsample_param: without a mask as its second bottom it takes `scale` and nothing else",
-        )
-        return tuple(size * param.scale for size in sizes)
     pads = (param.pad_out_h, param.pad_out_w)
     return tuple(size * s - pad for size, s, pad in zip(sizes, scales, pads, strict=True))
 

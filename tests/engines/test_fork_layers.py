@@ -62,6 +62,10 @@ REFUSED = {
         layer("l", "Upsample", "x", "", "upsample_param { scale_h: 2 scale_w: 3 }"),
         "without a mask as its second bottom it takes `scale` and nothing else",
     ),
+    "a padding without a mask": (
+        layer("l", "Upsample", "x", "", "upsample_param { scale: 2 pad_out_h: 1 }"),
+        "without a mask as its second bottom it takes `scale` and nothing else",
+    ),
     "axes twice": (layer("l", "Permute", "x", "", "permute_param { order: 0 order: 1 order: 1 }"), "twice"),
     "an axis beyond": (
         layer("l", "Permute", "x", "", "permute_param { order: 4 }"),

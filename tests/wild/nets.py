@@ -131,15 +131,44 @@ SSD = (
     + layer(
         "detection_eval",
         "DetectionEvaluate",
-        "detection_out mbox_loc",
+        "detection_out label",
         "detection_eval",
         "include { phase: TEST } detection_evaluate_param { num_classes: 3 }",
     )
 )
 
+LABELS = layer("labels", "Input", "", "label", "input_param { shape { dim: [1, 1, 8] } }")
+
+
+def annotated(phase: str) -> str:
+    """SSD: the layer that feeds it in training, and in its tests."""
+    fields = (
+        f"include {{ phase: {phase} }} transform_param {{ mean_value: 104 mean_value: 117 mean_value: 123 "
+        "resize_param { prob: 1 resize_mode: WARP height: 17 width: 17 interp_mode: [LINEAR, AREA] } } "
+        'data_param { source: "images" batch_size: 2 backend: LMDB } '
+        "annotated_data_param { batch_sampler { sampler { min_scale: 0.3 } } batch_sampler { } }"
+    )
+    return layer("data", "AnnotatedData", "", "data label", fields)
+
+
+SSD_TRAINED = (
+    annotated("TRAIN")
+    + annotated("TEST")
+    + SSD
+    + layer(
+        "mbox_loss",
+        "MultiBoxLoss",
+        "mbox_loc mbox_conf mbox_prior label",
+        "mbox_loss",
+        "include { phase: TRAIN } propagate_down: true loss_param { normalization: VALID } "
+        "multibox_loss_param { num_classes: 3 code_type: CENTER_SIZE }",
+    )
+)
+"""As it is trained and tested."""
+
 FAMILIES: dict[str, Family] = {
     "ssd": Family(
-        HEAD + SSD,
+        HEAD + LABELS + SSD,
         ("mbox_loc", "conf_flatten"),
         ("prior1", "prior2", "mbox_prior", "detection_out"),
         ("code_type: CENTER_SIZE", "aspect_ratio: 2", "across_spatial: false", "order: 3"),

@@ -15,7 +15,7 @@ from quantize.caffenet import InferenceNet, NetParameter, Weights, read_prototxt
 from quantize.caffenet.norms import norm_places, stored_statistics
 from quantize.caffenet.schema import AnnotatedDatum, BlobProto, Datum
 from tests.nets import random_weights, write_photos
-from tests.wild.nets import FAMILIES, RECURRENT, Family
+from tests.wild.nets import FAMILIES, RECURRENT, SSD_TRAINED, Family
 
 IMAGES = 12
 RAW_TYPES = {"float16": (BlobProto.FLOAT16, "<f2"), "float64": (BlobProto.DOUBLE, "<f8")}
@@ -117,6 +117,30 @@ def test_a_family_through_the_commands(
     for each in found:
         print(name, json.dumps(each))
     check_statistics(tmp_path, name)
+
+
+def test_a_detector_as_it_is_trained(
+    tmp_path: Path, labelfree: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data layer is of a fork, too; both phases keep what they have."""
+    write_family("ssd", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("net.prototxt").write_text(f'name: "ssd" {SSD_TRAINED}')
+    Path("job.yaml").write_text(
+        "name: ssd\nmodel: {prototxt: net.prototxt, weights: net.caffemodel}\nthreads: 1\n"
+        "data: {calibration: {source: images}, validation: {source: images, batch_size: 2}}\noutput: out\n"
+    )
+    done = labelfree("quantize", "--config", "job.yaml")
+    assert done.code == 0, done.err
+    assert "transform_param.resize_param is a field of a fork of Caffe and is not applied" in done.err
+    val = Path("out/ssd_val.prototxt").read_text()
+    for part in ("multibox_loss_param", "min_scale: 0.3", "resize_mode: WARP"):
+        assert part in val, part
+    scored = labelfree("evaluate", "--config", "job.yaml", "--json")
+    assert scored.code == 0, scored.err
+    found = json.loads(scored.out)
+    assert {each["blob"] for each in found["outputs"]} == {"mbox_loc", "conf_flatten"}
+    assert found["fp32"]["top1"] is None
 
 
 def check_statistics(folder: Path, name: str) -> None:
