@@ -7,6 +7,7 @@ becomes a BatchNorm and a Scale, SegNet's BN a Scale. Fields of forks that have 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from quantize.caffenet.norms import CAFFE_PLACES, NormPlaces, epsilon, norm_plac
 from quantize.caffenet.schema import LayerParameter, NetParameter
 from quantize.caffenet.weights import Weights
 
+LayerForms = Literal["as_read", "bvlc"]
+"""The forms of a fork's layers: the fork's, or those of Caffe 1.0 where they say the same."""
 SCALE_SUFFIX = "_scale"
 
 

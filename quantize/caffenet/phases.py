@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from quantize.arrays import Shape
 from quantize.caffenet.schema import TEST, TRAIN, LayerParameter, NetParameter, NetStateRule
 from quantize.caffenet.text_faults import did_you_mean
 from quantize.caffenet.trailing import trailing_layers
@@ -256,7 +257,7 @@ def input_blobs(net: NetParameter) -> tuple[str, ...]:
     return tuple(top for _, top in fed)
 
 
-def takes_images(shape: tuple[int, ...] | None) -> bool:
+def takes_images(shape: Shape | None) -> bool:
     """Whether images can go into an input of this shape, which may be unknown."""
     return shape is None or len(shape) == IMAGE_AXES
 
@@ -306,7 +307,7 @@ def data_layer(net: NetParameter, phase: int) -> LayerParameter | None:
     return next((layer for layer in included if Trait.IMAGES in traits_of(layer)), None)
 
 
-def declared_shape(net: NetParameter, blob: str) -> tuple[int, ...] | None:
+def declared_shape(net: NetParameter, blob: str) -> Shape | None:
     """The shape of one image that an Input layer declares for ``blob``, if one does."""
     for layer in filter_net(net, TEST).layer:
         if blob in layer.top:
@@ -334,7 +335,7 @@ def _check_rows(net: NetParameter, inputs: Sequence[str]) -> None:
         )
 
 
-def _declared(layer: LayerParameter, top: str) -> tuple[int, ...] | None:
+def _declared(layer: LayerParameter, top: str) -> Shape | None:
     """The shape of one image that an Input layer declares for its top."""
     shapes = layer.input_param.shape
     if layer.type != "Input" or not shapes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from google.protobuf import text_format
 
 from quantize.caffenet.batch import free_batch
+from quantize.caffenet.bvlc import LayerForms, in_bvlc_forms
 from quantize.caffenet.fork import (
     WITHOUT_EFFECT,
     Schema,
@@ -36,7 +37,11 @@ _ESCAPES = re.compile(rb"\\(?:([23][0-7]{2})|[xX]([89a-fA-F][0-9a-fA-F])|.)", re
 
 
 def read_net(
-    path: str | Path, caffe_proto: str | Path | None = None, stages: Sequence[str] = (), level: int = 0
+    path: str | Path,
+    caffe_proto: str | Path | None = None,
+    stages: Sequence[str] = (),
+    level: int = 0,
+    write: LayerForms = "as_read",
 ) -> NetParameter:
     """Read the net of a model: one that has no stages and levels any more and takes batches of any size.
 
@@ -45,6 +50,7 @@ def read_net(
         caffe_proto: the schema of the fork of Caffe that it is for, if any.
         stages: the stages that are set (see `at_state`).
         level: the level.
+        write: the forms of a fork's layers that are wanted (see `in_bvlc_forms`).
 
     Raises:
         InputError: as `read_prototxt`, `load_schema` and `at_state`.
@@ -52,7 +58,7 @@ def read_net(
     schema = None if caffe_proto is None else load_schema(caffe_proto)
     net = at_state(read_prototxt(path, schema), stages, level)
     free_batch(net)
-    return net
+    return in_bvlc_forms(net) if write == "bvlc" else net
 
 
 def read_prototxt(path: str | Path, schema: Schema | None = None) -> NetParameter:

@@ -102,7 +102,7 @@ def check_weights(net: NetParameter, weights: Weights, shapes: Shapes) -> None:
     """Check that a caffemodel has the weights that a net's layers need; layers the net lacks are ignored.
 
     Blobs of old files, whose shapes are always four numbers, may differ from what is needed by leading ones,
-    as in Caffe; they get the shape that is needed (``Weights.reshape``).
+    as in Caffe (see `in_shape`).
 
     Raises:
         InputError: naming the layer: it is missing in the caffemodel, or a blob is missing, has another
@@ -120,8 +120,24 @@ def check_weights(net: NetParameter, weights: Weights, shapes: Shapes) -> None:
             continue
         for blobs in held[layer.name]:  # of several layers of one name Caffe copies all
             _check_blobs(layer, blobs, expected, permissive)
-        if [blob.shape for blob in weights[layer.name]] != expected:
-            weights.reshape(layer.name, expected)
+
+
+def in_shape(weights: Weights, shapes: Shapes) -> Weights:
+    """The weights with each blob in the shape that it is needed in; the same object where all are.
+
+    Args:
+        weights: in which `check_weights` has found no fault.
+    """
+    present = set(weights.layers())
+    other = {
+        name: expected
+        for name, expected in shapes.params.items()
+        if name in present and [blob.shape for blob in weights[name]] != expected
+    }
+    changed = weights.copy() if other else weights
+    for name, expected in other.items():
+        changed.reshape(name, expected)
+    return changed
 
 
 def no_weights(name: str) -> str:

@@ -16,9 +16,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,7 @@ from quantize.caffenet.schema import BlobProto, BlobShape, LayerParameter, V1Lay
 from quantize.caffenet.strings import to_bytes, to_text
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_v1_layer
 from quantize.errors import InputError, LabelfreeError
-from quantize.files import open_file
+from quantize.files import Digest, Writable, open_file
 
 MAX_BYTES = 2**31 - 1
 """The largest message that protobuf, and so Caffe, reads or writes."""
@@ -50,7 +49,6 @@ _BLOB_RAW_TYPE = 10
 _RAW_TYPES = {BlobProto.DOUBLE: "<f8", BlobProto.FLOAT: "<f4", BlobProto.FLOAT16: "<f2"}
 _LEGACY_SHAPE = ("num", "channels", "height", "width")
 Parsed = TypeVar("Parsed", bound=Message)
-_NAMES = {_NET_LAYER: _LAYER_NAME, _NET_LAYERS: _V1_NAME}
 
 
 class _DamagedError(Exception):
@@ -103,43 +101,28 @@ class Weights:
         self._rest: list[memoryview] = []
 
     @classmethod
-    def read(cls, path: str | Path) -> Weights:
+    def read(cls, path: str | Path, digest: Digest | None = None) -> Weights:
         """Read a caffemodel of any age but Caffe's first year (V0).
 
         Blobs are read-only float32 views of the file's bytes where it holds packed floats; they may lie
         at any byte, which numpy handles (``flags.aligned`` tells). V1 layers are upgraded as Caffe does.
 
+        Args:
+            path: the file.
+            digest: hears its bytes.
+
         Raises:
             InputError: the file cannot be read, or is damaged, truncated, not a caffemodel, or V0.
         """
         buffer = _read_file(path)
+        if digest is not None:
+            digest.update(buffer)
         weights = cls()
         with _told(path, buffer):
             weights._scan(buffer)
             if not weights._layers:
                 raise _DamagedError("it has no layers")
         return weights
-
-    @staticmethod
-    def names(path: str | Path) -> set[str]:
-        """The names of a caffemodel's layers; blobs are not read, and so not checked.
-
-        Raises:
-            InputError: as `read`.
-        """
-        found = set()
-        with open_file(path, "caffemodel") as file:
-            buffer = _OnDisk(file)
-            with _told(path, buffer):
-                for layer in _fields(buffer, 0, len(buffer)):
-                    if layer.number in _NAMES:
-                        _expect(layer, _BYTES)
-                        inner = _fields(buffer, layer.start, layer.end)
-                        names = [f for f in inner if f.number == _NAMES[layer.number]]
-                        found.add(_text(buffer, names[-1]) if names else "")
-                if not found:
-                    raise _DamagedError("it has no layers")
-        return found
 
     @property
     def raw_types(self) -> list[str]:
@@ -207,7 +190,7 @@ class Weights:
         """Put a new layer at the end."""
         self._layers.append(_new_layer(new, blobs))
 
-    def write(self, file: BinaryIO) -> None:
+    def write(self, file: Writable) -> None:
         """Write the caffemodel; layers that were not touched are written byte for byte as they were read.
 
         Raises:
@@ -335,33 +318,15 @@ def _read_file(path: str | Path) -> memoryview:
     return data.toreadonly()
 
 
-class _OnDisk(Sequence[int]):
-    """The bytes of a file, read where they are looked at."""
-
-    def __init__(self, file: FileIO) -> None:
-        self._size = os.fstat(file.fileno()).st_size
-        self._file = BufferedReader(file)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, place: Any) -> Any:
-        self._file.seek(place)
-        byte = self._file.read(1)
-        if not byte:
-            raise _DamagedError("it became shorter while it was read")
-        return byte[0]
-
-
 @contextmanager
-def _told(path: str | Path, buffer: Sequence[int]) -> Iterator[None]:
+def _told(path: str | Path, buffer: memoryview) -> Iterator[None]:
     """Say which file something is wrong with, or what it seems to be instead of a caffemodel."""
     try:
         yield
     except UnsupportedLayerError as error:
         raise InputError(f"{path}: {error}") from None
     except _DamagedError as error:
-        start = bytes(buffer[place] for place in range(min(FIRST_BYTES, len(buffer))))
+        start = bytes(buffer[:FIRST_BYTES])
         other = other_format(start)
         if other is not None:
             what = not_but("a caffemodel", other)
@@ -375,7 +340,7 @@ def _told(path: str | Path, buffer: Sequence[int]) -> Iterator[None]:
         raise InputError(f"{path}: {what}") from None
 
 
-def _varint(buffer: Sequence[int], pos: int, end: int) -> tuple[int, int]:
+def _varint(buffer: memoryview, pos: int, end: int) -> tuple[int, int]:
     """The varint at ``pos`` and the place behind it."""
     value = 0
     for shift in range(0, 70, 7):
@@ -389,7 +354,7 @@ def _varint(buffer: Sequence[int], pos: int, end: int) -> tuple[int, int]:
     raise _DamagedError(f"a number of more than 64 bits at byte {pos}")
 
 
-def _fields(buffer: Sequence[int], tag: int, end: int) -> Iterator[_Field]:
+def _fields(buffer: memoryview, tag: int, end: int) -> Iterator[_Field]:
     """Walk the records of the message ``buffer[tag:end]``."""
     while tag < end:
         key, start = _varint(buffer, tag, end)
@@ -413,11 +378,11 @@ def _fields(buffer: Sequence[int], tag: int, end: int) -> Iterator[_Field]:
         tag = stop
 
 
-def _text(buffer: Sequence[int], field: _Field) -> str:
+def _text(buffer: memoryview, field: _Field) -> str:
     _expect(field, _BYTES)
     if field.end - field.start > MAX_NAME:
         raise _DamagedError(f"a name of {field.end - field.start} bytes at byte {field.tag}")
-    return to_text(bytes(buffer[place] for place in range(field.start, field.end)))
+    return to_text(bytes(buffer[field.start : field.end]))
 
 
 def _expect(field: _Field, *wires: int) -> None:

@@ -14,6 +14,7 @@ from quantize.caffenet import (
     NetParameter,
     filter_net,
     is_measure,
+    unused_name,
 )
 from quantize.errors import InputError
 
@@ -147,8 +148,7 @@ def tapped(net: NetParameter, outputs: Sequence[Output]) -> tuple[NetParameter, 
     for output in outputs:
         name = output.blob
         if output.before is not None:
-            while name in taken:
-                name += "'"
+            name = unused_name(name, taken)
             overwriters = [i for i, layer in enumerate(copy.layer) if layer.name == output.before]
             if not overwriters:
                 raise InputError(f"the net has no layer {output.before!r} any more; quantize again")

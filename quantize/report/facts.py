@@ -27,10 +27,10 @@ class Row:
 
     Attributes:
         name: the layer with weights; a BatchNorm or what else is quantized behind none has a row of its own.
-        weights: stage 1's record of it.
+        weights: what the stage weights did to it.
         output: output SQNR in decibels by version.
-        norm: stage 2's record of its BatchNorm.
-        activation: stage 3's record of what it makes.
+        norm: how the stage renorm moved its BatchNorm.
+        activation: what the stage activations found for what it makes.
         same_as: the layer whose weights it shares and that has the record of them, if any.
     """
 

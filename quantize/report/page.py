@@ -38,8 +38,8 @@ def render(record: RunRecord, full: Model, quantized: Model, renormed: Model | N
     Args:
         record: the content of report.json.
         full: the model in full precision.
-        quantized: what stage 1 has made of it.
-        renormed: what stage 2 has made of that; None where that has not run.
+        quantized: what the stage weights has made of it.
+        renormed: what the stage renorm has made of that; None where that has not run.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -57,7 +57,7 @@ def render(record: RunRecord, full: Model, quantized: Model, renormed: Model | N
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"db": decibels, "percent": percent, "size": size, "number": number}
+    environment.filters |= {"db": decibels_text, "percent": percent, "size": size, "number": number}
     pictures = {
         "depth": [plots.depth_plot(rows)] if any(row.weights for row in rows) else [],
         "weights": _weight_plots(rows, full, quantized),
@@ -99,7 +99,7 @@ def _activation_plots(record: RunRecord) -> list[str]:
     return [plots.activation_histogram(layer) for layer in seen[:SMALL_MULTIPLES]]
 
 
-def decibels(value: float | None) -> str:
+def decibels_text(value: float | None) -> str:
     """A ratio in decibels; a dash where there is none."""
     return "–" if value is None else f"{value:.1f}"
 

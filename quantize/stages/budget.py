@@ -184,6 +184,8 @@ def sensitivities(
     calibration: Calibration,
     scores: Output,
     progress: Progress = SILENT,
+    work: float = WORK,
+    least_images: int = LEAST_IMAGES,
 ) -> tuple[Sensitivities, int]:
     """How far the net's output moves when one layer alone is quantized, for all bits that the grid has.
 
@@ -197,6 +199,8 @@ def sensitivities(
         grid: name of their grid.
         calibration: the images; some of them are taken, spread evenly.
         scores: the net's output with one score per class.
+        work: multiply-accumulates, of which the number of images follows, but ...
+        least_images: ... not fewer than these, where there are so many.
 
     Returns:
         Mean over the images (and their places, where there are several) of the Kullback-Leibler divergence of
@@ -218,9 +222,9 @@ def sensitivities(
     offered = range(GRID_BITS[grid][0], GRID_BITS[grid][1] + 1)
     with closing(calibration.open_engine(net, weights, feed.shapes)) as engine:
         costs = Costs.of(net, engine.shapes, list(feed.shapes), [blob])
-        work = {name: costs.between(layer_index(net, name), len(net.layer)) for name in layers}
-        per_image = sum(work.values()) * len(offered)
-        feed = thinned(feed, max(LEAST_IMAGES, int(WORK / max(per_image, 1))))
+        behind = (costs.between(layer_index(net, name), len(net.layer)) for name in layers)
+        per_image = sum(behind) * len(offered)
+        feed = thinned(feed, max(least_images, int(work / max(per_image, 1))))
         images = len(feed)
         # The scores of all images are kept.
         held = FLOAT_BYTES * math.prod(engine.shapes.blobs[blob]) * images

@@ -46,7 +46,7 @@ MAX_COLUMNS = 10240
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images for stage 1, and how they are run through a net.
+    """Images for the stage weights, and how they are run through a net.
 
     Attributes:
         feed: the calibration images.

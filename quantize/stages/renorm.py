@@ -24,11 +24,8 @@ from quantize.caffenet import (
     LayerParameter,
     NetParameter,
     Weights,
-    check_weights,
     foreign_field_text,
     foreign_fields,
-    infer_shapes,
-    known_part,
     needed_layers,
     single_assignment,
     stored_statistics,
@@ -93,7 +90,7 @@ def renorm(
             "renorm: paired statistics need the model in full precision, which the files of a quantized one "
             "do not hold: give full=Model.load(...), or settings={'statistics': 'measured'}"
         )
-    net, weights = model.inference.net, model.weights
+    net = model.inference.net
     corrected = full is not None and settings.bias_correction and model.solver != "data_aware"
     biases = correctable(net) if corrected else NO_BIASES
     if not biases and not any(map(norm_places, net.layer)):
@@ -101,10 +98,8 @@ def renorm(
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
         if norm_places(layer) is not None and foreign is not None:
             raise InputError(f"layer {layer.name!r} ({layer.type}): {foreign_field_text(foreign)}")
-    known = known_part(net, feed.shapes)
-    check_weights(
-        known, weights, infer_shapes(known, {name: (1, *shape) for name, shape in feed.shapes.items()})
-    )
+    model = model.checked(feed.shapes)
+    weights = model.weights
     tour = Tour.of(model, full, list(feed.shapes), biases)
     found: dict[str, Statistics | Correction] = {}
     with names_of_one_net(), closing(open_engine(tour.net, tour.weights, feed.shapes)) as engine:

@@ -167,7 +167,7 @@ def to_be_quantized(net: NetParameter, settings: WeightSettings) -> set[str]:
 
 
 def check_unquantized(net: NetParameter) -> None:
-    """Check that a net is not one that stage 1 has written.
+    """Check that a net is not one that this stage has written.
 
     Raises:
         InputError: it has an ``*_alpha_term`` layer.

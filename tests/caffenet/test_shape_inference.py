@@ -6,7 +6,7 @@ from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.caffenet import LayerParameter, NetParameter, Weights, check_weights, infer_shapes
+from quantize.caffenet import LayerParameter, NetParameter, Weights, check_weights, in_shape, infer_shapes
 from quantize.errors import InputError
 
 
@@ -530,14 +530,18 @@ def test_weights_that_fit():
     check_weights(net, weights, shapes)
 
 
-def test_legacy_shapes_fit_and_are_changed():
+def test_legacy_shapes_fit_and_are_changed_in_a_copy():
     net = residual_net()
     shapes = infer_shapes(net, {"data": (1, 3, 224, 224)})
     weights = weights_for(shapes)
     fc = [blob.reshape((1,) * (4 - blob.ndim) + blob.shape) for blob in weights["fc"]]
     weights.replace("fc", fc)
     check_weights(net, weights, shapes)
-    assert [blob.shape for blob in weights["fc"]] == [(1000, 128), (1000,)]
+    changed = in_shape(weights, shapes)
+    assert [blob.shape for blob in changed["fc"]] == [(1000, 128), (1000,)]
+    assert [blob.shape for blob in weights["fc"]] == [(1, 1, 1000, 128), (1, 1, 1, 1000)]
+    assert all(np.shares_memory(one, other) for one, other in zip(changed["fc"], fc, strict=True))
+    assert in_shape(changed, shapes) is changed
     weights.replace("fc", [fc[0].reshape(1, 1000, 128), fc[1]])
     with pytest.raises(InputError, match=r"layer 'fc'.*blob 0"):
         check_weights(net, weights, shapes)

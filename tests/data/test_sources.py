@@ -170,7 +170,7 @@ def test_list_with_labels_spaces_and_blank_lines(image_folder, tmp_path):
     assert len(source) == 4
     assert [source.read(i).label for i in range(4)] == [3, -4, None, 5]
     assert np.array_equal(source.read(2).pixels, source.read(3).pixels)
-    source.check(4)
+    source.check(range(4))
 
 
 def test_list_naming_a_missing_file(image_folder, tmp_path):
@@ -178,9 +178,9 @@ def test_list_naming_a_missing_file(image_folder, tmp_path):
     listing = tmp_path / "list.txt"
     listing.write_text("images/image00.png 0\nimages/gone.png 1\n")
     source = open_source(listing)
-    source.check(1)
+    source.check(range(1))
     with pytest.raises(InputError, match=r"list.txt, line 2: .*images/gone.png: no such file"):
-        source.check(2)
+        source.check(range(2))
     with pytest.raises(InputError, match=r"line 2: .*No such file"):
         source.read(1)
 
@@ -213,7 +213,7 @@ def test_any_list_opens_or_is_an_input_error(tmp_path_factory, content):
     path.write_bytes(content)
     source = result_or_input_error(lambda: open_source(path))
     if source is not None:
-        result_or_input_error(lambda: source.check(len(source)))
+        result_or_input_error(lambda: source.check(range(len(source))))
         result_or_input_error(lambda: source.read(0))
 
 

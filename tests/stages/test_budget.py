@@ -245,21 +245,16 @@ def test_without_a_batchnorm_or_with_another_reader_nothing_is_repaired(
         assert found[name][3] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_net_that_costs_much_is_measured_on_fewer_images(
-    calibration: Calibration, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("quantize.stages.budget.LEAST_IMAGES", 3)
+def test_a_net_that_costs_much_is_measured_on_fewer_images(calibration: Calibration, model: Model) -> None:
     _, images = sensitivities(model, ["left"], "uniform", calibration, SCORES)
     assert images == IMAGES
     net = single_assignment(NET)
     costs = Costs.of(net, infer_shapes(net, {"data": (1, *CROPPED)}), ["data"], ["fc2"])
     behind = costs.between(layer_index(net, "left"), len(net.layer))
-    monkeypatch.setattr("quantize.stages.budget.WORK", 7 * behind * 7.5)  # 2 to 8 bits
-    _, images = sensitivities(model, ["left"], "uniform", calibration, SCORES)
-    assert images == 7
-    monkeypatch.setattr("quantize.stages.budget.WORK", 1.0)
-    _, images = sensitivities(model, ["left"], "uniform", calibration, SCORES)
-    assert images == 3
+    work = 7 * behind * 7.5  # 2 to 8 bits
+    for most, wanted in ((work, 7), (1.0, 3)):
+        _, images = sensitivities(model, ["left"], "uniform", calibration, SCORES, work=most, least_images=3)
+        assert images == wanted
 
 
 def test_more_bits_of_the_uniform_grid_move_the_output_less(calibration: Calibration, model: Model) -> None:
@@ -289,9 +284,7 @@ def test_scores_that_are_not_finite_are_one_line(
 
 def test_too_little_memory_says_how_much_would_do(calibration: Calibration, model: Model) -> None:
     tight = Calibration(calibration.feed, ONNX, 1000)
-    with pytest.raises(
-        InputError, match=r"renorm\.memory: 1000 bytes.*least that would do is (\d+)"
-    ) as caught:
+    with pytest.raises(InputError, match=r"^memory: 1000 bytes.*least that would do is (\d+)") as caught:
         sensitivities(model, ["left"], "uniform", tight, SCORES)
     least = int(str(caught.value).split("least that would do is ")[1].split()[0])
     enough = Calibration(calibration.feed, ONNX, least)

@@ -17,6 +17,7 @@ from quantize.job.evaluation import evaluate_run
 from quantize.job.run import Run
 from quantize.numerics.grids import Grid, make_grid
 from quantize.numerics.rounding import (
+    BLOCK,
     Nearest,
     Problem,
     Rounding,
@@ -107,12 +108,9 @@ def test_damping_pulls_towards_the_weights() -> None:
 # ---- The steps ----
 
 
-@pytest.mark.parametrize(("k", "block"), [(7, 3), (12, 4), (5, 128)])
-def test_the_recursion_is_babais_and_optimal_brain_quantization(
-    monkeypatch: pytest.MonkeyPatch, k: int, block: int
-) -> None:
+@pytest.mark.parametrize("k", [5, BLOCK, 2 * BLOCK + 7])
+def test_the_recursion_is_babais_and_optimal_brain_quantization(k: int) -> None:
     """Blocked, over groups: the same as rounding one weight and solving for the others again, each time."""
-    monkeypatch.setattr("quantize.numerics.rounding.BLOCK", block)
     problem, nearest = problem_of(2, 3, k), Nearest(make_grid("power_of_two", 3))
     alpha = np.full((2, 3), 0.1)
     found = recursion(problem.target, factor_of(problem), alpha, nearest)
@@ -127,17 +125,16 @@ def test_the_recursion_is_babais_and_optimal_brain_quantization(
             w[i] -= error
 
 
-@pytest.mark.parametrize("block", [3, 128])
-def test_a_sweep_is_one_descent_over_the_coordinates(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr("quantize.numerics.rounding.BLOCK", block)
-    problem, nearest = problem_of(2, 2, 8), Nearest(make_grid("uniform", 3))
+@pytest.mark.parametrize("k", [8, 2 * BLOCK + 7])
+def test_a_sweep_is_one_descent_over_the_coordinates(k: int) -> None:
+    problem, nearest = problem_of(2, 2, k), Nearest(make_grid("uniform", 3))
     alpha = np.full((2, 2), 0.15)
     start = nearest(problem.target, alpha[:, :, None])
     loss = problem.loss(alpha[:, :, None] * start)
     found = coordinate_descent(problem, Rounding(alpha, start, start @ problem.H, loss), nearest)
     for group, n in product(range(2), range(2)):
         H, w, q = problem.H[group], problem.target[group, n], start[group, n].copy()
-        for i in reversed(range(8)):
+        for i in reversed(range(k)):
             tried = []
             for level in nearest.levels:
                 q[i] = level
@@ -350,7 +347,7 @@ def test_the_scores_come_nearer_to_full_precision(
 def test_the_statistics_of_the_norms_are_those_of_renorm(
     calibrated: tuple[NetParameter, Weights, Calibration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the layers see is the net quantized so far, renormed: so its statistics are those of stage 2."""
+    """What the layers see is the net quantized so far, renormed as the stage renorm does it."""
     net, weights, calibration = calibrated
     seen: dict[str, list[np.ndarray]] = {}
     engines = []

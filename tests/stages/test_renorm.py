@@ -164,23 +164,20 @@ def test_progress_ends_at_the_plans_work(net: NetParameter, weights: Weights, fe
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("micro_batch_bytes", [1, 20_000, 64 << 20])
+@pytest.mark.parametrize(
+    ("memory", "batch"), [(None, COUNT), (300_000, 16), (160_000, 8), (60_000, 2), (30_000, 1)]
+)
 def test_threads_and_micro_batches_do_not_change_the_result(
-    net: NetParameter,
-    weights: Weights,
-    feed: Feed,
-    threads: int,
-    micro_batch_bytes: int,
-    monkeypatch: pytest.MonkeyPatch,
+    net: NetParameter, weights: Weights, feed: Feed, threads: int, memory: int | None, batch: int
 ) -> None:
+    tour = Tour.of(model_of(net, weights))
+    assert Shard(OPEN(tour.net, weights, feed.shapes), feed, tour.steps, memory).plan.micro_batch == batch
     expected, _ = renorm_weights(net, weights, feed, OPEN, None)
-    monkeypatch.setattr("quantize.sweep.plan.MICRO_BATCH_BYTES", micro_batch_bytes)
     opener = engine_opener("onnx", CaffeProcess(), threads)
-    for memory in (None, 60_000):
-        found, _ = renorm_weights(net, weights, feed, opener, memory)
-        for name in ("bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"):
-            for got, wanted in zip(found[name], expected[name], strict=True):
-                np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
+    found, _ = renorm_weights(net, weights, feed, opener, memory)
+    for name in ("bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"):
+        for got, wanted in zip(found[name], expected[name], strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory", [None, 60_000])

@@ -18,7 +18,6 @@ from quantize.caffenet import (
     NetParameter,
     Shapes,
     Weights,
-    check_weights,
     infer_shapes,
     needed_layers,
 )
@@ -45,6 +44,7 @@ class OnnxEngine(Engine):
         net, weights, inputs: see ``Engine``.
         threads: that run parts of a micro-batch at the same time; default: as `available_threads` says. An
             image's results do not depend on them.
+        part_bytes: what the bottoms and tops of the widest layer may take; see ``CACHE_BYTES``.
 
     Raises:
         InputError: a layer's parameters are impossible, a blob is missing or has the wrong shape, or a layer
@@ -57,10 +57,11 @@ class OnnxEngine(Engine):
         weights: Weights,
         inputs: Mapping[str, Shape],
         threads: int | None = None,
+        part_bytes: int = CACHE_BYTES,
     ) -> None:
         super().__init__(net, weights, inputs)
-        check_weights(net, self.weights, self.shapes)
         self.threads = threads or available_threads()
+        self.part_bytes = part_bytes
         self.per_image = _values_per_image(net, inputs, self.shapes)
         self.pool = pool(self.threads, "labelfree-onnx")
 
@@ -184,7 +185,7 @@ class _OnnxRange(Range):
                 raise LabelfreeError(f"{self._doing}: {' '.join(str(error).split())}") from error
         self._feeds = [blob for blob in translation.inputs.values() if blob.tensor in used]
         self.inputs = tuple(dict.fromkeys(blob.name for blob in (*self._feeds, *self._passed)))
-        self._part = max(1, CACHE_BYTES // max(1, _widest(engine, layers)))
+        self._part = max(1, engine.part_bytes // max(1, _widest(engine, layers)))
         self._threads, self._pool = engine.threads, engine.pool
 
     def run(
