@@ -410,7 +410,7 @@ def quantize(
         renorm=renorm,
         activations=activations,
     )
-    with work.begun(model):
+    with work.begun(model) as model:
         return work.activations(work.renorm(work.weights(model), model))
 
 
@@ -444,7 +444,7 @@ def quantize_weights(
     """
     tree = _with(settings, "weights", bits=bits)
     work = _Stages.of("quantize_weights", model, images, runtime, weights=tree)
-    with work.begun(model):
+    with work.begun(model) as model:
         return work.weights(model)
 
 
@@ -480,7 +480,7 @@ def renorm(
     """
     weights = {} if model.solver is None else {"solver": model.solver}
     work = _Stages.of("renorm", model, images, runtime, weights=weights, renorm=settings)
-    with work.begun(model):
+    with work.begun(model) as model:
         return work.renorm(model, full)
 
 
@@ -514,7 +514,7 @@ def quantize_activations(
     """
     tree = _with(settings, "activations", bits=bits)
     work = _Stages.of("quantize_activations", model, images, runtime, activations=tree)
-    with work.begun(model):
+    with work.begun(model) as model:
         return work.activations(model)
 
 
@@ -619,15 +619,15 @@ class _Stages:
         return cls(Work.of(config, feed, runtime.progress), images)
 
     @contextmanager
-    def begun(self, model: Model) -> Iterator[None]:
-        """What is to be done before and around the stages."""
+    def begun(self, model: Model) -> Iterator[Model]:
+        """What is to be done before and around the stages; gives the model, checked against the images."""
         config = self.work.config
         with using_threads(config.threads):
             if self.images is not None:
-                model.check(self.images.shapes)
+                model = model.checked(self.images.shapes)
                 full = model.full or (None if model.is_quantized else model)
                 self.images._check_transform(config, full, self.work.progress)
-            yield
+            yield model
 
     def weights(self, model: Model) -> Model:
         """Stage 1."""

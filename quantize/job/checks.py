@@ -11,6 +11,7 @@ from quantize.caffenet import (
     filter_net,
     single_assignment,
 )
+from quantize.caffenet.norms import norm_places
 from quantize.data.feed import Feed
 from quantize.data.transform import shape_text
 from quantize.engines.base import OpenEngine
@@ -80,7 +81,7 @@ class Checks:
     def _weights(self) -> str:
         """The caffemodel against the net, and the settings against both."""
         model, settings = self.given.model, self.config.weights
-        test, weights = model.inference, model.weights
+        test = model.inference
         chosen = {}
         if "weights" in self.stages:
             check_unquantized(test.net)
@@ -89,7 +90,7 @@ class Checks:
             shapes = input_shapes(self.given)
         except InputError:  # the images are looked at next
             shapes = {}
-        model.check(shapes)
+        weights = model.checked(shapes).weights
         check_kernels(filter_net(model.net, TEST), weights, chosen)
         if "weights" in self.stages and settings.budget is not None:
             class_scores(model.net, "weights.budget")
@@ -121,7 +122,7 @@ class Checks:
         measured = [
             at
             for at, layer in enumerate(flat.layer)
-            if sites.intersection(layer.top) or (layer.type == "BatchNorm" and "renorm" in self._fed)
+            if sites.intersection(layer.top) or (norm_places(layer) is not None and "renorm" in self._fed)
         ]
         if self.config.weights.budget is None:
             del flat.layer[max(measured, default=-1) + 1 :]

@@ -232,8 +232,7 @@ class Run:
         return not reasons
 
     def _weights(self, begun: _Begun) -> tuple[Model, AnyStageRecord]:
-        self._check(self.given.model)
-        model, found = self.work.weights(self.given.model)
+        model, found = self.work.weights(self._checked(self.given.model))
         outputs = self._write_weights(self.files.quantized, model)
         return model, WeightsRecord(
             **begun.ended(outputs),
@@ -274,13 +273,11 @@ class Run:
             raise InputError(
                 f"{path}: made from another model.prototxt or model.weights; run the weights stage again"
             )
-        model = self.results.after(stage)
-        self._check(model)
-        return model
+        return self._checked(self.results.after(stage))
 
-    def _check(self, model: Model) -> None:
-        """Check the blobs against the layers, as far as the shapes of inputs and layers are known."""
-        model.check(input_shapes(self.given))
+    def _checked(self, model: Model) -> Model:
+        """The model, checked as far as the shapes of inputs and layers are known."""
+        return model.checked(input_shapes(self.given))
 
     # ---- Files ----
 

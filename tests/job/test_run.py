@@ -233,6 +233,26 @@ def test_killed_and_resumed_is_the_same_as_not_killed(make_job: Callable[[str], 
     assert found == contents(whole.out)
 
 
+def test_blobs_of_old_files_are_written_in_the_shapes_of_caffe(
+    make_job: Callable[[str], Job],
+) -> None:
+    old, new = make_job("old"), make_job("new")
+    weights = Weights.read(old.folder / "net.caffemodel")
+    for layer in ("fc1", "fc2", "scale1"):
+        weights.replace(layer, [blob.reshape((1,) * (4 - blob.ndim) + blob.shape) for blob in weights[layer]])
+    with open(old.folder / "net.caffemodel", "wb") as file:
+        weights.write(file)
+    Run(old.config()).quantize()
+    Run(new.config()).quantize()
+    for name in ("residual_quantized.caffemodel", "residual_renorm.caffemodel"):
+        ours, theirs = Weights.read(old.out / name), Weights.read(new.out / name)
+        for layer in ("fc1", "fc2"):
+            assert [blob.shape for blob in ours[layer]] == [blob.shape for blob in theirs[layer]]
+        for layer in theirs.layers():
+            for own, other in zip(ours[layer], theirs[layer], strict=True):
+                np.testing.assert_array_equal(own.reshape(other.shape), other)
+
+
 def test_dead_relus_and_negative_slopes_are_reported(job: Job) -> None:
     text = (job.folder / "net.prototxt").read_text()
     sloped = 'name: "relu_sum" type: "ReLU" bottom: "sum" top: "sum" relu_param { negative_slope: 0.1 }'
