@@ -116,6 +116,13 @@ def test_evaluate_reads_and_hashes(job: Job) -> None:
     assert opened.reads["test_lmdb/data.mdb"] == 1
 
 
+def test_a_run_can_be_run_again(job: Job) -> None:
+    run = Run(job.config())
+    first = run.quantize()
+    again = run.quantize(force=True)
+    assert again.outputs == first.outputs
+
+
 # ---- Folders of images ----
 
 IMAGES = 60
