@@ -111,7 +111,7 @@ TRUE = np.random.default_rng(1).normal(size=(1, 8, 60))
 
 
 def test_few_images_are_not_believed() -> None:
-    """The damping is about the best of all on images never seen, and the less there are to fit to, the more."""
+    """The damping is about the best of all on images never seen: the more, the less there is to fit to."""
     unseen = disturbed(100_000, 0.3, seed=9)
     chosen = {}
     for patches in (40, 100, 20_000):
