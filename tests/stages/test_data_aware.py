@@ -18,10 +18,12 @@ from quantize.job.run import Run
 from quantize.numerics.grids import Grid, make_grid
 from quantize.numerics.rounding import (
     BLOCK,
+    DAMPINGS,
     Nearest,
     Problem,
     Rounding,
     Statistics,
+    chosen_damping,
     coordinate_descent,
     recursion,
     refitted,
@@ -103,6 +105,35 @@ def test_damping_pulls_towards_the_weights() -> None:
     np.testing.assert_allclose(problem.loss(q), damped - least)
     strongly = Problem.of(weights, moments, damping=1e9)
     np.testing.assert_allclose(strongly.target, weights, rtol=1e-6)
+
+
+def disturbed(patches: int, noise: float, seed: int, k: int = 60) -> Statistics:
+    """The moments of patches that are seen with noise, and of what they give undisturbed with `TRUE`."""
+    rng = np.random.default_rng(seed)
+    full = rng.normal(size=(1, patches, k)) * np.linspace(0.1, 2, k)
+    x, y = full + noise * rng.normal(size=full.shape), full @ TRUE.swapaxes(1, 2)
+    y += 0.5 * rng.normal(size=y.shape)
+    moments = x.swapaxes(1, 2) @ x / patches, y.swapaxes(1, 2) @ x / patches, np.square(y).mean(axis=1)
+    return Statistics(*moments)
+
+
+TRUE = np.random.default_rng(1).normal(size=(1, 8, 60))
+
+
+def test_few_images_are_not_believed() -> None:
+    """The damping is about the best of all on images never seen: the more, the less there is to fit to."""
+    unseen = disturbed(100_000, 0.3, seed=9)
+    chosen = {}
+    for patches in (40, 100, 20_000):
+        whole = disturbed(patches, 0.3, seed=2)
+        halves = (disturbed(patches // 2, 0.3, seed=seed) for seed in (2, 3))
+        chosen[patches] = chosen_damping(TRUE, *halves)
+        errors = {d: unseen.error(Problem.of(TRUE, whole, d).target).sum() for d in DAMPINGS}
+        assert errors[chosen[patches]] < 1.1 * min(errors.values())
+        assert errors[chosen[patches]] < 1.01 * unseen.error(TRUE).sum()
+        if patches == 40:
+            assert errors[DAMPINGS[0]] > 2 * unseen.error(TRUE).sum()
+    assert chosen[40] > chosen[20_000]
 
 
 # ---- The steps ----
@@ -286,9 +317,9 @@ def test_moments_do_not_depend_on_the_batch_and_agree_with_float64() -> None:
     columns = patches.inputs(x.astype(np.float64), places)
     for g in range(2):
         exact = np.cov(columns[g].T, bias=True)
-        np.testing.assert_allclose(whole.statistics.H[g], exact, atol=1e-4)
-        np.testing.assert_allclose(parts.statistics.H[g], exact, atol=1e-4)
-    np.testing.assert_allclose(whole.statistics.B, parts.statistics.B, atol=1e-4)
+        np.testing.assert_allclose(whole.statistics().H[g], exact, atol=1e-4)
+        np.testing.assert_allclose(parts.statistics().H[g], exact, atol=1e-4)
+    np.testing.assert_allclose(whole.statistics().B, parts.statistics().B, atol=1e-4)
 
 
 # ---- Both nets together ----
