@@ -46,7 +46,7 @@ MAX_COLUMNS = 7168
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationSweep:
     """Images for the stage weights, and how they are run through a net.
 
     Attributes:
@@ -84,7 +84,7 @@ class DataAwareFit:
 def data_aware(
     model: Model,
     chosen: Mapping[str, GridChoice],
-    calibration: Calibration,
+    calibration: CalibrationSweep,
     progress: Progress = SILENT,
 ) -> dict[str, DataAwareFit]:
     """Quantize the layers in ``chosen``.
@@ -185,7 +185,7 @@ class _Tour:
     stops: list[_Stop]
 
     @classmethod
-    def of(cls, model: Model, calibration: Calibration, chosen: Collection[str]) -> _Tour:
+    def of(cls, model: Model, calibration: CalibrationSweep, chosen: Collection[str]) -> _Tour:
         """For a model, its images and the layers to quantize."""
         inputs = list(calibration.feed.shapes)
         net = single_assignment(model.inference.net)
