@@ -127,6 +127,11 @@ class ModelFiles(Section):
     prototxt: Path = Field(description="the network's layers")
     weights: Path = Field(description="the network's trained blobs (caffemodel)")
     caffe_proto: Path | None = Field(None, description="a fork's caffe.proto, where it has fields of its own")
+    write: Literal["as_read", "bvlc"] = Field(
+        "as_read",
+        description="the forms of a fork's layers that are written: the fork's, or those of Caffe 1.0 where "
+        "they say the same",
+    )
     stages: Annotated[list[str], BeforeValidator(parse_list)] = Field(
         [], description="stages that are set, for include and exclude rules that name them"
     )

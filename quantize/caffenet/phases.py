@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from quantize.arrays import Shape
 from quantize.caffenet.schema import TEST, TRAIN, LayerParameter, NetParameter, NetStateRule
 from quantize.caffenet.text_faults import did_you_mean
+from quantize.caffenet.trailing import trailing_layers
 from quantize.caffenet.traits import Trait, traits_of
 from quantize.errors import InputError
 
@@ -27,14 +28,18 @@ class InferenceNet:
     """A net as it runs in the TEST phase.
 
     Attributes:
-        net: the layers that the inputs determine: all but losses and what needs labels.
+        net: the layers to run: all that the inputs determine but for those in ``trailing``.
         inputs: the blobs that have to be fed, those that images can go into first (see ``input_blobs``).
         scores: the blob with one score per class.
+        whole: all that the inputs determine: all but losses and what needs labels.
+        trailing: the names of the layers that are carried over and not run (see ``trailing_layers``).
     """
 
     net: NetParameter
     inputs: tuple[str, ...]
     scores: str
+    whole: NetParameter
+    trailing: frozenset[str]
 
     @property
     def blob(self) -> str:
@@ -53,7 +58,10 @@ class InferenceNet:
         if not inputs:
             raise InputError(f"net {net.name!r} computes nothing from images{NO_INPUT}")
         _check_rows(filtered, inputs)
-        return cls(inference_net(filtered, inputs), inputs, scores_blob(filtered))
+        whole = inference_net(filtered, inputs)
+        trailing = frozenset(trailing_layers(filtered, {layer.name for layer in whole.layer}))
+        run = _without(whole, trailing)
+        return cls(run, inputs, scores_blob(_without(filtered, trailing)), whole, trailing)
 
 
 def at_state(net: NetParameter, stages: Sequence[str], level: int) -> NetParameter:
@@ -366,6 +374,13 @@ def exists(layer: LayerParameter, phase: int) -> bool:
     """Whether a layer is there in a phase (``Net::FilterNet``)."""
     rules = layer.include or layer.exclude
     return not rules or any(_meets(rule, phase) for rule in rules) == bool(layer.include)
+
+
+def _without(net: NetParameter, names: Collection[str]) -> NetParameter:
+    """A copy without the layers of some names."""
+    kept = _without_layers(net)
+    kept.layer.extend(layer for layer in net.layer if layer.name not in names)
+    return kept
 
 
 def _without_layers(net: NetParameter) -> NetParameter:

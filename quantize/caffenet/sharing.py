@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from quantize.arrays import FloatArray, Shape
+from quantize.caffenet.bvlc import with_bvlc_blobs
 from quantize.caffenet.phases import filter_net
 from quantize.caffenet.schema import TEST, NetParameter
 from quantize.caffenet.weights import Weights
@@ -91,7 +92,7 @@ def permissive_blobs(net: NetParameter) -> set[BlobId]:
 
 
 def load_weights(path: str | Path, net: NetParameter, digest: Digest | None = None) -> Weights:
-    """Read a caffemodel as Caffe loads it into a net (see `loaded`).
+    """Read a caffemodel as Caffe loads it into a net (see `loaded` and `with_bvlc_blobs`).
 
     Args:
         path: the file.
@@ -101,7 +102,8 @@ def load_weights(path: str | Path, net: NetParameter, digest: Digest | None = No
     Raises:
         InputError: as `Weights.read`.
     """
-    return loaded(filter_net(net, TEST), Weights.read(path, digest))
+    test = filter_net(net, TEST)
+    return loaded(test, with_bvlc_blobs(test, Weights.read(path, digest)))
 
 
 def loaded(net: NetParameter, weights: Weights) -> Weights:

@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,8 +43,10 @@ _SIZES = {_FIXED64: 8, _FIXED32: 4}
 _NET_NAME, _NET_LAYERS, _NET_LAYER = 1, 2, 100  # field numbers in caffe.proto
 _LAYER_NAME, _LAYER_BLOBS = 1, 7
 _V1_NAME, _V1_BLOBS = 4, 6
-_BLOB_DATA, _BLOB_DOUBLE_DATA = 5, 8
+_BLOB_DATA, _BLOB_DOUBLE_DATA, _BLOB_RAW_DATA = 5, 8, 12
 _BLOB_SHAPES = (1, 2, 3, 4, 7)
+_BLOB_RAW_TYPE = 10
+_RAW_TYPES = {BlobProto.DOUBLE: "<f8", BlobProto.FLOAT: "<f4", BlobProto.FLOAT16: "<f2"}
 _LEGACY_SHAPE = ("num", "channels", "height", "width")
 Parsed = TypeVar("Parsed", bound=Message)
 
@@ -68,7 +70,9 @@ class _Field:
 class _Blob:
     array: FloatArray
     raw: memoryview | None = None
-    """The BlobProto as read; None once the array has been replaced."""
+    """The BlobProto as read; None once the array has been replaced, and where Caffe could not read it."""
+    raw_type: str = ""
+    """The type of the numbers in NVCaffe's raw_data, as float16; none where they are stored as Caffe does."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class _Layer:
     """The LayerParameter's fields other than blobs."""
     blobs: tuple[_Blob, ...]
     raw: memoryview | None = None
-    """The LayerParameter as read; None once it has been changed."""
+    """The LayerParameter as read; None once it has been changed, and where Caffe could not read a blob."""
 
 
 class Weights:
@@ -119,6 +123,11 @@ class Weights:
             if not weights._layers:
                 raise _DamagedError("it has no layers")
         return weights
+
+    @property
+    def raw_types(self) -> list[str]:
+        """The types of what the file has in NVCaffe's raw_data, which is written as Caffe's float32."""
+        return sorted({blob.raw_type for layer in self._layers for blob in layer.blobs} - {""})
 
     def copy(self) -> Weights:
         """A Weights that can be changed without changing this one; the arrays are shared."""
@@ -165,9 +174,8 @@ class Weights:
         """
         index = self._index(layer)
         old = self._layers[index]
-        blobs = tuple(
-            _Blob(blob.array.reshape(shape), blob.raw) for blob, shape in zip(old.blobs, shapes, strict=True)
-        )
+        pairs = zip(old.blobs, shapes, strict=True)
+        blobs = tuple(replace(blob, array=blob.array.reshape(shape)) for blob, shape in pairs)
         self._layers[index] = _Layer(old.name, old.rest, blobs, old.raw)
 
     def insert_after(self, layer: str, new: LayerParameter, blobs: Iterable[npt.ArrayLike]) -> None:
@@ -235,6 +243,14 @@ class Weights:
                 pieces += _blob_pieces(blob)
             yield _header(_NET_LAYER, sum(len(piece) for piece in pieces))
             yield from pieces
+
+
+def raw_types_text(weights: Weights) -> str:
+    """What there is to say of a file with NVCaffe's raw_data."""
+    return (
+        f"blobs are stored as {' and '.join(weights.raw_types)} in raw_data, as NVCaffe and OpenCV's fp16 "
+        "tool do; they are written as float32, which every Caffe reads"
+    )
 
 
 def _new_layer(new: LayerParameter, blobs: Iterable[npt.ArrayLike]) -> _Layer:
@@ -406,17 +422,18 @@ def _read_blobs(buffer: memoryview, layer: str, records: list[_Field]) -> tuple[
     blobs = []
     for index, record in enumerate(records):
         try:
-            array = _read_blob(buffer, record)
+            blob = _read_blob(buffer, record)
         except _DamagedError as error:
             raise _DamagedError(f"layer {layer!r}, blob {index}: {error}") from None
-        blobs.append(_Blob(array, buffer[record.start : record.end]))
+        blobs.append(blob)
     return tuple(blobs)
 
 
 def _read_layer(buffer: memoryview, layer: _Field) -> _Layer:
     name, rest, records = _split(buffer, layer, _LAYER_NAME, _LAYER_BLOBS)
-    raw = buffer[layer.start : layer.end]
-    return _Layer(name, tuple(rest), _read_blobs(buffer, name, records), raw)
+    blobs = _read_blobs(buffer, name, records)
+    as_read = all(blob.raw is not None for blob in blobs)
+    return _Layer(name, tuple(rest), blobs, buffer[layer.start : layer.end] if as_read else None)
 
 
 def _read_v1_layer(buffer: memoryview, layer: _Field) -> _Layer:
@@ -432,10 +449,11 @@ def _read_v1_layer(buffer: memoryview, layer: _Field) -> _Layer:
     return _Layer(name, (_named(new, name),), blobs)
 
 
-def _read_blob(buffer: memoryview, blob: _Field) -> FloatArray:
+def _read_blob(buffer: memoryview, blob: _Field) -> _Blob:
     """A BlobProto's data as ``Blob::FromProto`` sees it: double_data wins over data, num over shape.
 
     Data in one packed record, as Caffe has written them since 2013, are a view; others protobuf has to parse.
+    NVCaffe's raw_data win over both.
     """
     data = _only_data(buffer, blob)
     if data is None:
@@ -444,38 +462,61 @@ def _read_blob(buffer: memoryview, blob: _Field) -> FloatArray:
         dtype = np.float64 if message.double_data else np.float32
         values: npt.NDArray[np.floating] = np.fromiter(held, dtype, len(held))
     else:
-        shapes = [f for f in _fields(buffer, blob.start, blob.end) if f.number in _BLOB_SHAPES]
-        message = _parsed(BlobProto, b"".join(buffer[field.tag : field.end] for field in shapes))
-        values = _view(buffer, data)
+        told = (*_BLOB_SHAPES, _BLOB_RAW_TYPE)
+        fields = [f for f in _fields(buffer, blob.start, blob.end) if f.number in told]
+        message = _parsed(BlobProto, b"".join(buffer[field.tag : field.end] for field in fields))
+        values = _view(buffer, data, _stored_type(message, data))
+    shape = _shape_of(message)
+    if math.prod(shape) != len(values):
+        raise _DamagedError(
+            f"the shape {shape} does not stand for the {len(values)} values that the file holds"
+        )
+    is_raw = data is not None and data.number == _BLOB_RAW_DATA
+    raw_type = values.dtype.name if is_raw else ""
+    with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, which check_weights refuses
+        array = values.astype(np.float32, copy=False).reshape(shape)
+    array.flags.writeable = False
+    return _Blob(array, None if is_raw else buffer[blob.start : blob.end], raw_type)
+
+
+def _shape_of(message: BlobProto) -> tuple[int, ...]:
     legacy = [name for name in _LEGACY_SHAPE if message.HasField(name)]
     if len(message.shape.dim) > MAX_AXES and not legacy:
         raise _DamagedError(f"a shape of {len(message.shape.dim)} dimensions; Caffe has at most {MAX_AXES}")
     shape = tuple(getattr(message, name) for name in _LEGACY_SHAPE) if legacy else tuple(message.shape.dim)
     if any(not 0 <= size < 2**31 for size in shape):
         raise _DamagedError(f"the shape {shape} has a negative or impossible dimension")
-    if math.prod(shape) != len(values):
-        raise _DamagedError(
-            f"the shape {shape} does not stand for the {len(values)} values that the file holds"
-        )
-    with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, which check_weights refuses
-        array = values.astype(np.float32, copy=False).reshape(shape)
-    array.flags.writeable = False
-    return array
+    return shape
 
 
 def _only_data(buffer: memoryview, blob: _Field) -> _Field | None:
-    """The record that has all of a blob's data, if there is just one and it is packed."""
-    found = None
+    """The record with all of a blob's data, if there is just one and it is packed; raw_data, where it is."""
+    found: list[_Field] = []
+    raw = None
     for field in _fields(buffer, blob.start, blob.end):
-        if field.number in (_BLOB_DATA, _BLOB_DOUBLE_DATA):
-            if found is not None or field.wire != _BYTES:
-                return None
-            found = field
-    return found
+        if field.number == _BLOB_RAW_DATA:
+            _expect(field, _BYTES)
+            raw = field
+        elif field.number in (_BLOB_DATA, _BLOB_DOUBLE_DATA):
+            found.append(field)
+    if raw is not None:
+        return raw
+    return found[0] if len(found) == 1 and found[0].wire == _BYTES else None
 
 
-def _view(buffer: memoryview, data: _Field) -> npt.NDArray[np.floating]:
-    dtype = np.dtype("<f4" if data.number == _BLOB_DATA else "<f8")
+def _stored_type(message: BlobProto, data: _Field) -> str:
+    """The type of the numbers in a record, as numpy names it."""
+    if data.number != _BLOB_RAW_DATA:
+        return "<f4" if data.number == _BLOB_DATA else "<f8"
+    stored = message.raw_data_type
+    if stored not in _RAW_TYPES:
+        name = BlobProto.Type.Name(stored)
+        raise _DamagedError(f"raw_data of type {name}; weights are DOUBLE, FLOAT or FLOAT16")
+    return _RAW_TYPES[stored]
+
+
+def _view(buffer: memoryview, data: _Field, stored: str) -> npt.NDArray[np.floating]:
+    dtype = np.dtype(stored)
     size = data.end - data.start
     if size % dtype.itemsize:
         raise _DamagedError(f"packed data of {size} bytes at byte {data.tag} is no whole number of values")

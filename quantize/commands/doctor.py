@@ -150,7 +150,8 @@ def _job(config: Config, choose_transform: bool) -> Iterator[Check]:
         run = Run(config, heard, choose_transform)
         test = InferenceNet.of(run.net)
         runs.append(run)
-        return f"{len(test.net.layer)} layers from {', '.join(test.inputs)} to {test.scores}"
+        more = f"; {len(test.trailing)} behind them are carried over" if test.trailing else ""
+        return f"{len(test.net.layer)} layers from {', '.join(test.inputs)} to {test.scores}{more}"
 
     yield _attempt("model.prototxt", prototxt)
     if not runs:

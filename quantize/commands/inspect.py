@@ -27,10 +27,13 @@ from quantize.caffenet import (
     owners,
     read_net,
 )
+from quantize.caffenet.bvlc import LayerForms
 from quantize.caffenet.model import Model
+from quantize.caffenet.norms import norm_places
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.shape_rules import has_rule
 from quantize.caffenet.traits import Trait, traits_of
+from quantize.caffenet.weights import raw_types_text
 from quantize.commands.summary import coverage_text, size_text, table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
@@ -93,7 +96,7 @@ def inspect_net(
     shared = owners(test.net)
     sites = {site.behind: site for site in planned_sites(test, config)}
     rows = []
-    for layer in test.net.layer:
+    for layer in test.whole.layer:
         first = first_user.get(layer.name, layer.name)
         if first in chosen:
             same = "" if first == layer.name else f", those of {first}"
@@ -102,8 +105,10 @@ def inspect_net(
             what = f"kept: {left_out[layer.name]}"
         elif Trait.KERNELS in traits_of(layer):
             what = "kept: weights.layers says skip"
-        elif layer.type == "BatchNorm":
+        elif norm_places(layer) is not None:
             what = _renorm(config)
+        elif layer.name in test.trailing:
+            what = "carried over: not run, and nothing that is quantized needs it"
         elif not has_rule(layer.type):
             what = f"kept: type {layer.type} is unknown here, engine: caffe may run it"
         elif shapes.params.get(layer.name):
@@ -215,13 +220,14 @@ class Inspection:
         caffe_proto: Path | None = None,
         stages: Sequence[str] = (),
         level: int = 0,
+        write: LayerForms = "as_read",
     ) -> Inspection:
         """Read a network; with ``weights`` check them against it.
 
         Raises:
             InputError: bad files, weights that do not fit, or a shape that is not known.
         """
-        net = read_net(prototxt, caffe_proto, stages, level)
+        net = read_net(prototxt, caffe_proto, stages, level, write)
         test = InferenceNet.of(net)
         inputs = shapes_of_inputs(net, shapes, "--shape")
         cropped = _cropped(net)
@@ -245,6 +251,7 @@ class Inspection:
             given = load_weights(weights, net)
             check_weights(known, given, infer_shapes(known, one))
             notes += doubtful_norms(test.net, given)
+            notes += [raw_types_text(given)] if given.raw_types else []
         return cls(net, inputs, notes, choices(test.net, WeightSettings()))
 
     @classmethod
@@ -257,7 +264,9 @@ class Inspection:
         model = config.model
         with closing(Given(config)) as job:
             given = {name: list(shape) for name, shape in input_shapes(job).items()}
-        return cls.of(model.prototxt, model.weights, given, model.caffe_proto, model.stages, model.level)
+        return cls.of(
+            model.prototxt, model.weights, given, model.caffe_proto, model.stages, model.level, model.write
+        )
 
     def configured_by(self, config: Config, progress: Progress = SILENT) -> Inspection:
         """With what a configuration would do; the bits within a budget are measured.
@@ -365,7 +374,7 @@ def plan_text(
     except ValueError as error:
         raise InputError(f"--memory {memory}: {error}") from error
     test = InferenceNet.of(inspected.net)
-    if not any(layer.type == "BatchNorm" for layer in test.net.layer):
+    if not any(map(norm_places, test.net.layer)):
         raise InputError("the net has no BatchNorm layer: renorm has nothing to do")
     tour = Tour.of(Model(inspected.net, Weights()))
     net, steps = tour.net, tour.steps

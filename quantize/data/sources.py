@@ -13,6 +13,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from quantize.caffenet import Datum
+from quantize.caffenet.schema import AnnotatedDatum
 from quantize.data.decode import decode, image_size
 from quantize.data.files import (
     IMAGE_SUFFIXES,
@@ -119,13 +120,13 @@ class LmdbSource(Source):
         """Read Datum ``index``; see Source.read."""
         _, value = self._file.record(index)
         try:
-            datum = Datum.FromString(value)
+            datum, label = _parsed(value)
             pixels = datum_pixels(datum, color)
         except DecodeError as error:
             raise InputError(f"{self.path}: record {self.name(index)}: not a Datum of Caffe") from error
         except InputError as error:
             raise InputError(f"{self.path}: record {self.name(index)}: {error}") from error
-        return Image(pixels, datum.label if datum.HasField("label") else None)
+        return Image(pixels, label)
 
     def files(self, numbers: Iterable[int]) -> list[str]:  # noqa: ARG002 - all lie in one
         """Return the data file."""
@@ -134,6 +135,17 @@ class LmdbSource(Source):
     def close(self) -> None:
         """Close the LMDB."""
         self._file.close()
+
+
+def _parsed(record: bytes) -> tuple[Datum, int | None]:
+    """The Datum of an LMDB's record and its label; of SSD's AnnotatedDatum the boxes are not looked at."""
+    datum = Datum.FromString(record)
+    is_of_class = True
+    if not datum.data and not datum.float_data:
+        annotated = AnnotatedDatum.FromString(record)
+        if annotated.HasField("datum"):
+            datum, is_of_class = annotated.datum, not annotated.HasField("type")
+    return datum, datum.label if is_of_class and datum.HasField("label") else None
 
 
 def datum_pixels(datum: Datum, color: bool | None = None) -> Pixels:

@@ -11,6 +11,7 @@ from quantize.caffenet import (
     filter_net,
     single_assignment,
 )
+from quantize.caffenet.norms import norm_places
 from quantize.data.feed import Feed
 from quantize.data.transform import shape_text
 from quantize.engines.base import OpenEngine
@@ -121,7 +122,7 @@ class Checks:
         measured = [
             at
             for at, layer in enumerate(flat.layer)
-            if sites.intersection(layer.top) or (layer.type == "BatchNorm" and "renorm" in self._fed)
+            if sites.intersection(layer.top) or (norm_places(layer) is not None and "renorm" in self._fed)
         ]
         if self.config.weights.budget is None:
             del flat.layer[max(measured, default=-1) + 1 :]

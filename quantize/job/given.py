@@ -35,9 +35,9 @@ class Given:
     def __init__(self, config: Config, net: NetParameter | None = None) -> None:
         files = config.model
         self.config = config
-        self.net = (
-            read_net(files.prototxt, files.caffe_proto, files.stages, files.level) if net is None else net
-        )
+        if net is None:
+            net = read_net(files.prototxt, files.caffe_proto, files.stages, files.level, files.write)
+        self.net = net
         self._made: dict[Hashable, object] = {}
 
     def with_config(self, config: Config) -> Given:

@@ -139,9 +139,9 @@ def deploy_prototxt(net: NetParameter, shapes: Mapping[str, Shape]) -> NetParame
     test = InferenceNet.of(with_stored_statistics(net))
     deploy = empty_like(net)
     for blob in test.inputs:
-        data = deploy.layer.add(name=_unused(test.net, blob), type="Input", top=[blob])
+        data = deploy.layer.add(name=_unused(test.whole, blob), type="Input", top=[blob])
         data.input_param.shape.add().dim.extend([1, *shapes[blob]])
-    for layer in test.net.layer:
+    for layer in test.whole.layer:
         deploy.layer.append(layer)
         del deploy.layer[-1].include[:]
         del deploy.layer[-1].exclude[:]

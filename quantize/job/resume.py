@@ -58,6 +58,7 @@ READ: Mapping[str, Mapping[StageName, When]] = {
     "version": EVERY,
     "model.prototxt": EVERY,
     "model.caffe_proto": EVERY,
+    "model.write": EVERY,
     "model.stages": EVERY,
     "model.level": EVERY,
     "model.weights": {"weights": ALWAYS, "renorm": PAIRED},

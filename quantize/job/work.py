@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from quantize.caffenet import TEST, doubtful_norms, filter_net
 from quantize.caffenet.model import Model
 from quantize.caffenet.traits import Trait, traits_of
+from quantize.caffenet.weights import raw_types_text
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.engines.base import OpenEngine
@@ -73,6 +74,8 @@ class Work:
         net, solver = model.inference.net, self.config.weights.solver
         check_unquantized(net)
         kept, doubtful = unquantizable(net), doubtful_norms(net, model.weights)
+        if model.weights.raw_types:
+            self.progress.note(f"weights: {raw_types_text(model.weights)}")
         for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
             self.progress.note(f"weights: {line}")
         chosen, budget = self.grids(model)

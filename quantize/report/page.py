@@ -46,7 +46,8 @@ def render(record: RunRecord, full: Model, quantized: Model, renormed: Model | N
 
     rows = rows_of(record, full.inference.net)
     shifts = record.stages.renorm.layers if record.stages.renorm else []
-    norms = [norm_plot(shift.name, quantized, renormed) for shift in shifts if renormed is not None]
+    layers = {layer.name: layer for layer in full.inference.net.layer}
+    norms = [norm_plot(layers[shift.name], quantized, renormed) for shift in shifts if renormed is not None]
     moved = max(shifts, key=lambda shift: shift.mean_shift).name if shifts else None
     script = files("quantize.report").joinpath("sort.js").read_text(encoding="utf-8")
     environment = Environment(

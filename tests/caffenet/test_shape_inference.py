@@ -317,10 +317,18 @@ def test_measures():
 
 CONV = 'type: "Convolution" convolution_param'
 IMPOSSIBLE = [
-    ('type: "Permute"', [IMAGE], "not supported .*; supported are: .*Convolution"),
-    ('type: "Filter"', [IMAGE, (2,)], "not supported"),
-    ('type: "Convolutoin"', [IMAGE], r"not supported; did you mean Convolution\? \(engine: caffe"),
-    ('type: "relu"', [IMAGE], r"not supported; did you mean ReLU\?"),
+    (
+        'type: "PriorBox"',
+        [IMAGE],
+        "not know this type, and the run needs .*; use engine: caffe.* Known types are: .*Conv",
+    ),
+    ('type: "Filter"', [IMAGE, (2,)], "does not know this type"),
+    (
+        'type: "Convolutoin"',
+        [IMAGE],
+        r"not know this type; did you mean Convolution\?, and the .*; use engine: caffe",
+    ),
+    ('type: "relu"', [IMAGE], r"does not know this type; did you mean ReLU\?"),
     ('type: "ReLU"', [], "0 bottoms"),
     ('type: "ReLU"', [IMAGE, IMAGE], "2 bottoms"),
     ('type: "Eltwise"', [IMAGE], "1 bottoms"),
@@ -391,8 +399,23 @@ IMPOSSIBLE = [
     ('type: "Input" input_param { shape { dim: [1, -3] } }', [], "impossible shape"),
     ('type: "Input" input_param { shape { dim: [1, 3, 9223372036854775807] } }', [], "larger than Caffe's"),
     ('type: "DummyData" dummy_data_param { num: 1 }', [], "differing numbers"),
-    ('type: "Data"', [], "not supported"),
+    ('type: "Data"', [], "does not know this type"),
 ]
+
+
+def test_all_that_cannot_be_run_is_named_and_who_needs_it() -> None:
+    text = """
+      layer { name: "a" type: "LSTM" bottom: "x" top: "a" }
+      layer { name: "b" type: "MyPooling" bottom: "a" top: "b" }
+      layer { name: "fc" type: "InnerProduct" bottom: "b" top: "b" inner_product_param { num_output: 2 } }
+    """
+    wanted = (
+        r"^layer 'a' \(LSTM\): the onnx engine does not know this type, and layer 'fc' \(InnerProduct\) "
+        r"behind it needs what it makes; use engine: caffe[^.]*\. So it is with the layers 'b' \(MyPooling\)"
+        r"\. Known types"
+    )
+    with pytest.raises(InputError, match=wanted):
+        infer_shapes(text_format.Parse(text, NetParameter()), {"x": (1, 3)})
 
 
 @pytest.mark.parametrize(("layer", "bottoms", "expected"), IMPOSSIBLE)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pictures import photograph, result_or_input_error
 
 from quantize.caffenet import Datum
+from quantize.caffenet.schema import AnnotatedDatum
 from quantize.data import files, sources
 from quantize.data.make_lmdb import make_datum, write_lmdb
 from quantize.data.sources import datum_pixels, open_source
@@ -56,6 +57,25 @@ def test_lmdb_of_all_kinds_of_datums_in_the_order_of_the_keys(tmp_path):
         assert source.read(3, color=False).pixels.shape == (1, 6, 5)
         assert np.array_equal(source.read(0, color=False).pixels, chw)  # raw stays as it is
         source.close()
+
+
+def test_annotated_datums_of_ssd_are_images(tmp_path):
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
+    inner = Datum(channels=3, height=2, width=2, data=pixels.tobytes(), label=4)
+    boxes = b"\x1a\x04\x08\x07\x12\x00"  # field 3, which holds boxes
+    environment = lmdb.open(str(tmp_path / "lmdb"))
+    with environment.begin(write=True) as writing:
+        writing.put(b"0", AnnotatedDatum(datum=inner, type=0).SerializeToString() + boxes)
+        writing.put(b"1", AnnotatedDatum(datum=inner).SerializeToString())
+        writing.put(b"2", boxes)
+    environment.close()
+    source = open_source(tmp_path / "lmdb")
+    for index, label in ((0, None), (1, 4)):
+        image = source.read(index)
+        np.testing.assert_array_equal(image.pixels, pixels)
+        assert image.label == label
+    with pytest.raises(InputError, match="record 2: the Datum"):
+        source.read(2)
 
 
 def test_lmdb_without_permission_to_write(tmp_path):

@@ -22,6 +22,7 @@ from quantize.caffenet import (
     needed_layers,
 )
 from quantize.engines.base import Engine, Range, RangeResult
+from quantize.engines.onnx import fork_layers as fork_layers  # registers the translators
 from quantize.engines.onnx.graph import Graph, open_session
 from quantize.engines.onnx.layers import TRANSLATORS, Layer, UnsupportedError
 from quantize.errors import InputError, LabelfreeError
