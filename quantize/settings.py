@@ -453,4 +453,7 @@ class Config(Section):
             self.__dict__["data"] = self.data.model_copy(update={"augment": moved["augment"]})
         if "memory" in moved:
             self.__dict__["memory"] = moved["memory"]
+        if moved:  # they are where they belong: read again, they are not given twice
+            self.__dict__["renorm"] = self.renorm.model_copy(update=dict.fromkeys(moved))
+            self.renorm.model_fields_set.difference_update(moved)
         return self

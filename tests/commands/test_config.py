@@ -227,6 +227,8 @@ def test_keys_that_have_moved_are_read_where_they_were(
         config = load(path, LEAST if path is None else {}, assignments)
         again = Config.model_validate(config.model_dump(mode="json"))  # as in report.json
         assert again.model_dump() == config.model_dump()
+        copied = config.model_copy(update={"data": config.data.model_copy(update={"seed": 1})})
+        assert Config.model_validate(copied).data.augment == config.data.augment  # as in a new RunRecord
         return config.memory, config.data.augment
 
     assert found(f"{earlier}={value}") == found(f"{now}={value}") != found()
