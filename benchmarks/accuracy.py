@@ -26,7 +26,7 @@ from quantize.measure.outputs import net_outputs
 from quantize.record import Closeness
 from quantize.settings import ActivationSettings, Config, RenormSettings, StatisticsName, WeightSettings
 from quantize.stages.activations import activations_quan
-from quantize.stages.data_aware import Calibration
+from quantize.stages.data_aware import CalibrationSweep
 from quantize.stages.renorm import renorm
 from quantize.stages.weights import choices, weights_quan
 
@@ -68,7 +68,7 @@ class Subject:
             self.model,
             chosen,
             of_weights,  # type: ignore[arg-type]
-            calibration=Calibration(feed, self.open_engine, memory, statistics),
+            calibration=CalibrationSweep(feed, self.open_engine, memory, statistics),
         )
         settings_of_renorm = RenormSettings(statistics=statistics, bias_correction=False)
         model, _ = renorm(model, feed, settings_of_renorm, self.open_engine, memory)

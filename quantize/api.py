@@ -630,18 +630,18 @@ class _Stages:
             yield model
 
     def weights(self, model: Model) -> Model:
-        """Stage 1."""
+        """The stage weights."""
         check_unquantized(model.inference.net)
         _check_activations(model)
         return self.work.weights(model)[0]
 
     def renorm(self, model: Model, full: Model | None = None) -> Model:
-        """Stage 2."""
+        """The stage renorm."""
         _check_activations(model)
         return self.work.renorm(model, full)[0]
 
     def activations(self, model: Model) -> Model:
-        """Stage 3."""
+        """The stage activations."""
         _check_activations(model)
         small, found, _ = self.work.activations(model)
         if not found:
