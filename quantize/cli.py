@@ -505,6 +505,18 @@ def make_lmdb_command(images: Path, lmdb: Path, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("file", metavar="NAME.lfq", type=PATH)
+@click.option("--output", "-o", type=PATH, default=Path(), help="Folder for the two (default: this one).")
+@click.option("--force", is_flag=True, help="Replace files that are there.")
+def unpack(file: Path, output: Path, force: bool) -> None:
+    """Turn a packed net back into NAME.prototxt and NAME.caffemodel, byte for byte what was packed."""
+    from quantize.export.packed import unpack as unpacked
+
+    for path in unpacked(file, output, force):
+        click.echo(f"wrote {path}")
+
+
+@cli.command()
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option("--remove", is_flag=True, help="Take the files out again.")
 @click.option("--force", is_flag=True, help="Replace or remove files that differ from ours, too.")

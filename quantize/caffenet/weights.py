@@ -49,6 +49,7 @@ _BLOB_SHAPES = (1, 2, 3, 4, 7)
 _LEGACY_SHAPE = ("num", "channels", "height", "width")
 Parsed = TypeVar("Parsed", bound=Message)
 _NAMES = {_NET_LAYER: _LAYER_NAME, _NET_LAYERS: _V1_NAME}
+_BLOBS = {_NET_LAYER: _LAYER_BLOBS, _NET_LAYERS: _V1_BLOBS}
 
 
 class _DamagedError(Exception):
@@ -269,6 +270,26 @@ def _named(layer: LayerParameter, name: str) -> memoryview:
 
 def _blobs(arrays: Iterable[npt.ArrayLike]) -> tuple[_Blob, ...]:
     return tuple(_Blob(np.asarray(array, np.float32, order="C")) for array in arrays)
+
+
+def float_records(path: str | Path) -> tuple[memoryview, list[tuple[int, int]]]:
+    """A caffemodel's bytes, and where in them the float32 data of blobs begin and end, in order.
+
+    Blobs whose data are not in one packed record of floats are left out.
+
+    Raises:
+        InputError: as `Weights.read`.
+    """
+    buffer = _read_file(path)
+    found = []
+    with _told(path, buffer):
+        for layer in _fields(buffer, 0, len(buffer)):
+            if layer.number in _BLOBS:
+                for blob in _split(buffer, layer, _NAMES[layer.number], _BLOBS[layer.number])[2]:
+                    data = _only_data(buffer, blob)
+                    if data is not None and data.number == _BLOB_DATA:
+                        found.append((data.start, data.start + _view(buffer, data).nbytes))
+    return buffer, found
 
 
 # ---- Writing ----

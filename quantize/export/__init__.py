@@ -1,0 +1,1 @@
+"""What leaves the Caffe world: one module per target."""
