@@ -12,7 +12,8 @@ def scales_json(net: IntegerNet) -> str:
 
     ``tensors`` has by blob the step and the lowest and highest code: x = step * q. ``layers`` has what is on
     codes by layer: y = s * (Q . q) + bias, one s (it may be negative) and one bias per output channel; where
-    the layer reads no codes, q is what it reads. ``float`` has the layers that cannot run in integers and why.
+    the layer reads no codes, q is what it reads. ``float`` has the layers that cannot run in integers, and
+    why.
     """
     layers = {}
     for layer in net.net.layer:
