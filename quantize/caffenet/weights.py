@@ -272,24 +272,24 @@ def _blobs(arrays: Iterable[npt.ArrayLike]) -> tuple[_Blob, ...]:
     return tuple(_Blob(np.asarray(array, np.float32, order="C")) for array in arrays)
 
 
-def float_records(path: str | Path) -> tuple[memoryview, list[tuple[int, int]]]:
-    """A caffemodel's bytes, and where in them the float32 data of blobs begin and end, in order.
+def float_records(caffemodel: bytes) -> list[tuple[int, int]]:
+    """Where in the content of a caffemodel the float32 data of blobs begin and end, in order.
 
     Blobs whose data are not in one packed record of floats are left out.
 
     Raises:
-        InputError: as `Weights.read`.
+        InputError: it is damaged.
     """
-    buffer = _read_file(path)
+    buffer = memoryview(caffemodel)
     found = []
-    with _told(path, buffer):
+    with _told("the caffemodel", buffer):
         for layer in _fields(buffer, 0, len(buffer)):
             if layer.number in _BLOBS:
                 for blob in _split(buffer, layer, _NAMES[layer.number], _BLOBS[layer.number])[2]:
                     data = _only_data(buffer, blob)
                     if data is not None and data.number == _BLOB_DATA:
                         found.append((data.start, data.start + _view(buffer, data).nbytes))
-    return buffer, found
+    return found
 
 
 # ---- Writing ----

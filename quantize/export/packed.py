@@ -21,9 +21,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,41 +100,41 @@ class _Header:
 # ---- Packing ----
 
 
-def pack(caffemodel: Path, prototxt: bytes, file: BinaryIO) -> None:
-    """Write a packed result.
+def packed(caffemodel: bytes, prototxt: bytes) -> bytes:
+    """The content of a packed net.
 
     Args:
-        caffemodel: the quantized weights.
+        caffemodel: the content of the quantized weights.
         prototxt: the net that belongs to them.
-        file: what is written to.
 
     Raises:
-        InputError: the caffemodel cannot be read or is damaged.
+        InputError: the caffemodel is damaged.
     """
-    data, records = float_records(caffemodel)
     coded, tables = [], []
-    for start, end in records:
-        values = np.frombuffer(data[start:end], "<u4")
+    for start, end in float_records(caffemodel):
+        values = np.frombuffer(caffemodel, "<u4", (end - start) // FLOAT_BYTES, start)
         levels = _levels(values)
         if levels is not None:
             bits = max(1, (len(levels) - 1).bit_length())
             coded.append(_Coded(start, len(values), bits, len(levels)))
             tables.append(levels)
-    digest = hashlib.sha256(data).hexdigest()
-    header = asdict(_Header(VERSION, len(prototxt), len(data), digest, []))
+    digest = hashlib.sha256(caffemodel).hexdigest()
+    header = asdict(_Header(VERSION, len(prototxt), len(caffemodel), digest, []))
     header["blobs"] = [astuple(blob) for blob in coded]
+    file = BytesIO()
     with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as out:
         out.write(json.dumps(header).encode() + b"\n" + prototxt)
         place = 0
         for blob, levels in zip(coded, tables, strict=True):
-            out.write(data[place : blob.place])
+            out.write(caffemodel[place : blob.place])
             out.write(levels.tobytes())
-            values = np.frombuffer(data[blob.place : blob.end], "<u4")
+            values = np.frombuffer(caffemodel, "<u4", blob.values, blob.place)
             for start in range(0, blob.values, _CHUNK):
                 numbers = np.searchsorted(levels, values[start : start + _CHUNK])
                 out.write(_packed(numbers.astype(np.uint16), blob.bits))
             place = blob.end
-        out.write(data[place:])
+        out.write(caffemodel[place:])
+    return file.getvalue()
 
 
 def _levels(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32] | None:

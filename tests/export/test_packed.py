@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 
 from quantize.caffenet import LayerParameter, NetParameter, Weights
 from quantize.errors import InputError
-from quantize.export.packed import pack, unpack
+from quantize.export.packed import packed as pack
+from quantize.export.packed import unpack
 from quantize.job.run import Run
 from quantize.numerics.grids import GRIDS, make_grid
 
 PROTOTXT = b'name: "packed"\nlayer { name: "\xff" type: "Dropout" }\n'
 
 
-def packed(tmp_path, caffemodel, prototxt=PROTOTXT):
+def packed(tmp_path, caffemodel):
     given, file = tmp_path / "given.caffemodel", tmp_path / "net.lfq"
     given.write_bytes(caffemodel)
-    with open(file, "wb") as stream:
-        pack(given, prototxt, stream)
+    file.write_bytes(pack(caffemodel, PROTOTXT))
     return file
 
 
