@@ -14,7 +14,9 @@ from quantize.export.integers import IntegerNet, whole_codes
 from quantize.export.ncnn import export_ncnn
 from quantize.export.target import Exported
 from tests.export.test_ncnn_layers import run
+from tests.families import FAMILIES, family
 from tests.nets import parse, random_weights
+from tests.stages.test_sites import quantized_net
 
 ncnn = pytest.importorskip("ncnn")
 
@@ -103,6 +105,24 @@ def test_codes_layer_by_layer(model: quantize.Model, tmp_path: Path) -> None:
         signs.add(net.quantizers[blob].lowest < 0)
     assert signs == {True, False}
     assert np.abs(prob - wanted["prob"]).max() < 0.02
+
+
+@pytest.mark.parametrize("values", [{}, {"input": True, "sums": True}], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, values: dict[str, object], tmp_path: Path) -> None:
+    quantized, weights, feeds = quantized_net(family(name), **values)
+    model = quantize.Model(quantized, weights)
+    net = IntegerNet.of(model)
+    exported = export_ncnn(net, "net")
+    outputs = list(net.outputs)
+    engine = OnnxEngine(model.inference.net, weights, {"data": feeds["data"].shape[1:]}, threads=1)
+    wanted = engine.compile(0, len(model.inference.net.layer), outputs).run(feeds).blobs
+    for number, image in enumerate(feeds["data"]):
+        for blob, found in zip(outputs, run(exported.files, tmp_path, {"data": image}, outputs), strict=True):
+            own = wanted[blob][number]
+            assert found.shape == own.shape
+            assert np.abs(found - own).max() <= 0.03 * np.abs(wanted[blob]).max()
+            assert np.median(np.abs(found - own)) <= 0.005 * np.abs(wanted[blob]).max()
 
 
 def test_what_runs_in_integers(model: quantize.Model) -> None:
