@@ -40,7 +40,7 @@ def export_caffe(model: Model, net: IntegerNet, name: str, fold: bool = True) ->
         LabelfreeError: a caffemodel would be larger than Caffe can read.
     """
     quantized = with_inputs(with_stored_statistics(model.inference.net), net.inputs)
-    plain = plain_net(net) if fold else without_quantizers(quantized)[0]
+    plain, _ = plain_net(net) if fold else without_quantizers(quantized)
     weights = net.weights if fold else model.weights
     files = {
         f"{name}_plain.prototxt": to_bytes(format_prototxt(plain)),
@@ -81,15 +81,10 @@ def with_inputs(net: NetParameter, inputs: Mapping[str, Shape]) -> NetParameter:
     return changed
 
 
-def plain_net(net: IntegerNet) -> NetParameter:
-    """The folded net, with its Input layers and without quantizers."""
-    return without_quantizers(with_inputs(net.net, net.inputs))[0]
-
-
-def plain_quantizers(net: IntegerNet) -> dict[str, Quantizer]:
-    """The quantizers of the neutral form by the blobs' names in the `plain_net`."""
-    renamed = without_quantizers(net.net)[1]
-    return {renamed.get(blob, blob): quantizer for blob, quantizer in net.quantizers.items()}
+def plain_net(net: IntegerNet) -> tuple[NetParameter, dict[str, Quantizer]]:
+    """The folded net with its Input layers and without quantizers, and by blob the codes that it is on."""
+    plain, renamed = without_quantizers(with_inputs(net.net, net.inputs))
+    return plain, {renamed.get(blob, blob): quantizer for blob, quantizer in net.quantizers.items()}
 
 
 def without_quantizers(net: NetParameter) -> tuple[NetParameter, dict[str, str]]:
@@ -122,6 +117,7 @@ def without_quantizers(net: NetParameter) -> tuple[NetParameter, dict[str, str]]
             layer.type = "Convolution"
             layer.convolution_param.group = layer.convolution_param.num_output
         relus.difference_update(layer.top)
-        if layer.type == "ReLU" and not layer.relu_param.negative_slope:
+        is_relu = layer.type == "ReLU" and not layer.relu_param.negative_slope
+        if is_relu or (layer.type == "Clip" and layer.clip_param.min >= 0):
             relus.update(layer.top)
     return changed, renamed
