@@ -99,13 +99,18 @@ class IntegerNet:
         Raises:
             InputError: nothing is quantized, the shape of an input is not known, or blobs do not fit.
         """
-        test = model.inference
-        quantized = {layer.name: layer.weights for layer in model.layers if layer.weights is not None}
-        if not quantized:
+        if not any(layer.weights is not None for layer in model.layers):
             raise InputError(
                 "no layer has quantized weights, so nothing would be smaller or run in integers; run "
                 "`labelfree quantize` first, and give its result"
             )
+        return cls.folded(model, inputs)
+
+    @classmethod
+    def folded(cls, model: Model, inputs: Mapping[str, Shape] | None = None) -> IntegerNet:
+        """As `of`, also where nothing is quantized: the net in full precision to compare with."""
+        test = model.inference
+        quantized = {layer.name: layer.weights for layer in model.layers if layer.weights is not None}
         shapes = _known_inputs(test, {**model.declared_shapes, **(inputs or {})})
         folding = _Folding.of(test.net, model.weights, shapes, quantized)
         folding.fold()
