@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantize.arrays import FloatArray, Floats
-from quantize.engines.base import Range
+from quantize.engines.base import Range, RangeResult
 from quantize.errors import InputError
 
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
@@ -59,12 +59,35 @@ class ExportedFile(Range):
         InputError: it cannot be read, lacks such a blob, or the runtime is not installed.
     """
 
-    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    pixels: Mapping[str, Pixels]
+    """What the net does with pixels, by input that takes such."""
 
     @abstractmethod
     def __init__(self, path: Path, outputs: Sequence[str], threads: int) -> None:
         """Open it."""
+
+    def taken(self, feeds: Mapping[str, FloatArray]) -> dict[str, npt.NDArray[Any]]:
+        """The values of images as the file takes them."""
+        return {
+            name: self.pixels[name].of_values(feeds[name]) if name in self.pixels else feeds[name]
+            for name in self.inputs
+        }
+
+    @abstractmethod
+    def compute(self, taken: Mapping[str, npt.NDArray[Any]]) -> dict[str, FloatArray]:
+        """The outputs for some images as the file takes them; raises as `run`."""
+
+    def run(
+        self, feeds: Mapping[str, FloatArray], into: Mapping[str, FloatArray] | None = None
+    ) -> RangeResult:
+        """Run on some images; see ``Range``. Nothing is written into given arrays.
+
+        Raises:
+            LabelfreeError: the runtime fails.
+        """
+        del into
+        return RangeResult(self.compute(self.taken(feeds)), {})
 
     @abstractmethod
     def kernels(self) -> Kernels:
@@ -91,8 +114,3 @@ def check_installed(runtime: str) -> None:
     """Check that a runtime can be imported (InputError with the line that installs it)."""
     if not is_installed(runtime):
         raise InputError(f"{runtime} is not installed; install it with: pip install 'labelfree[{runtime}]'")
-
-
-def by_batch(feeds: Mapping[str, npt.NDArray[Any]]) -> int:
-    """How many images some feeds are of."""
-    return len(next(iter(feeds.values())))

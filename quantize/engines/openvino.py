@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import openvino
 
 from quantize.arrays import FloatArray
-from quantize.engines.base import RangeResult
-from quantize.engines.exported import ExportedFile, Kernels, by_batch
+from quantize.engines.exported import ExportedFile, Kernels
 from quantize.engines.onnx.file import pixels_of, read_onnx
 from quantize.errors import InputError, LabelfreeError
 
@@ -24,7 +24,7 @@ class File(ExportedFile):
 
     def __init__(self, path: Path, outputs: Sequence[str], threads: int) -> None:
         model = read_onnx(path, outputs)
-        self._pixels = pixels_of(model)
+        self.pixels = pixels_of(model)
         self._content = model.SerializeToString()
         self._settings = {
             "INFERENCE_NUM_THREADS": threads,
@@ -48,20 +48,14 @@ class File(ExportedFile):
             self._compiled[batch] = core.compile_model(model, "CPU", self._settings)
         return self._compiled[batch]
 
-    def run(
-        self, feeds: Mapping[str, FloatArray], into: Mapping[str, FloatArray] | None = None
-    ) -> RangeResult:
-        """Run on some images; see ``Range``."""
-        del into
-        given = {
-            name: self._pixels[name].of_values(feeds[name]) if name in self._pixels else feeds[name]
-            for name in self.inputs
-        }
+    def compute(self, taken: Mapping[str, npt.NDArray[Any]]) -> dict[str, FloatArray]:
+        """The outputs; see ``ExportedFile``."""
+        batch = len(next(iter(taken.values())))
         try:
-            found = self._for_batch(by_batch(given))(given)
+            found = self._for_batch(batch)(dict(taken))
         except RuntimeError as error:
             raise LabelfreeError(f"OpenVINO: {' '.join(str(error).split())}") from error
-        return RangeResult({name: found[name] for name in self.outputs}, {})
+        return {name: found[name] for name in self.outputs}
 
     def kernels(self) -> Kernels:
         """Counted in the model that OpenVINO runs."""

@@ -250,7 +250,7 @@ class _Writer:
             integers = self._with_mean(layer, given) if on_pixels else given
             integers, why = self._within_int32(layer, integers)
         if why is None and not _fit(_whole(integers.codes)[0], INT8):
-            why = f"its {given.bits}-bit {given.grid} weights are no bytes (weights.bits)"
+            why = f"{given.bits}-bit {given.grid} weights are no bytes (weights.bits)"
         x = self.translation.blob(layer.bottom[0]).tensor
         if why is not None:
             self.floats[layer.name] = why
@@ -275,7 +275,7 @@ class _Writer:
             and layer.type != "InnerProduct"
             and layer.top[0] not in self.demanded
         ):
-            return f"its output is not on codes, as onnxruntime needs it{self._remedy(layer)}"
+            return f"onnxruntime needs its output on codes, too{self._remedy(layer)}"
         return None
 
     def _remedy(self, layer: LayerParameter) -> str:

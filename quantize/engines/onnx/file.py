@@ -6,14 +6,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
 
 from quantize.arrays import FloatArray
-from quantize.engines.base import RangeResult
 from quantize.engines.exported import ExportedFile, Kernels, Pixels
 from quantize.engines.onnx.graph import FATAL_ONLY
 from quantize.errors import InputError, LabelfreeError
@@ -79,7 +80,7 @@ class File(ExportedFile):
 
     def __init__(self, path: Path, outputs: Sequence[str], threads: int) -> None:
         self._model = read_onnx(path, outputs)
-        self._pixels = pixels_of(self._model)
+        self.pixels = pixels_of(self._model)
         self._threads = threads
         self.inputs = tuple(value.name for value in self._model.graph.input)
         self.outputs = tuple(outputs)
@@ -88,20 +89,13 @@ class File(ExportedFile):
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise InputError(f"{path}: onnxruntime cannot open it: {' '.join(str(error).split())}") from error
 
-    def run(
-        self, feeds: Mapping[str, FloatArray], into: Mapping[str, FloatArray] | None = None
-    ) -> RangeResult:
-        """Run on some images; see ``Range``."""
-        del into
-        given = {
-            name: self._pixels[name].of_values(feeds[name]) if name in self._pixels else feeds[name]
-            for name in self.inputs
-        }
+    def compute(self, taken: Mapping[str, npt.NDArray[Any]]) -> dict[str, FloatArray]:
+        """The outputs; see ``ExportedFile``."""
         try:
-            found = self._session.run(list(self.outputs), given)
+            found = self._session.run(list(self.outputs), dict(taken))
         except Exception as error:  # as above
             raise LabelfreeError(f"onnxruntime: {' '.join(str(error).split())}") from error
-        return RangeResult(dict(zip(self.outputs, found, strict=True)), {})
+        return dict(zip(self.outputs, found, strict=True))
 
     def kernels(self) -> Kernels:
         """Counted in the graph that onnxruntime runs."""
