@@ -35,6 +35,7 @@ from quantize.caffenet.quantized import QUANTIZED_TYPES, QuantizedWeights, Quant
 from quantize.caffenet.quantizers import coded_by
 from quantize.caffenet.shape_rules import canonical_axis
 from quantize.errors import InputError
+from quantize.measure.outputs import Output
 
 CHANNEL_AXIS = 1
 IMAGE_AXES = 4
@@ -99,23 +100,36 @@ class IntegerNet:
         Raises:
             InputError: nothing is quantized, the shape of an input is not known, or blobs do not fit.
         """
-        test = model.inference
-        quantized = {layer.name: layer.weights for layer in model.layers if layer.weights is not None}
-        if not quantized:
+        if not any(layer.weights is not None for layer in model.layers):
             raise InputError(
                 "no layer has quantized weights, so nothing would be smaller or run in integers; run "
                 "`labelfree quantize` first, and give its result"
             )
+        return cls.folded(model, inputs)
+
+    @classmethod
+    def folded(cls, model: Model, inputs: Mapping[str, Shape] | None = None) -> IntegerNet:
+        """As `of`, also where nothing is quantized: the net in full precision to compare with."""
+        test = model.inference
+        quantized = {layer.name: layer.weights for layer in model.layers if layer.weights is not None}
         shapes = _known_inputs(test, {**model.declared_shapes, **(inputs or {})})
         folding = _Folding.of(test.net, model.weights, shapes, quantized)
         folding.fold()
         folding.replace_shortcuts()
         return folding.result(model.net.name or "net")
 
-    def reads(self, layer: str) -> Quantizer | None:
-        """The codes that a layer's first bottom is on; None where it is not."""
-        found = next(each for each in self.net.layer if each.name == layer)
-        return self.quantizers.get(found.bottom[0])
+    def blob_of(self, output: Output) -> str:
+        """The name that an output of the given net has here.
+
+        Raises:
+            InputError: there is no such blob any more.
+        """
+        name = output.blob
+        if output.before is not None:
+            name = next((layer.bottom[0] for layer in self.net.layer if layer.name == output.before), "")
+        if name not in self.shapes.blobs:
+            raise InputError(f"the net has no output {output.blob!r} any more; quantize again")
+        return name
 
 
 def whole_codes(layer: IntegerLayer) -> IntegerLayer:
@@ -467,10 +481,10 @@ def _floats(
             continue
         blob = layer.bottom[0]
         if layer.name not in layers:
-            yield layer.name, "its weights are in full precision (weights.layers)"
+            yield layer.name, "weights in full precision (weights.layers)"
         elif blob in inputs:
-            yield layer.name, f"it reads the input {blob}, which is not on codes (activations.input)"
+            yield layer.name, f"reads the input {blob}, which is not on codes (activations.input)"
         elif quantizers:
-            yield layer.name, f"it reads {blob}, which is not on codes (activations.scope: inputs)"
+            yield layer.name, f"reads {blob}, which is not on codes (activations.scope: inputs)"
         else:
             yield layer.name, "activations are not quantized (labelfree activations-quan)"

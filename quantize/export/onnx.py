@@ -22,22 +22,25 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from quantize.arrays import FloatArray, Floats
 from quantize.caffenet import LayerParameter
 from quantize.caffenet.kernels import from_kernels
 from quantize.caffenet.quantized import QUANTIZER_TYPES, Quantizer, read_quantizer
 from quantize.caffenet.shape_rules import canonical_axis, convolution_window
+from quantize.engines.exported import Pixels
 from quantize.engines.onnx.engine import OnnxEngine, Translation
+from quantize.engines.onnx.file import MEAN, SCALE
 from quantize.engines.onnx.graph import Graph
-from quantize.export.integers import IntegerLayer, IntegerNet
+from quantize.errors import InputError
+from quantize.export.integers import IMAGE_AXES, IntegerLayer, IntegerNet
 from quantize.export.target import Exported
 
 OPSET, IR_VERSION = 21, 10
@@ -62,18 +65,22 @@ class OnnxOptions:
     Attributes:
         runtime: which one it is to be fast in; it runs in both.
         weights: packed, or a byte each, for onnxruntime before 1.23.
+        pixels: have the net's first input take pixels of 8 bits, of which it makes its values so.
     """
 
     runtime: Runtime = "ort"
     weights: Packing = "packed"
+    pixels: Pixels | None = None
 
 
 def export_onnx(net: IntegerNet, name: str, options: OnnxOptions) -> Exported:
     """``NAME.onnx``.
 
     Raises:
-        InputError: a layer cannot be translated.
+        InputError: a layer cannot be translated, or the net has no input of images for pixels.
     """
+    if options.pixels is not None:
+        _check_pixels(net, options.pixels)
     with closing(OnnxEngine(net.net, net.weights, net.inputs)) as engine:
         writer = _Writer(net, options, engine)
         model = writer.written()
@@ -112,9 +119,13 @@ class _Writer:
         self.codes: dict[str, _Codes] = {}
         self.demanded = _demanded(net) if options.runtime == "ort" else {}
         self.constants: dict[bytes, str] = {}
+        self.pixels = options.pixels
+        self.pixel_input = next(iter(net.inputs)) if options.pixels is not None else None
+        self.pixel_tensor = ""
 
     def written(self) -> onnx.ModelProto:
         """The file's content."""
+        inputs = self._inputs()
         for layer in self.net.net.layer:
             if layer.type in QUANTIZER_TYPES:
                 self._add_quantizer(layer)
@@ -125,16 +136,40 @@ class _Writer:
             if self.options.runtime == "ort":
                 for top in layer.top:
                     self._quantize_as_wanted(top)
-        names = {self.translation.blob(name).tensor: name for name in self.net.inputs}
-        for name in self.net.outputs:
-            names[self.graph.output(self.translation.blob(name).tensor)] = name
+        blobs = {self.translation.blob(name).tensor: name for name in reversed(self.net.shapes.blobs)}
+        ends = {self.graph.output(self.translation.blob(name).tensor): name for name in self.net.outputs}
+        names = {
+            tensor: name for tensor, name in blobs.items() if name not in (*ends.values(), *inputs.values())
+        }
+        names |= ends | inputs
         model = self.graph.whole_model(OPSET, IR_VERSION)
         model.producer_name = "labelfree"
         model.graph.name = _text(self.net.name)
         _rename(model, {tensor: _text(name) for tensor, name in names.items()})
         _declare(model, self.net)
+        if self.pixels is not None:
+            said = {
+                MEAN: ",".join(repr(float(mean)) for mean in self.pixels.mean),
+                SCALE: repr(self.pixels.scale),
+            }
+            helper.set_model_props(model, said)
         onnx.checker.check_model(model)
         return model
+
+    def _inputs(self) -> dict[str, str]:
+        """Make the net's inputs; their names by tensor."""
+        found = {}
+        for name, shape in self.net.inputs.items():
+            if name == self.pixel_input and self.pixels is not None:
+                self.pixel_tensor = self.graph.input((1, *shape), grows=True, kind=TensorProto.UINT8)
+                found[self.pixel_tensor] = name
+                x = self.graph.op("Cast", self.pixel_tensor, to=TensorProto.FLOAT)
+                mean = self.pixels.mean.reshape(-1, *[1] * (len(shape) - 1))
+                x = self.graph.op("Sub", x, self.graph.floats(mean))
+                self.translation.define(name, self.graph.op("Mul", x, self.graph.floats(self.pixels.scale)))
+            else:
+                found[self.translation.blob(name).tensor] = name
+        return found
 
     # ---- Activations ----
 
@@ -206,25 +241,27 @@ class _Writer:
 
     # ---- Weights ----
 
-    def _add_quantized(self, layer: LayerParameter, integers: IntegerLayer) -> None:
+    def _add_quantized(self, layer: LayerParameter, given: IntegerLayer) -> None:
         """A layer whose weights are quantized, in integers where the runtime can."""
-        why = self.floats.get(layer.name) or self._why_float(layer)
+        on_pixels = self._is_on_pixels(layer)
+        why = None if on_pixels else self.floats.get(layer.name)
+        why, integers = why or self._why_float(layer), given
         if why is None:
+            integers = self._with_mean(layer, given) if on_pixels else given
             integers, why = self._within_int32(layer, integers)
-        codes, unit = _whole(integers.codes)
-        if why is None and not _fit(codes, INT8):
-            why = f"its {integers.bits}-bit {integers.grid} weights are no bytes (weights.bits)"
-        if why is None:
-            self.floats.pop(layer.name, None)
-            weights = self._bytes(layer, codes)
-            axis = _kernel_axis(layer)
-            w = self.graph.op(
-                "DequantizeLinear", weights, self.graph.floats(integers.scale * unit), axis=axis
-            )
-        else:
+        if why is None and not _fit(_whole(integers.codes)[0], INT8):
+            why = f"{given.bits}-bit {given.grid} weights are no bytes (weights.bits)"
+        x = self.translation.blob(layer.bottom[0]).tensor
+        if why is not None:
             self.floats[layer.name] = why
-            w = self._floats(layer, codes, integers.scale * unit)
-        self._add_linear(layer, w, integers.bias)
+            self._add_linear(layer, x, self._floats(layer, given), given.bias, is_padded=False)
+            return
+        self.floats.pop(layer.name, None)
+        codes, unit = _whole(integers.codes)
+        scale = self.graph.floats(integers.scale * unit)
+        w = self.graph.op("DequantizeLinear", self._bytes(layer, codes), scale, axis=_kernel_axis(layer))
+        x = self._padded_pixels(layer) if on_pixels else x
+        self._add_linear(layer, x, w, integers.bias, is_padded=on_pixels)
 
     def _why_float(self, layer: LayerParameter) -> str | None:
         """Why a layer on codes cannot run in integers in the runtime; None where it can."""
@@ -238,7 +275,7 @@ class _Writer:
             and layer.type != "InnerProduct"
             and layer.top[0] not in self.demanded
         ):
-            return f"its output is not on codes, as onnxruntime needs it{self._remedy(layer)}"
+            return f"onnxruntime needs its output on codes, too{self._remedy(layer)}"
         return None
 
     def _remedy(self, layer: LayerParameter) -> str:
@@ -253,7 +290,7 @@ class _Writer:
         onnxruntime adds biases as int32 in units of step * scale. A kernel with a scale of (nearly) nothing
         is a constant: its codes are 0, and its scale fits the bias.
         """
-        quantizer = self.net.quantizers[layer.bottom[0]]
+        quantizer = self._read_by(layer)
         step = quantizer.step
         unit = np.abs(integers.scale) * step
         too_large = np.abs(integers.bias) > MOST_OF_INT32 * unit
@@ -265,6 +302,48 @@ class _Writer:
         scale = np.where(too_large, np.abs(integers.bias) / MOST_OF_INT32 / step, integers.scale)
         codes = np.where(too_large[:, None], np.float32(0), integers.codes)
         return IntegerLayer(integers.bits, integers.grid, codes, scale, integers.bias), None
+
+    def _read_by(self, layer: LayerParameter) -> Quantizer:
+        """The codes that a layer reads; pixels are codes, too."""
+        if self.pixels is not None and self._is_on_pixels(layer):
+            return Quantizer(self.pixels.scale, 0, 255)
+        return self.net.quantizers[layer.bottom[0]]
+
+    def _is_on_pixels(self, layer: LayerParameter) -> bool:
+        """Whether a layer with quantized weights reads pixels."""
+        return self.pixel_input is not None and layer.bottom[0] == self.pixel_input
+
+    def _with_mean(self, layer: LayerParameter, integers: IntegerLayer) -> IntegerLayer:
+        """The layer with the mean of the pixels in its bias."""
+        assert self.pixels is not None
+        n, k = integers.codes.shape
+        channels = self.net.shapes.blobs[layer.bottom[0]][1]
+        if layer.type == "InnerProduct":
+            means = np.broadcast_to(np.repeat(self.pixels.mean, k // channels), (n, k))
+        else:
+            each = self.net.shapes.params[layer.name][0][1]
+            by_group = self.pixels.mean.reshape(-1, each)
+            means = np.repeat(np.repeat(by_group, n // len(by_group), axis=0), k // each, axis=1)
+        shift = integers.scale * self.pixels.scale * (integers.codes * means).sum(axis=1)
+        return replace(integers, bias=integers.bias - shift)
+
+    def _padded_pixels(self, layer: LayerParameter) -> str:
+        """The pixels with the mean around them, as values are padded with 0."""
+        assert self.pixels is not None
+        x, (_, channels, *sizes) = self.pixel_tensor, self.net.shapes.blobs[layer.bottom[0]]
+        pad = (
+            ()
+            if layer.type == "InnerProduct"
+            else convolution_window(layer.convolution_param, (1, channels, *sizes)).pad
+        )
+        if any(pad):
+            axes = range(2, 2 + len(pad))
+            x = self.graph.op("Pad", x, self.graph.integers(pad * 2), "", self.graph.integers(axes))
+            inside = np.pad(np.ones(sizes, bool), [(each, each) for each in pad])[None, None]
+            mean = np.rint(self.pixels.mean).clip(0, 255).astype(np.uint8).reshape(1, -1, *[1] * len(pad))
+            x = self.graph.op("Where", self.graph.constant(inside), x, self.graph.constant(mean))
+        step, zero = self.graph.floats(self.pixels.scale), self.graph.constant(np.array(0, np.uint8))
+        return self.graph.op("DequantizeLinear", x, step, zero)
 
     def _bytes(self, layer: LayerParameter, codes: FloatArray) -> str:
         """Q as a tensor of int8, packed in the file where it can be."""
@@ -278,8 +357,9 @@ class _Writer:
             return self.graph.op("Gather", self._constant(levels.astype(np.int8)), self._places(blob, levels))
         return self._constant(blob.astype(np.int8))
 
-    def _floats(self, layer: LayerParameter, codes: FloatArray, scale: Floats) -> str:
-        """scale * Q as floats, of which the runtime finds out when it loads the file; Q is in the file."""
+    def _floats(self, layer: LayerParameter, integers: IntegerLayer) -> str:
+        """scale * Q as floats, which the runtime computes when it loads the file; what is in there is Q."""
+        codes, unit = _whole(integers.codes)
         blob = self._in_blob(layer, codes)
         levels = np.unique(codes)
         packed = self.options.weights == "packed"
@@ -292,7 +372,7 @@ class _Writer:
             w = self.graph.op(
                 "Gather", self.graph.floats(levels), self.graph.op("Cast", bytes_, to=TensorProto.INT32)
             )
-        return self.graph.op("Mul", w, self.graph.floats(_spread(layer, scale, blob.shape)))
+        return self.graph.op("Mul", w, self.graph.floats(_spread(layer, integers.scale * unit, blob.shape)))
 
     def _in_blob(self, layer: LayerParameter, codes: FloatArray) -> FloatArray:
         """Kernels as the operator has them: those of an InnerProduct as columns."""
@@ -323,12 +403,12 @@ class _Writer:
             self.constants[key] = self.graph.constant(values)
         return self.constants[key]
 
-    def _add_linear(self, layer: LayerParameter, w: str, bias: Floats) -> None:
-        """Write a layer with weights from a tensor."""
-        x, shape = self.translation.blob(layer.bottom[0]).tensor, self.net.shapes.blobs[layer.bottom[0]]
+    def _add_linear(self, layer: LayerParameter, x: str, w: str, bias: Floats, is_padded: bool) -> None:
+        """Write a layer of a tensor and one of weights."""
+        shape = self.net.shapes.blobs[layer.bottom[0]]
         has_bias = len(self.net.weights[layer.name]) > 1
         if layer.type == "InnerProduct":
-            y = self._inner_product(layer, w, bias.astype(np.float32) if has_bias else None)
+            y = self._inner_product(layer, x, w, bias.astype(np.float32) if has_bias else None)
         else:
             window = convolution_window(layer.convolution_param, shape)
             is_deconvolution = layer.type == "Deconvolution"
@@ -339,23 +419,32 @@ class _Writer:
                 group=layer.convolution_param.group if is_deconvolution else shape[1] // kernels[1],
                 kernel_shape=window.kernel,
                 strides=window.stride,
-                pads=window.pad * 2,
+                pads=[0 if is_padded else pad for pad in window.pad * 2],
                 dilations=window.dilation,
             )
         self.translation.define(layer.top[0], y)
 
-    def _inner_product(self, layer: LayerParameter, w: str, bias: FloatArray | None) -> str:
+    def _inner_product(self, layer: LayerParameter, rows: str, w: str, bias: FloatArray | None) -> str:
         """A product and a difference: onnxruntime makes a product and a sum one Gemm, and that of floats."""
         blob, shape = layer.bottom[0], self.net.shapes.blobs[layer.bottom[0]]
         axis = canonical_axis(layer.inner_product_param.axis, shape)
-        rows = self.translation.blob(blob).tensor
         if axis + 1 != len(shape):
             rows = self.graph.reshape(rows, (-1, *shape[1:axis], math.prod(shape[axis:])))
-            if blob in self.codes:
-                step = self._step(self.codes[blob].quantizer)
+            if blob in self.codes or self._is_on_pixels(layer):
+                step = self._step(self._read_by(layer))
                 rows = self.graph.op("DequantizeLinear", self.graph.op("QuantizeLinear", rows, *step), *step)
         y = self.graph.op("MatMul", rows, w)
         return y if bias is None else self.graph.op("Sub", y, self.graph.floats(-bias))
+
+
+def _check_pixels(net: IntegerNet, pixels: Pixels) -> None:
+    """Check that the first input has channels with these means (InputError if not)."""
+    name, shape = next(iter(net.inputs.items()))
+    if len(shape) != IMAGE_AXES - 1 or len(pixels.mean) != shape[0]:
+        raise InputError(
+            f"input {name!r} is {shape} but there are {len(pixels.mean)} means of channels: it takes no "
+            "pixels; use --input float"
+        )
 
 
 def _demanded(net: IntegerNet) -> dict[str, Quantizer]:

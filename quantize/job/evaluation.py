@@ -85,7 +85,7 @@ def report_run(config: Config) -> Path:
     record = read_record(config.output)
     check_results(config, record)
     with closing(OutputFolder(config.output)) as folder:
-        _check_files(config, record)
+        check_files(config, record)
         write_page(folder, config, net, record)
     return config.output / PAGE
 
@@ -140,9 +140,9 @@ def _checked_candidates(config: Config, net: NetParameter, record: RunRecord) ->
     try:
         found = _candidates(config, net, record)
     except InputError:
-        _check_files(config, record)
+        check_files(config, record)
         raise
-    _check_files(config, record)  # last: what becomes of files that have been read is no matter
+    check_files(config, record)  # last: what becomes of files that have been read is no matter
     return found
 
 
@@ -159,7 +159,7 @@ def _candidates(config: Config, net: NetParameter, record: RunRecord) -> dict[st
     return found
 
 
-def _check_files(config: Config, record: RunRecord) -> None:
+def check_files(config: Config, record: RunRecord) -> None:
     """Check that the files are those that the record tells of (InputError if not)."""
     for name, digest in record.outputs.items():
         path = config.output / name

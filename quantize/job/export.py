@@ -1,0 +1,239 @@
+"""Exported files of the results in an output folder: written, and compared with what they were made from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from quantize.arrays import FloatArray
+from quantize.caffenet import TEST, NetParameter, Weights, load_weights, read_prototxt, schema_of
+from quantize.caffenet.model import Model
+from quantize.data.feed import Feed
+from quantize.engines import engine_opener
+from quantize.engines.exported import Pixels, check_installed, is_installed, open_exported
+from quantize.errors import InputError
+from quantize.export.integers import IntegerNet
+from quantize.export.onnx import OnnxOptions
+from quantize.export.target import Exported
+from quantize.export.targets import TARGETS
+from quantize.host import available_threads, using_threads
+from quantize.job.evaluation import check_files, check_results
+from quantize.job.feeds import (
+    calibration_feed,
+    calibration_images,
+    effective_transform,
+    evaluation_images,
+    input_shapes,
+    read_model_prototxt,
+    validation_feed,
+)
+from quantize.job.labels import with_labels_that_fit
+from quantize.job.output import Files, OutputFolder
+from quantize.job.store import read_record
+from quantize.measure.evaluate import Candidate, evaluate
+from quantize.measure.exported import FileComparison, compare_file
+from quantize.measure.outputs import Output, net_outputs, tapped
+from quantize.progress import SILENT, Progress
+from quantize.record import Evaluation, StageName
+from quantize.settings import Config, GridChoice
+
+IMAGES = 64
+"""So many are compared by default."""
+ONNX_RUNTIMES: dict[str, Literal["ort", "openvino"]] = {"onnx": "ort", "openvino": "openvino"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an export has made.
+
+    Attributes:
+        files: their bytes by path.
+        float_bytes: of the net in full precision, exported the same way.
+        floats: the layers with weights that stay in float, and why.
+        notes: what else there is to know.
+        comparison: None where there are no images, or the runtime is not installed.
+    """
+
+    files: dict[Path, int]
+    float_bytes: int
+    floats: Mapping[str, str]
+    notes: tuple[str, ...]
+    comparison: FileComparison | None
+
+
+def export_run(
+    config: Config,
+    target: str,
+    folder: Path | None = None,
+    options: OnnxOptions = OnnxOptions(),  # noqa: B008 - frozen
+    takes_pixels: bool = False,
+    images: int = IMAGES,
+    progress: Progress = SILENT,
+) -> Outcome:
+    """Export what is in the output folder.
+
+    Args:
+        config: the settings.
+        target: one of `TARGETS`.
+        folder: where the files go; None: the output folder.
+        options: how they are written.
+        takes_pixels: the files take pixels of 8 bits, transformed as the configuration says.
+        images: so many calibration images are compared, or all where there are fewer.
+        progress: what hears how far it is.
+
+    Raises:
+        InputError: nothing has been quantized, or a target cannot express it; nothing is written.
+    """
+    model, missing = _result(config)
+    full = model.full
+    assert full is not None
+    shapes = input_shapes(config, full.net)
+    if takes_pixels:
+        options = replace(options, pixels=pixels_of(config, full.net))
+    net, whole = IntegerNet.of(model, shapes), IntegerNet.folded(full, shapes)
+    exported = TARGETS[target].write(net, config.name, options)
+    plain = TARGETS[target].write(whole, config.name, replace(options, pixels=None))
+    folder = config.output if folder is None else folder
+    with closing(OutputFolder(folder)):
+        paths = exported.write(folder)
+    notes = [*exported.notes, *(f"not finished: {stage} has not run" for stage in missing)]
+    runtime = next(each for each in TARGETS[target].runtimes if options.runtime == ONNX_RUNTIMES[each])
+    comparison = None
+    if not is_installed(runtime):
+        notes.append(f"not compared: {runtime} is not installed (pip install 'labelfree[{runtime}]')")
+    elif (feed := _some_images(config, full.net, images)) is None:
+        notes.append("not compared: no images (data.calibration)")
+    else:
+        path = folder / f"{config.name}{TARGETS[target].file}"
+        with using_threads(config.threads):
+            comparison = _compared(config, net, model, path, plain, runtime, feed)
+    del progress
+    sizes = {path: path.stat().st_size for path in paths}
+    return Outcome(sizes, sum(map(len, plain.files.values())), exported.floats, tuple(notes), comparison)
+
+
+def evaluate_exported(
+    config: Config,
+    runtime: str,
+    path: Path | None = None,
+    images: int | None = None,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Evaluate an exported file beside full precision and the quantized net that it was made from.
+
+    Args:
+        config: the settings.
+        runtime: one of `engines.exported.RUNTIMES`.
+        path: the file; None: as `export_run` has written it.
+        images: the first so many; None: all.
+        progress: what hears how far it is.
+
+    Raises:
+        InputError: there is no such file, it does not fit the results, or the runtime is not installed.
+    """
+    check_installed(runtime)
+    model, missing = _result(config)
+    full = model.full
+    assert full is not None
+    ending = next(target.file for target in TARGETS.values() if runtime in target.runtimes)
+    path = config.output / f"{config.name}{ending}" if path is None else path
+    if not path.exists():
+        raise InputError(f"{path}: not there; run `labelfree export` first, or give --file")
+    net, outputs = IntegerNet.of(model, input_shapes(config, full.net)), net_outputs(full.net)
+    names = [net.blob_of(output) for output in outputs]
+    feed = with_labels_that_fit(validation_feed(config, full.net, images, progress), full.net, progress)
+    candidates = {
+        name: Candidate(each.inference.net, each.weights)
+        for name, each in (("fp32", full), ("quantized", model))
+    }
+    with using_threads(config.threads):
+        file = open_exported(runtime, path, names, config.threads or available_threads())
+        opener = engine_opener(config.engine, config.caffe, config.threads)
+        found = evaluate(candidates, outputs, feed, opener, progress, {runtime: file})
+    return replace(found, missing=missing, images_from=evaluation_images(config))
+
+
+def pixels_of(config: Config, net: NetParameter) -> Pixels:
+    """What the net's transform makes of pixels.
+
+    Raises:
+        InputError: it is not the same for all pixels of a channel.
+    """
+    transform = effective_transform(net, TEST, config)
+    if transform.mean_file is not None:
+        raise InputError(
+            f"--input pixels: the transform has a mean for each pixel ({transform.mean_file}), not for each "
+            "channel: give data.transform.mean_value, or use --input float"
+        )
+    if not transform.scale > 0:
+        raise InputError(f"--input pixels: data.transform.scale is {transform.scale}; it must be positive")
+    channels = next(iter(input_shapes(config, net).values()))[0]
+    mean = transform.mean_value or (0.0,)
+    return Pixels(np.array(mean * (channels if len(mean) == 1 else 1), np.float64), transform.scale)
+
+
+def _result(config: Config) -> tuple[Model, list[StageName]]:
+    """The quantized model in the output folder, with the one that it was made from; the stages it lacks."""
+    given, record = read_model_prototxt(config), read_record(config.output)
+    check_results(config, record)
+    files = Files.of(config.name)
+    check_files(config, record)
+    name = files.renorm if record.stages.renorm is not None else files.quantized
+    net = read_prototxt(config.output / files.val, schema_of(given))
+    full = Model(given, load_weights(config.model.weights, given), config.model.prototxt)
+    stage = record.stages.weights
+    grids = {
+        layer.name: GridChoice(bits=layer.bits, grid=layer.grid)
+        for layer in (stage.layers if stage is not None else ())
+    }
+    weights = Weights.read(config.output / name)
+    return Model(net, weights, config.output / files.val, grids, full=full), record.stages.missing
+
+
+def _some_images(config: Config, net: NetParameter, count: int) -> Feed | None:
+    """Calibration images, or validation images where there are no others."""
+    if config.data.calibration is not None:
+        return calibration_feed(config, net, min(count, calibration_images(config)))
+    if config.data.validation is not None:
+        feed = validation_feed(config, net, None)
+        return feed.selected(range(min(count, len(feed))))
+    return None
+
+
+def _compared(
+    config: Config,
+    net: IntegerNet,
+    model: Model,
+    path: Path,
+    plain: Exported,
+    runtime: str,
+    feed: Feed,
+) -> FileComparison:
+    """The file at ``path`` against the quantized net in our engine and the plain file in full precision."""
+    assert model.full is not None
+    outputs = net_outputs(model.full.net)
+    output = next((each for each in outputs if each.is_main), outputs[-1])
+    blob, threads = net.blob_of(output), config.threads or available_threads()
+    [images] = feed.unlabeled().batches(len(feed))
+    scores = _scores(config, model, output, images.feeds)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        plain.write(folder)
+        full = open_exported(runtime, folder / path.name, [blob], threads)
+        file = open_exported(runtime, path, [blob], threads)
+        return compare_file(file, full, images.feeds, scores, output.axis_of(scores.shape))
+
+
+def _scores(config: Config, model: Model, output: Output, feeds: Mapping[str, FloatArray]) -> FloatArray:
+    """An output of the quantized net in labelfree's engine."""
+    net, [name] = tapped(model.inference.net, [output])
+    shapes = {blob: values.shape[1:] for blob, values in feeds.items()}
+    opener = engine_opener(config.engine, config.caffe, config.threads)
+    with closing(opener(net, model.weights, shapes)) as engine:
+        return engine.compile(0, len(net.layer), [name]).run(feeds).blobs[name]
