@@ -83,7 +83,7 @@ def _why_float(
     if not _LOWEST <= whole.codes.min() <= whole.codes.max() <= _HIGHEST:
         return f"its weights reach {abs(whole.codes).max():.0f}, int8 ends at 127"
     if output not in quantizers:
-        return f"what it makes, {output}, is not on codes (activations.sums, for branches of sums)"
+        return "what it makes is not on codes (activations.sums, for branches of sums)"
     return None
 
 

@@ -2,8 +2,8 @@
 
 Names are those of the folded plain pair (`caffe`): of blobs, in the record of AMCT of layers. What each
 client does with weights stands in NAME_ranges.txt, and in the head of files whose formats have comments. Most
-take the largest weight of a kernel as 127: of a power-of-two grid that is 64, 127 / 64 is no whole number, and
-so smaller levels come out up to 0.8 % away.
+take the largest weight of a kernel as 127: of a power-of-two grid that is 64, 127 / 64 is no whole number,
+and so smaller levels come out up to 0.8 % away.
 """
 
 from __future__ import annotations
