@@ -389,7 +389,7 @@ def export(
     folder = given.pop("output") if given["path"] is not None else None
     config = read_config_of_results({**given, "output": None} if given["path"] is not None else given)
     from quantize.commands.export import export_json, export_text
-    from quantize.export.onnx import OnnxOptions
+    from quantize.exports.onnx import OnnxOptions
     from quantize.job.export import export_run
 
     options = OnnxOptions(runtime, codes)

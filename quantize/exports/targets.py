@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from quantize.export.integers import IntegerNet
-from quantize.export.onnx import OnnxOptions, export_onnx
-from quantize.export.target import Exported
+from quantize.exports.integers import IntegerNet
+from quantize.exports.onnx import OnnxOptions, export_onnx
+from quantize.exports.target import Exported
 
 
 @dataclass(frozen=True)
