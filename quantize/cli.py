@@ -421,7 +421,7 @@ def export(
     folder = given.pop("output") if given["path"] is not None else None
     config = read_config_of_results({**given, "output": None} if given["path"] is not None else given)
     from quantize.commands.export import export_json, export_text
-    from quantize.export.onnx import OnnxOptions
+    from quantize.exports.onnx import OnnxOptions
     from quantize.job.export import export_run
 
     options = OnnxOptions(runtime, codes)
@@ -610,7 +610,7 @@ def make_lmdb_command(images: Path, lmdb: Path, **options: Any) -> None:
 @click.option("--force", is_flag=True, help="Replace files that are there.")
 def unpack(file: Path, output: Path, force: bool) -> None:
     """Turn a packed net back into NAME.prototxt and NAME.caffemodel, byte for byte what was packed."""
-    from quantize.export.packed import unpack as unpacked
+    from quantize.exports.packed import unpack as unpacked
 
     for path in unpacked(file, output, force):
         click.echo(f"wrote {path}")

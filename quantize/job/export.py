@@ -18,10 +18,10 @@ from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.engines.exported import Pixels, check_installed, is_installed, open_exported
 from quantize.errors import InputError
-from quantize.export.integers import IntegerNet
-from quantize.export.onnx import OnnxOptions
-from quantize.export.target import Exported
-from quantize.export.targets import TARGETS, Order
+from quantize.exports.integers import IntegerNet
+from quantize.exports.onnx import OnnxOptions
+from quantize.exports.target import Exported
+from quantize.exports.targets import TARGETS, Order
 from quantize.host import available_threads, using_threads
 from quantize.job.evaluation import check_files, check_results
 from quantize.job.feeds import (

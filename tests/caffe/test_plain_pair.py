@@ -10,9 +10,9 @@ from quantize.caffenet import InferenceNet, read_prototxt
 from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import ALPHA_SUFFIX, QUANTIZER_TYPES, with_alpha_terms
 from quantize.engines import engine_opener
-from quantize.export.caffe import FORKS_DEPTHWISE, export_caffe
-from quantize.export.integers import IntegerNet
-from quantize.export.packed import unpack
+from quantize.exports.caffe import FORKS_DEPTHWISE, export_caffe
+from quantize.exports.integers import IntegerNet
+from quantize.exports.packed import unpack
 from quantize.settings import CaffeProcess
 from tests.families import FAMILIES, INPUT, family
 from tests.stages.test_sites import quantized_net

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from quantize.export.integers import IntegerNet
+from quantize.exports.integers import IntegerNet
 
 
 def scales_json(net: IntegerNet) -> str:

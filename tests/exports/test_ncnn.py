@@ -10,10 +10,10 @@ import quantize
 from quantize.caffenet import InferenceNet, format_prototxt
 from quantize.engines.onnx.engine import OnnxEngine
 from quantize.errors import InputError
-from quantize.export.integers import IntegerNet, whole_codes
-from quantize.export.ncnn import export_ncnn
-from quantize.export.target import Exported
-from tests.export.test_ncnn_layers import run
+from quantize.exports.integers import IntegerNet, whole_codes
+from quantize.exports.ncnn import export_ncnn
+from quantize.exports.target import Exported
+from tests.exports.test_ncnn_layers import run
 from tests.families import FAMILIES, family
 from tests.nets import parse, random_weights
 from tests.stages.test_sites import quantized_net
@@ -167,9 +167,8 @@ def test_the_table(model: quantize.Model) -> None:
         weights = net.weights[name][0].reshape(len(layer.codes), -1)
         found = np.rint(weights * table[f"{name}_param_0"][:, None])
         np.testing.assert_array_equal(np.abs(found), np.abs(layer.codes))
-        read = net.reads(name)
-        assert read is not None
-        assert table[name] == pytest.approx([1 / read.step])
+        [bottom] = next(each.bottom for each in net.net.layer if each.name == name)
+        assert table[name] == pytest.approx([1 / net.quantizers[bottom].step])
 
 
 def test_codes_of_a_full_byte_are_refused() -> None:

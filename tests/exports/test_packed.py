@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from quantize.caffenet import LayerParameter, NetParameter, Weights
 from quantize.errors import InputError
-from quantize.export.packed import packed as pack
-from quantize.export.packed import unpack
+from quantize.exports.packed import packed as pack
+from quantize.exports.packed import unpack
 from quantize.job.run import Run
 from quantize.numerics.grids import GRIDS, make_grid
 

@@ -9,9 +9,9 @@ import pytest
 
 from quantize.caffenet import infer_shapes
 from quantize.errors import InputError
-from quantize.export.integers import IntegerNet
-from quantize.export.ncnn import export_ncnn
-from quantize.export.ncnn_layers import TRANSLATORS
+from quantize.exports.integers import IntegerNet
+from quantize.exports.ncnn import export_ncnn
+from quantize.exports.ncnn_layers import TRANSLATORS
 from tests.caffe.test_parity import CASES, Case, feeds_of, net_of, relative_error, weights_of
 from tests.engines.layer_formulas import FORMULAS
 

@@ -25,8 +25,8 @@ from quantize.caffenet import LayerParameter
 from quantize.caffenet.quantized import QUANTIZER_TYPES, Quantizer
 from quantize.caffenet.strings import to_bytes
 from quantize.errors import InputError
-from quantize.export.integers import IntegerLayer, IntegerNet, whole_codes
-from quantize.export.ncnn_layers import (
+from quantize.exports.integers import IntegerLayer, IntegerNet, whole_codes
+from quantize.exports.ncnn_layers import (
     Layer,
     Op,
     UnsupportedError,
@@ -37,7 +37,7 @@ from quantize.export.ncnn_layers import (
     translate,
     word,
 )
-from quantize.export.target import Exported
+from quantize.exports.target import Exported
 
 _MAGIC = "7767517"
 _HIGHEST_CODE = 127

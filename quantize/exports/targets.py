@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from quantize.caffenet.model import Model
-from quantize.export.caffe import export_caffe
-from quantize.export.integers import IntegerNet
-from quantize.export.mnn import export_mnn
-from quantize.export.ncnn import export_ncnn
-from quantize.export.onnx import OnnxOptions, export_onnx
-from quantize.export.packed import SUFFIX
-from quantize.export.ranges import export_ranges
-from quantize.export.target import Exported
+from quantize.exports.caffe import export_caffe
+from quantize.exports.integers import IntegerNet
+from quantize.exports.mnn import export_mnn
+from quantize.exports.ncnn import export_ncnn
+from quantize.exports.onnx import OnnxOptions, export_onnx
+from quantize.exports.packed import SUFFIX
+from quantize.exports.ranges import export_ranges
+from quantize.exports.target import Exported
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from quantize.caffenet import LayerParameter, NetParameter, format_prototxt
 from quantize.caffenet.quantized import Quantizer
 from quantize.caffenet.strings import to_bytes
 from quantize.errors import LabelfreeError
-from quantize.export.caffe import caffemodel, plain_net
-from quantize.export.integers import IntegerLayer, IntegerNet, whole_codes
-from quantize.export.target import Exported
+from quantize.exports.caffe import caffemodel, plain_net
+from quantize.exports.integers import IntegerLayer, IntegerNet, whole_codes
+from quantize.exports.target import Exported
 
 INSTALL = "pip install 'labelfree[mnn]'"
 LONGEST_CONVERSION = 600

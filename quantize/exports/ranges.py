@@ -20,9 +20,9 @@ from quantize.caffenet import NetParameter
 from quantize.caffenet.quantized import Quantizer
 from quantize.caffenet.strings import to_bytes
 from quantize.errors import InputError
-from quantize.export.caffe import plain_net
-from quantize.export.integers import IntegerLayer, IntegerNet, whole_codes
-from quantize.export.target import Exported
+from quantize.exports.caffe import plain_net
+from quantize.exports.integers import IntegerLayer, IntegerNet, whole_codes
+from quantize.exports.target import Exported
 
 SIGNED_CODES, BYTE_CODES = 127, 255
 """The highest code of a signed byte, as these clients use it, and of an unsigned one."""

@@ -1,7 +1,7 @@
 """ONNX with QuantizeLinear and DequantizeLinear (opset 21), for onnxruntime and OpenVINO.
 
 Both runtimes look for DequantizeLinear -> operator -> QuantizeLinear and compute it in integers. What they
-need beyond that was found by counting the kernels that they run (tests/export):
+need beyond that was found by counting the kernels that they run (tests/exports):
 
 - Scales and zero points of a whole tensor have no axes; with an axis of 1 onnxruntime loses every sum.
 - Biases stay floats: the runtimes add them exactly, while int32 ones would be rounded once more.
@@ -40,8 +40,8 @@ from quantize.engines.onnx.engine import OnnxEngine, Translation
 from quantize.engines.onnx.file import MEAN, SCALE
 from quantize.engines.onnx.graph import Graph
 from quantize.errors import InputError
-from quantize.export.integers import IMAGE_AXES, IntegerLayer, IntegerNet
-from quantize.export.target import Exported
+from quantize.exports.integers import IMAGE_AXES, IntegerLayer, IntegerNet
+from quantize.exports.target import Exported
 
 OPSET, IR_VERSION = 21, 10
 """4-bit types came with them; onnxruntime reads the pair from 1.18 on, OpenVINO from 2024.4 on."""

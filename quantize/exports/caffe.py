@@ -18,10 +18,10 @@ from quantize.caffenet.model import Model
 from quantize.caffenet.norms import with_stored_statistics
 from quantize.caffenet.quantized import Quantizer, read_quantizer
 from quantize.caffenet.strings import to_bytes
-from quantize.export.integers import IntegerNet
-from quantize.export.packed import SUFFIX, packed
-from quantize.export.scales import scales_json
-from quantize.export.target import Exported
+from quantize.exports.integers import IntegerNet
+from quantize.exports.packed import SUFFIX, packed
+from quantize.exports.scales import scales_json
+from quantize.exports.target import Exported
 
 FORKS_DEPTHWISE = ("DepthwiseConvolution", "ConvolutionDepthwise")
 """Types of forks for what Caffe 1.0 does with a Convolution of as many groups as channels."""
