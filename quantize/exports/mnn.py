@@ -2,8 +2,8 @@
 
 The file is MNN's ``Compression.Pipeline`` as JSON. A convolution and the ReLU behind it are one layer, named
 after what comes out; it runs in integers if what goes in and what comes out are on codes. Weights go by the
-scale of each output channel and are ours exactly. Codes are bytes with a sign: those of a full byte, 0 to
-255, stand there less 128.
+scale of each output channel and are ours exactly. Codes go to 127 at most: those of a full byte would need
+zero points, with which MNN's sums and poolings come out wrong (3.6.1).
 
 The converter is MNN's extension module, in a process of its own: MNN's command line, and what it imports,
 would install packages and send its log away.
@@ -22,7 +22,7 @@ from pathlib import Path
 from quantize.caffenet import LayerParameter, NetParameter, format_prototxt
 from quantize.caffenet.quantized import Quantizer
 from quantize.caffenet.strings import to_bytes
-from quantize.errors import LabelfreeError
+from quantize.errors import InputError, LabelfreeError
 from quantize.exports.caffe import caffemodel, plain_net
 from quantize.exports.integers import IntegerLayer, IntegerNet, whole_codes
 from quantize.exports.target import Exported
@@ -31,6 +31,7 @@ INSTALL = "pip install 'labelfree[mnn]'"
 LONGEST_CONVERSION = 600
 _LOWEST, _HIGHEST = -128, 127
 _CONVERT = "import sys, _tools; sys.exit(0 if _tools.mnnconvert(['mnnconvert', *sys.argv[1:]]) else 1)"
+_OPTIONS = ("-f", "CAFFE", "--MNNModel", "net.mnn", "--bizCode", "labelfree")
 _CONVERTED = ("Convolution", "InnerProduct")
 
 
@@ -42,9 +43,16 @@ def export_mnn(net: IntegerNet, name: str) -> Exported:
         name: of the files.
 
     Raises:
+        InputError: MNN has no such codes.
         LabelfreeError: MNN's converter fails.
     """
     plain, quantizers = plain_net(net)
+    for blob, quantizer in quantizers.items():
+        if quantizer.highest > _HIGHEST:
+            raise InputError(
+                f"blob {blob!r}: codes {quantizer.lowest} to {quantizer.highest}; for MNN they go to 127: "
+                "quantize with activations.levels: 127, or export to onnx"
+            )
     floats = dict(net.floats)
     layers = []
     for layer in plain.layer:
@@ -91,7 +99,7 @@ def _parameters(
     layer: LayerParameter, whole: IntegerLayer, output: str, quantizers: Mapping[str, Quantizer]
 ) -> dict[str, object]:
     """A LayerQuantizeParams."""
-    scales = [float(abs(scale)) or 1.0 for scale in whole.scale]
+    scales = [float(scale) or 1.0 for scale in whole.scale]  # of both signs, so that -128 need not turn
     weight = {"name": layer.name, "bits": 8, "scales": scales, "clampMin": _LOWEST, "clampMax": _HIGHEST}
     return {
         "input": [_tensor(layer.bottom[0], quantizers[layer.bottom[0]])],
@@ -102,10 +110,9 @@ def _parameters(
 
 
 def _tensor(blob: str, quantizer: Quantizer) -> dict[str, object]:
-    """An ActivationParams: x = scale * (q - zero point)."""
-    zero = _LOWEST if quantizer.highest > _HIGHEST else 0
-    limits = {"clampMin": quantizer.lowest + zero, "clampMax": quantizer.highest + zero}
-    return {"name": blob, "bits": 8, "scales": [quantizer.step], "zeroPoint": zero, **limits}
+    """An ActivationParams: x = scale * q."""
+    limits = {"clampMin": quantizer.lowest, "clampMax": quantizer.highest}
+    return {"name": blob, "bits": 8, "scales": [quantizer.step], "zeroPoint": 0, **limits}
 
 
 def _converted(files: Mapping[str, bytes]) -> bytes:
@@ -120,7 +127,7 @@ def _converted(files: Mapping[str, bytes]) -> bytes:
         for file, content in files.items():
             (folder / file).write_bytes(content)
         options = [word for pair in given.items() for word in pair]
-        command = [sys.executable, "-c", _CONVERT, "-f", "CAFFE", "--MNNModel", "net.mnn", *options]
+        command = [sys.executable, "-c", _CONVERT, *_OPTIONS, *options]
         try:
             done = subprocess.run(
                 command, cwd=folder, capture_output=True, text=True, timeout=LONGEST_CONVERSION, check=False

@@ -35,7 +35,8 @@ TENSORRT = (
 )
 AMCT = (
     "AMCT (Ascend, Caffe): record_file of convert_model. Weights: of Convolution and Deconvolution ours "
-    "exactly, by a scale for each output channel; of InnerProduct one scale for all, the largest over 127."
+    "exactly, by a scale for each output channel (-128 may become 127, with the other sign); of InnerProduct "
+    "one scale for all, the largest over 127."
 )
 QNN = (
     "QNN and SNPE: --quantization_overrides of the converter. Weights: the converter's own, from the least "
