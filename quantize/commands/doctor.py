@@ -26,7 +26,6 @@ from quantize.job.run import LIBRARIES, Run
 from quantize.progress import Progress
 from quantize.settings import CaffeProcess, Config
 
-REPORT_LIBRARIES = ("matplotlib", "Jinja2")
 MEMINFO = Path("/proc/meminfo")
 PROBE = np.array([[[[-1.0, 0.24, 0.26, 99.0]]]], np.float32)
 """Input of the engine check."""
@@ -63,7 +62,7 @@ def examine(
     yield _check(
         "python", sys.version_info >= (3, 10), f"{platform.python_version()} (3.10 or newer is needed)"
     )
-    for name in (*LIBRARIES, *REPORT_LIBRARIES):
+    for name in LIBRARIES:
         yield _library(name)
     yield Check("processors", "ok", f"{available_threads()} usable")
     yield _memory(config)

@@ -4,7 +4,7 @@ Both runtimes look for DequantizeLinear -> operator -> QuantizeLinear and comput
 need beyond that was found by counting the kernels that they run (tests/exports):
 
 - Scales and zero points of a whole tensor have no axes; with an axis of 1 onnxruntime loses every sum.
-- Biases stay floats: the runtimes add them exactly, while int32 ones would be rounded once more.
+- Biases stay floats, which onnxruntime makes int32 from 1.23 on; the form for older ones has them as int32.
 - onnxruntime computes a convolution in integers only where its output is codes, too. So codes are made as
   early as can be: quantizing commutes with ReLU, Clip, Concat and maximum pooling, so that what stands in
   front of a quantizer is quantized in front of these. A narrower range is cut out of the codes behind
@@ -33,7 +33,7 @@ from onnx import TensorProto, helper
 from quantize.arrays import FloatArray, Floats
 from quantize.caffenet import LayerParameter
 from quantize.caffenet.kernels import from_kernels
-from quantize.caffenet.quantized import QUANTIZER_TYPES, Quantizer, read_quantizer
+from quantize.caffenet.quantized import QUANTIZED_TYPES, QUANTIZER_TYPES, Quantizer, read_quantizer
 from quantize.caffenet.shape_rules import canonical_axis, convolution_window
 from quantize.engines.exported import Pixels
 from quantize.engines.onnx.engine import OnnxEngine, Translation
@@ -64,7 +64,7 @@ class OnnxOptions:
 
     Attributes:
         runtime: which one it is to be fast in; it runs in both.
-        weights: packed, or a byte each, for onnxruntime before 1.23.
+        weights: packed; or a byte each and biases of 32 bits, for onnxruntime before 1.23.
         pixels: have the net's first input take pixels of 8 bits, of which it makes its values so.
     """
 
@@ -132,7 +132,7 @@ class _Writer:
             elif layer.name in self.net.layers:
                 self._add_quantized(layer, self.net.layers[layer.name])
             elif not self._cut_codes(layer):
-                self.translation.add(layer)
+                self._add_floating(layer)
             if self.options.runtime == "ort":
                 for top in layer.top:
                     self._quantize_as_wanted(top)
@@ -223,6 +223,42 @@ class _Writer:
             tensor = self.graph.op("Clip", tensor, *limits)
         self._define(blob, _Codes(tensor, codes.quantizer, lowest, highest))
 
+    def _add_floating(self, layer: LayerParameter) -> None:
+        """A layer in floats."""
+        blob = layer.bottom[0] if layer.bottom else ""
+        codes = self.codes.get(blob)
+        if codes is not None and (layer.type in QUANTIZED_TYPES or _averages(layer)):
+            before = self.translation.blob(blob).tensor
+            self.translation.define(
+                blob, self._values(blob) if layer.type in QUANTIZED_TYPES else self._apart(before)
+            )
+            self.translation.add(layer)
+            self.translation.define(blob, before)
+        else:
+            self.translation.add(layer)
+
+    def _apart(self, x: str) -> str:
+        """The same values, but not seen as codes by the runtimes.
+
+        OpenVINO averages bytes with bytes as the result, and pads uint8 with the byte 0 even if that is not
+        its zero point.
+        """
+        return self.graph.op("Max", x, self.graph.floats(np.finfo(np.float32).min))
+
+    def _values(self, blob: str) -> str:
+        """A blob as floats, for a layer with weights in floats.
+
+        Between DequantizeLinear and QuantizeLinear onnxruntime would quantize such weights on its own
+        account, with one scale for all kernels.
+        """
+        if blob not in self.codes or self.options.runtime == "openvino":
+            return self.translation.blob(blob).tensor
+        codes = self.codes[blob]
+        x = self.graph.op("Cast", codes.tensor, to=TensorProto.FLOAT)
+        if codes.quantizer.lowest < 0:
+            x = self.graph.op("Sub", x, self.graph.floats(SIGNED_ZERO))
+        return self.graph.op("Mul", x, self.graph.floats(codes.quantizer.step))
+
     def _cut_codes(self, layer: LayerParameter) -> bool:
         """Whether the layer is a ReLU or Clip of a blob whose codes are made in front of it: cut those."""
         limits = _limits(layer)
@@ -251,17 +287,17 @@ class _Writer:
             integers, why = self._within_int32(layer, integers)
         if why is None and not _fit(_whole(integers.codes)[0], INT8):
             why = f"{given.bits}-bit {given.grid} weights are no bytes (weights.bits)"
-        x = self.translation.blob(layer.bottom[0]).tensor
         if why is not None:
             self.floats[layer.name] = why
-            self._add_linear(layer, x, self._floats(layer, given), given.bias, is_padded=False)
+            x = self._values(layer.bottom[0])
+            self._add_linear(layer, x, self._floats(layer, given), given, is_integer=False)
             return
         self.floats.pop(layer.name, None)
         codes, unit = _whole(integers.codes)
         scale = self.graph.floats(integers.scale * unit)
         w = self.graph.op("DequantizeLinear", self._bytes(layer, codes), scale, axis=_kernel_axis(layer))
-        x = self._padded_pixels(layer) if on_pixels else x
-        self._add_linear(layer, x, w, integers.bias, is_padded=on_pixels)
+        x = self._padded_pixels(layer) if on_pixels else self.translation.blob(layer.bottom[0]).tensor
+        self._add_linear(layer, x, w, replace(integers, scale=integers.scale * unit), is_integer=True)
 
     def _why_float(self, layer: LayerParameter) -> str | None:
         """Why a layer on codes cannot run in integers in the runtime; None where it can."""
@@ -403,28 +439,40 @@ class _Writer:
             self.constants[key] = self.graph.constant(values)
         return self.constants[key]
 
-    def _add_linear(self, layer: LayerParameter, x: str, w: str, bias: Floats, is_padded: bool) -> None:
-        """Write a layer of a tensor and one of weights."""
-        shape = self.net.shapes.blobs[layer.bottom[0]]
-        has_bias = len(self.net.weights[layer.name]) > 1
+    def _add_linear(
+        self, layer: LayerParameter, x: str, w: str, integers: IntegerLayer, is_integer: bool
+    ) -> None:
+        """Write a layer from the tensors of what it reads and of its weights."""
         if layer.type == "InnerProduct":
-            y = self._inner_product(layer, x, w, bias.astype(np.float32) if has_bias else None)
-        else:
-            window = convolution_window(layer.convolution_param, shape)
-            is_deconvolution = layer.type == "Deconvolution"
-            kernels = self.net.shapes.params[layer.name][0]
-            y = self.graph.op(
-                "ConvTranspose" if is_deconvolution else "Conv",
-                *(x, w, *([self.graph.floats(bias)] if has_bias else [])),
-                group=layer.convolution_param.group if is_deconvolution else shape[1] // kernels[1],
-                kernel_shape=window.kernel,
-                strides=window.stride,
-                pads=[0 if is_padded else pad for pad in window.pad * 2],
-                dilations=window.dilation,
-            )
+            self.translation.define(layer.top[0], self._inner_product(layer, x, w, integers.bias))
+            return
+        bottom, kernels = self.net.shapes.blobs[layer.bottom[0]], self.net.shapes.params[layer.name][0]
+        window = convolution_window(layer.convolution_param, bottom)
+        is_padded = is_integer and self._is_on_pixels(layer)
+        is_deconvolution = layer.type == "Deconvolution"
+        y = self.graph.op(
+            "ConvTranspose" if is_deconvolution else "Conv",
+            *(x, w, *self._biases(layer, integers, is_integer)),
+            group=layer.convolution_param.group if is_deconvolution else bottom[1] // kernels[1],
+            kernel_shape=window.kernel,
+            strides=window.stride,
+            pads=[0 if is_padded else pad for pad in window.pad * 2],
+            dilations=window.dilation,
+        )
         self.translation.define(layer.top[0], y)
 
-    def _inner_product(self, layer: LayerParameter, rows: str, w: str, bias: FloatArray | None) -> str:
+    def _biases(self, layer: LayerParameter, integers: IntegerLayer, is_integer: bool) -> list[str]:
+        """The bias of a convolution, where there is one."""
+        bias = integers.bias
+        if not bias.any():
+            return []
+        if not (is_integer and self.options.weights == "int8" and self.options.runtime == "ort"):
+            return [self.graph.floats(bias)]
+        unit = (integers.scale * self._read_by(layer).step).astype(np.float32)
+        whole = self.graph.constant(np.rint(bias / unit).astype(np.int32))
+        return [self.graph.op("DequantizeLinear", whole, self.graph.floats(unit), axis=0)]
+
+    def _inner_product(self, layer: LayerParameter, rows: str, w: str, bias: Floats) -> str:
         """A product and a difference: onnxruntime makes a product and a sum one Gemm, and that of floats."""
         blob, shape = layer.bottom[0], self.net.shapes.blobs[layer.bottom[0]]
         axis = canonical_axis(layer.inner_product_param.axis, shape)
@@ -434,7 +482,7 @@ class _Writer:
                 step = self._step(self._read_by(layer))
                 rows = self.graph.op("DequantizeLinear", self.graph.op("QuantizeLinear", rows, *step), *step)
         y = self.graph.op("MatMul", rows, w)
-        return y if bias is None else self.graph.op("Sub", y, self.graph.floats(-bias))
+        return self.graph.op("Sub", y, self.graph.floats(-bias)) if bias.any() else y
 
 
 def _check_pixels(net: IntegerNet, pixels: Pixels) -> None:
@@ -471,6 +519,10 @@ def _wanted(reader: LayerParameter, demanded: Mapping[str, Quantizer]) -> Quanti
     is_maximum = reader.type == "Pooling" and reader.pooling_param.pool == reader.pooling_param.MAX
     commutes = reader.type == "Concat" or (is_maximum and len(reader.top) == 1) or _limits(reader) is not None
     return demanded.get(reader.top[0]) if commutes else None
+
+
+def _averages(layer: LayerParameter) -> bool:
+    return layer.type == "Pooling" and layer.pooling_param.pool == layer.pooling_param.AVE
 
 
 def _limits(layer: LayerParameter) -> tuple[float, float] | None:
