@@ -66,7 +66,8 @@ def _parameter(key: int, value: Value) -> str:
 
 
 def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.9e}"
+    """Exact for float32, and no longer than the 15 characters that ncnn reads of an element of an array."""
+    return str(value) if isinstance(value, int) else f"{value:.8e}"
 
 
 def word(name: str) -> str:

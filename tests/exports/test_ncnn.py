@@ -220,6 +220,16 @@ def test_names_are_words_and_differ() -> None:
     assert len(tops) == len(set(tops)) == blobs
 
 
+def test_numbers_are_short_and_exact() -> None:
+    """Older versions of ncnn read no more than 15 characters of an element of an array."""
+    lines = export_ncnn(IntegerNet.of(model_of(NET, activations={"levels": 15})), "net").files["net.param"]
+    arrays = re.findall(r"-233\d\d=2,(\S+)", lines.decode())
+    assert arrays
+    for number in (number for array in arrays for number in array.split(",")):
+        assert len(number) <= 15
+        assert len(f"{np.float32(number):.8e}") == len(number)
+
+
 def tops_of(line: str) -> list[str]:
     _, _, bottoms, tops, *names = line.split()
     return names[int(bottoms) : int(bottoms) + int(tops)]
