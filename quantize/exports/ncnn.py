@@ -150,16 +150,17 @@ class _Writer:
             self._quantize(layer, self.net.quantizers[layer.top[0]])
         elif layer.name in self.integers:
             self._compute(layer, self.integers[layer.name])
-        elif not self._limit(layer.bottom[0], self.names[layer.top[0]], _limits(layer)):
-            self.ops += translate(self._seen(layer))
+        else:
+            limits = _limits(layer)
+            if limits is None or not self._limit(layer.bottom[0], self.names[layer.top[0]], limits):
+                self.ops += translate(self._seen(layer))
 
     def _is_nothing(self, layer: LayerParameter) -> bool:
         """Whether a layer's tops are other names of its bottom, and none is known outside."""
         return layer.type in ("Dropout", "Split") and not any(top in self.net.outputs for top in layer.top)
 
     def _seen(self, layer: LayerParameter) -> Layer:
-        has_blobs = layer.name in self.net.weights
-        blobs = self.net.weights[layer.name] if has_blobs else []
+        blobs = self.net.weights[layer.name] if layer.name in self.net.weights else []  # noqa: SIM401
         return Layer(
             layer,
             [self.names[bottom] for bottom in layer.bottom],
@@ -201,10 +202,10 @@ class _Writer:
             return None
         return next((op for op in self.ops if self.names[blob] in op.tops and op.type in _FUSING), None)
 
-    def _limit(self, bottom: str, top: str, limits: Limits | None) -> bool:
+    def _limit(self, bottom: str, top: str, limits: Limits) -> bool:
         """Have what makes a blob keep it within limits and call it ``top``, if it can; whether it does."""
         maker = self._maker(bottom)
-        if maker is None or limits is None:
+        if maker is None:
             return False
         low, high = self.limits.get(maker.name, (-math.inf, math.inf))
         low, high = (min(max(limit, limits[0]), limits[1]) for limit in (low, high))

@@ -197,6 +197,17 @@ def test_a_layer_that_ncnn_lacks_is_named() -> None:
         export_ncnn(IntegerNet.of(model_of(text)), "net")
 
 
+def test_a_layer_without_bottoms_is_named() -> None:
+    text = (
+        NET + 'layer { name: "one" type: "DummyData" top: "one" dummy_data_param { shape { dim: [1, 7] } } }'
+    )
+    text += 'layer { name: "more" type: "Eltwise" bottom: "prob" bottom: "one" top: "more" }'
+    with pytest.raises(
+        InputError, match=r"layer 'one' \(DummyData\): ncnn cannot do it: not one of the types"
+    ):
+        export_ncnn(IntegerNet.of(model_of(text)), "net")
+
+
 def test_outputs_keep_their_names(tmp_path: Path) -> None:
     text = NET.replace('layer { name: "prob" type: "Softmax" bottom: "fc2" top: "prob" }', "")
     text += 'layer { name: "last" type: "Dropout" bottom: "fc2" top: "end" }'
