@@ -56,11 +56,13 @@ setup(
     ],
     extras_require={
         "hdf5": ["h5py>=3.8"],
+        "openvino": ["openvino>=2024.4"],
         "dev": [
             "grpcio-tools",
             "h5py>=3.8",
             "hypothesis",
             "mypy",
+            "openvino>=2024.4",
             "pytest",
             "ruff",
             "setuptools>=70.1",
