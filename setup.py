@@ -58,6 +58,7 @@ setup(
         "hdf5": ["h5py>=3.8"],
         "mnn": ["MNN>=3.4"],
         "ncnn": ["ncnn>=1.0.20240820"],
+        "openvino": ["openvino>=2024.4"],
         "dev": [
             "grpcio-tools",
             "h5py>=3.8",
@@ -65,6 +66,7 @@ setup(
             "MNN>=3.4",
             "mypy",
             "ncnn>=1.0.20240820",
+            "openvino>=2024.4",
             "pytest",
             "ruff",
             "setuptools>=70.1",

@@ -148,11 +148,8 @@ class _Writer:
         _rename(model, {tensor: _text(name) for tensor, name in names.items()})
         _declare(model, self.net)
         if self.pixels is not None:
-            said = {
-                MEAN: ",".join(repr(float(mean)) for mean in self.pixels.mean),
-                SCALE: repr(self.pixels.scale),
-            }
-            helper.set_model_props(model, said)
+            mean = ",".join(str(np.float32(mean)) for mean in self.pixels.mean)
+            helper.set_model_props(model, {MEAN: mean, SCALE: str(np.float32(self.pixels.scale))})
         onnx.checker.check_model(model)
         return model
 
