@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import quantize
 from quantize.caffenet import read_prototxt
 from quantize.caffenet.quantized import ALPHA_SUFFIX
+from quantize.exports.packed import unpack
 from quantize.job.run import Run
 from tests.conftest import Job
 
@@ -148,3 +150,14 @@ def test_codes_of_a_full_byte_write_nothing(job: Job) -> None:
 )
 def test_options_of_other_targets(words: tuple[str, ...], said: str, job: Job) -> None:
     assert said in labelfree(job, "export", *words, fails=True)
+
+
+def test_from_python(quantized: Job, tmp_path: Path) -> None:
+    pair = (quantized.out / "residual_deploy.prototxt", quantized.out / "residual_renorm.caffemodel")
+    model = quantize.Model.load(*pair)
+    for target in ("caffe", "ncnn", "ranges"):
+        paths = quantize.export(model, tmp_path / target, target, name="residual")  # type: ignore[arg-type]
+        assert {path.name for path in paths} == FILES[target]
+    assert unpack(tmp_path / "caffe/residual.lfq", tmp_path)[1].read_bytes() == pair[1].read_bytes()
+    quantize.export(model, tmp_path, "caffe", keep_layers=True)
+    assert "bn_left" in (tmp_path / "residual_plain.prototxt").read_text()
