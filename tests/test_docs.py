@@ -284,6 +284,7 @@ def test_every_command_and_option_is_in_the_help() -> None:
     commands = (
         "quantize",
         "evaluate",
+        "export",
         "inspect",
         "init",
         "make-lmdb",
