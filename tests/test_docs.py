@@ -321,6 +321,7 @@ def test_every_command_and_option_is_in_the_help() -> None:
     commands = (
         "quantize",
         "evaluate",
+        "export",
         "inspect",
         "init",
         "make-lmdb",
@@ -328,7 +329,6 @@ def test_every_command_and_option_is_in_the_help() -> None:
         "report",
         "renorm",
         "layers",
-        "export",
         "unpack",
     )
     helps = "".join(
