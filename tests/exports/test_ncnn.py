@@ -156,6 +156,27 @@ def test_negative_scales_and_the_lowest_code(tmp_path: Path) -> None:
     test_codes_layer_by_layer(model, tmp_path)
 
 
+def test_kernels_that_count_for_nothing(tmp_path: Path) -> None:
+    """A BatchNorm's scale of 0 leaves the bias; of Q, which is not 0, nothing."""
+    net = parse(NET)
+    weights = random_weights(InferenceNet.of(net).net, {"data": IMAGE})
+    for name in ("scale1", "scale2"):
+        scale, shift = (blob.copy() for blob in weights[name])
+        scale[[1, 4]] = 0, 1e-42
+        weights.replace(name, [scale, shift])
+    given = quantize.Model(net, weights)
+    images = np.random.default_rng(1).normal(size=(16, *IMAGE))
+    model = quantize.quantize(given, quantize.Images(images, given))
+    assert whole_codes(IntegerNet.of(model).layers["deep"]).codes[1].any()
+    test_codes_layer_by_layer(model, tmp_path)
+
+
+def test_a_name_that_is_added_is_taken() -> None:
+    text = NET.replace('"wide"', '"conv1_codes"')
+    with pytest.raises(InputError, match="blob 'conv1_codes': labelfree needs this name; rename the blob"):
+        export_ncnn(IntegerNet.of(model_of(text)), "net")
+
+
 def test_the_table(model: quantize.Model) -> None:
     """What ncnn2int8 does with the plain net's weights gives our codes."""
     net = IntegerNet.of(model)
