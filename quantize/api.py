@@ -33,7 +33,7 @@ from quantize.engines.base import OpenEngine
 from quantize.errors import InputError
 from quantize.exports.integers import IntegerNet
 from quantize.exports.onnx import OnnxOptions
-from quantize.exports.targets import TARGETS
+from quantize.exports.targets import TARGETS, Order
 from quantize.host import using_threads
 from quantize.job.export import pixels_of
 from quantize.job.feeds import calibration_feed, calibration_images, stage_feed, validation_feed
@@ -528,12 +528,13 @@ def evaluate(model: Model, small: Model, images: Images, *, runtime: Runtime = D
 def export(
     model: Model,
     folder: str | Path,
-    to: Literal["onnx"] = "onnx",
+    to: Literal["onnx", "caffe", "ncnn", "mnn", "ranges"] = "onnx",
     *,
     name: str | None = None,
     runtime: Literal["ort", "openvino"] = "ort",
     codes: Literal["packed", "int8"] = "packed",
     pixels: bool = False,
+    keep_layers: bool = False,
     transform: Settings | None = None,
     input_shape: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
 ) -> list[Path]:
@@ -553,8 +554,9 @@ def export(
         to: the kind of files.
         name: that theirs begin with; None: the net's.
         runtime: the one that an ONNX file is to be fast in.
-        codes: weights of 4 bits two in a byte, or each in one, for onnxruntime before 1.23.
-        pixels: the file takes pixels of 8 bits, of which the transform makes the net's values.
+        codes: of an ONNX file: weights of 4 bits two in a byte, or each in one, for onnxruntime before 1.23.
+        pixels: an ONNX file takes pixels of 8 bits, of which the transform makes the net's values.
+        keep_layers: a plain Caffe pair keeps alpha, BatchNorm and Scale as layers.
         transform: replaces what the prototxt says (``data.transform``).
         input_shape: of the net's inputs, where the prototxt does not say it (``data.input_shape``).
 
@@ -572,7 +574,8 @@ def export(
     config = _configuration(model, None, DEFAULT_RUNTIME, "export", {"data": data})
     taken = pixels_of(config, model.net) if pixels else None
     net = IntegerNet.of(model, told_shapes(config, model.net))
-    return TARGETS[to].write(net, name, OnnxOptions(runtime, codes, taken)).write(folder)
+    order = Order(model, net, name, OnnxOptions(runtime, codes, taken), fold=not keep_layers)
+    return TARGETS[to].write(order).write(folder)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ def export_json(outcome: Outcome) -> str:
     return json.dumps(
         {
             "files": {str(path): size for path, size in outcome.files.items()},
+            "model_bytes": outcome.model_bytes,
             "float_bytes": outcome.float_bytes,
             "float_layers": dict(outcome.floats),
             "notes": list(outcome.notes),
@@ -25,15 +26,12 @@ def export_json(outcome: Outcome) -> str:
 
 def export_text(outcome: Outcome) -> str:
     """A table of the files, a line of what has been compared, and one for each layer that stays in float."""
-    rows = [("file", "size", "in full precision", "smaller")]
-    total = sum(outcome.files.values())
-    for path, size in outcome.files.items():
-        last = list(outcome.files)[-1] == path
-        against = (
-            (size_text(outcome.float_bytes), f"{outcome.float_bytes / total:.2f}x") if last else ("", "")
-        )
-        rows.append((str(path), size_text(size), *against))
+    rows = [("file", "size"), *((str(path), size_text(size)) for path, size in outcome.files.items())]
     lines = [table(rows)]
+    if outcome.model_bytes is not None and outcome.float_bytes is not None:
+        smaller = outcome.float_bytes / outcome.model_bytes
+        full = size_text(outcome.float_bytes)
+        lines.append(f"{size_text(outcome.model_bytes)}, in full precision {full}: {smaller:.2f}x smaller")
     if outcome.comparison is not None:
         found = outcome.comparison
         close = "the same scores" if found.sqnr_db is None else f"SQNR {found.sqnr_db:.1f} dB"

@@ -17,7 +17,7 @@ from quantize.arrays import FloatArray, Floats
 from quantize.engines.base import Range, RangeResult
 from quantize.errors import InputError
 
-RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "ncnn": "ncnn"}
 """The Python modules of the runtimes that can score files, by the runtime's name here."""
 
 
@@ -102,7 +102,11 @@ def open_exported(runtime: str, path: Path, outputs: Sequence[str], threads: int
     return file
 
 
-_OPENERS = {"onnx": "quantize.engines.onnx.file", "openvino": "quantize.engines.openvino"}
+_OPENERS = {
+    "onnx": "quantize.engines.onnx.file",
+    "openvino": "quantize.engines.openvino",
+    "ncnn": "quantize.engines.ncnn",
+}
 
 
 def is_installed(runtime: str) -> bool:

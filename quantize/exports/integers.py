@@ -132,6 +132,18 @@ class IntegerNet:
         return name
 
 
+def whole_codes(layer: IntegerLayer) -> IntegerLayer:
+    """The same layer with the least whole numbers as Q.
+
+    The levels of every grid are whole multiples of a power of two; 2^-20 is below all of them.
+    """
+    finest = 2.0**-20
+    codes = np.rint(layer.codes.astype(np.float64) / finest).astype(np.int64)
+    unit = np.gcd.reduce(codes, axis=None) or 1
+    unit &= -unit
+    return replace(layer, codes=(codes // unit).astype(np.float32), scale=layer.scale * (unit * finest))
+
+
 def _known_inputs(test: InferenceNet, known: Mapping[str, Shape]) -> dict[str, Shape]:
     for name in test.inputs:
         if name not in known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from quantize.errors import InputError
 from quantize.exports.integers import IntegerNet
 from quantize.exports.onnx import OnnxOptions
 from quantize.exports.target import Exported
-from quantize.exports.targets import TARGETS
+from quantize.exports.targets import TARGETS, Order
 from quantize.host import available_threads, using_threads
 from quantize.job.evaluation import check_files, check_results
 from quantize.job.feeds import (
@@ -54,6 +54,7 @@ class Outcome:
 
     Attributes:
         files: their bytes by path.
+        model_bytes: of those that are the model; None where they are tables for another one.
         float_bytes: of the net in full precision, exported the same way.
         floats: the layers with weights that stay in float, and why.
         notes: what else there is to know.
@@ -61,7 +62,8 @@ class Outcome:
     """
 
     files: dict[Path, int]
-    float_bytes: int
+    model_bytes: int | None
+    float_bytes: int | None
     floats: Mapping[str, str]
     notes: tuple[str, ...]
     comparison: FileComparison | None
@@ -73,6 +75,7 @@ def export_run(
     folder: Path | None = None,
     options: OnnxOptions = OnnxOptions(),  # noqa: B008 - frozen
     takes_pixels: bool = False,
+    fold: bool = True,
     images: int = IMAGES,
     progress: Progress = SILENT,
 ) -> Outcome:
@@ -82,8 +85,9 @@ def export_run(
         config: the settings.
         target: one of `TARGETS`.
         folder: where the files go; None: the output folder.
-        options: how they are written.
-        takes_pixels: the files take pixels of 8 bits, transformed as the configuration says.
+        options: how an ONNX file is written.
+        takes_pixels: an ONNX file takes pixels of 8 bits, transformed as the configuration says.
+        fold: alpha, BatchNorm and Scale into the weights of a plain Caffe pair.
         images: so many calibration images are compared, or all where there are fewer.
         progress: what hears how far it is.
 
@@ -96,26 +100,48 @@ def export_run(
     shapes = input_shapes(config, full.net)
     if takes_pixels:
         options = replace(options, pixels=pixels_of(config, full.net))
-    net, whole = IntegerNet.of(model, shapes), IntegerNet.folded(full, shapes)
-    exported = TARGETS[target].write(net, config.name, options)
-    plain = TARGETS[target].write(whole, config.name, replace(options, pixels=None))
+    kind, net = TARGETS[target], IntegerNet.of(model, shapes)
+    exported = kind.write(Order(model, net, config.name, options, fold))
+    whole = IntegerNet.folded(full, shapes)
+    plain = kind.write(Order(full, whole, config.name, replace(options, pixels=None), fold))
     folder = config.output if folder is None else folder
     with closing(OutputFolder(folder)):
         paths = exported.write(folder)
     notes = [*exported.notes, *(f"not finished: {stage} has not run" for stage in missing)]
-    runtime = next(each for each in TARGETS[target].runtimes if options.runtime == ONNX_RUNTIMES[each])
-    comparison = None
-    if not is_installed(runtime):
+    runtime, comparison = _runtime(target, options), None
+    if runtime is not None and not is_installed(runtime):
         notes.append(f"not compared: {runtime} is not installed (pip install 'labelfree[{runtime}]')")
-    elif (feed := _some_images(config, full.net, images)) is None:
+    elif runtime is not None and (feed := _some_images(config, full.net, images)) is None:
         notes.append("not compared: no images (data.calibration)")
-    else:
-        path = folder / f"{config.name}{TARGETS[target].file}"
+    elif runtime is not None and feed is not None:
+        path = folder / f"{config.name}{kind.model[0]}"
         with using_threads(config.threads):
             comparison = _compared(config, net, model, path, plain, runtime, feed)
     del progress
-    sizes = {path: path.stat().st_size for path in paths}
-    return Outcome(sizes, sum(map(len, plain.files.values())), exported.floats, tuple(notes), comparison)
+    names = {f"{config.name}{ending}" for ending in kind.model} & set(exported.files)
+    return Outcome(
+        {path: path.stat().st_size for path in paths},
+        sum(len(exported.files[name]) for name in names) or None,
+        _float_bytes(config, target, plain, names),
+        exported.floats,
+        tuple(notes),
+        comparison,
+    )
+
+
+def _runtime(target: str, options: OnnxOptions) -> str | None:
+    """The runtime that opens the files; None where none does."""
+    runtimes = TARGETS[target].runtimes
+    return next(
+        (each for each in runtimes if options.runtime == ONNX_RUNTIMES.get(each, options.runtime)), None
+    )
+
+
+def _float_bytes(config: Config, target: str, plain: Exported, names: Collection[str]) -> int | None:
+    """Of the model in full precision; of a Caffe result that is the given caffemodel."""
+    if target == "caffe":
+        return config.model.weights.stat().st_size
+    return sum(len(plain.files[name]) for name in names) or None
 
 
 def evaluate_exported(
@@ -141,7 +167,7 @@ def evaluate_exported(
     model, missing = _result(config)
     full = model.full
     assert full is not None
-    ending = next(target.file for target in TARGETS.values() if runtime in target.runtimes)
+    ending = next(target.model[0] for target in TARGETS.values() if runtime in target.runtimes)
     path = config.output / f"{config.name}{ending}" if path is None else path
     if not path.exists():
         raise InputError(f"{path}: not there; run `labelfree export` first, or give --file")
