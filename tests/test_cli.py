@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -473,7 +472,6 @@ def test_ctrl_c_is_exit_code_130_and_leaves_nothing(job: Job) -> None:
     )
     assert process.stderr is not None
     process.stderr.readline()
-    time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode in (0, 130)
