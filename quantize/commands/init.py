@@ -14,9 +14,9 @@ from quantize.caffenet import (
     TRAIN,
     InferenceNet,
     NetParameter,
-    load_weights,
     read_net,
 )
+from quantize.caffenet.model import Model
 from quantize.caffenet.phases import takes_images
 from quantize.data.sources import Source, open_source
 from quantize.data.transform import shape_text
@@ -114,7 +114,7 @@ def initial_config(
     kept = f"{count - images} are kept for evaluate" if count > images else "none are left for evaluate"
     guesses.append(f"data.calibration.images {images} of {count}: {kept}")
     config = with_transform(config, TransformKeys.model_validate(keys))
-    config, why = with_chosen_transform(config, net, load_weights(model.weights, net))
+    config, why = with_chosen_transform(config, Model.of(net, model.weights))
     guesses.append(f"data.transform: {why}")
     shown = json.dumps({**keys, **_arithmetic(config.data.transform)}).replace('"', "")
     comment = "  # overrides of the prototxt's transform_param" if has_data_layer(net) else ""

@@ -29,11 +29,12 @@ from quantize.caffenet import (
     single_assignment,
     stored_statistics,
 )
+from quantize.caffenet.graph import NetGraph
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.caffenet.model import Model
-from quantize.caffenet.quantized import QUANTIZED_TYPES, QuantizedWeights, Quantizer, read_quantizer
-from quantize.caffenet.quantizers import coded_by
+from quantize.caffenet.quantized import QuantizedWeights, Quantizer, read_quantizer
 from quantize.caffenet.shape_rules import canonical_axis
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.errors import InputError
 from quantize.measure.outputs import Output
 
@@ -205,7 +206,7 @@ class _Folding:
         found = []
         for layer in self.net.layer:
             parts = [layer]
-            if layer.type in QUANTIZED_TYPES and len(layer.top) > 1:
+            if has_kernels(layer) and len(layer.top) > 1:
                 parts = list(self._parts(layer))
             found += parts
         del self.net.layer[:]
@@ -229,7 +230,7 @@ class _Folding:
 
     def fold(self) -> None:
         """Take what rescales the channels of a layer with weights into them."""
-        for name in [layer.name for layer in self.net.layer if layer.type in QUANTIZED_TYPES]:
+        for name in [layer.name for layer in self.net.layer if has_kernels(layer)]:
             layer = self.layer(name)
             folded = self.layers.get(name) or _full_precision(layer, self.blobs[name])
             while (affine := self._affine_behind(layer)) is not None:
@@ -371,11 +372,12 @@ class _Folding:
             layer.top[:] = [names[top] for top in layer.top]
             if self.blobs.get(layer.name):
                 weights.add(layer, self.blobs[layer.name])
-        found = {layer.name: read_quantizer(layer) for layer in net.layer}
+        graph = NetGraph(net)
+        coders = {blob: graph.coder(blob) for blob in _tops(net)}
         quantizers = {
             blob: quantizer
-            for blob, maker in coded_by(net).items()
-            if (quantizer := found[maker]) is not None
+            for blob, coder in coders.items()
+            if coder is not None and (quantizer := read_quantizer(coder)) is not None
         }
         layers = {layer.name: self.layers[layer.name] for layer in net.layer if layer.name in self.layers}
         return IntegerNet(
@@ -399,6 +401,11 @@ class _Folding:
             if blob not in names:
                 names[blob] = _new_name(f"{blob}_first", taken) if blob in last else blob
         return names
+
+
+def has_kernels(layer: LayerParameter) -> bool:
+    """Whether it is a layer with weights that can be quantized."""
+    return Trait.KERNELS in traits_of(layer)
 
 
 def _tops(net: NetParameter) -> list[str]:
@@ -477,7 +484,7 @@ def _floats(
 ) -> Iterator[tuple[str, str]]:
     """The layers with weights that cannot run in integers, and why."""
     for layer in net.layer:
-        if layer.type not in QUANTIZED_TYPES or (layer.name in layers and layer.bottom[0] in quantizers):
+        if not has_kernels(layer) or (layer.name in layers and layer.bottom[0] in quantizers):
             continue
         blob = layer.bottom[0]
         if layer.name not in layers:

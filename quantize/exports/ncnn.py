@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from quantize.caffenet import LayerParameter
-from quantize.caffenet.quantized import QUANTIZER_TYPES, Quantizer
+from quantize.caffenet.quantized import Quantizer, read_quantizer
 from quantize.caffenet.strings import to_bytes
 from quantize.errors import InputError
 from quantize.exports.integers import IntegerLayer, IntegerNet, whole_codes
@@ -114,7 +114,7 @@ class _Writer:
                 self.readers.update(self.names[bottom] for bottom in layer.bottom)
         self.readers.update(self.names[output] for output in self.net.outputs)
         for layer in self.net.net.layer:
-            if layer.type in QUANTIZER_TYPES:
+            if read_quantizer(layer) is not None:
                 _check(layer, self.net.quantizers[layer.top[0]])
             elif layer.name in self.net.layers and layer.name not in self.net.floats:
                 self._sort(layer, whole_codes(self.net.layers[layer.name]))
@@ -145,7 +145,7 @@ class _Writer:
     def _write(self, layer: LayerParameter) -> None:
         if self._is_nothing(layer):
             return
-        if layer.type in QUANTIZER_TYPES:
+        if read_quantizer(layer) is not None:
             self._quantize(layer, self.net.quantizers[layer.top[0]])
         elif layer.name in self.integers:
             self._compute(layer, self.integers[layer.name])

@@ -33,14 +33,14 @@ from onnx import TensorProto, helper
 from quantize.arrays import FloatArray, Floats
 from quantize.caffenet import LayerParameter
 from quantize.caffenet.kernels import from_kernels
-from quantize.caffenet.quantized import QUANTIZED_TYPES, QUANTIZER_TYPES, Quantizer, read_quantizer
+from quantize.caffenet.quantized import Quantizer, read_quantizer
 from quantize.caffenet.shape_rules import canonical_axis, convolution_window
 from quantize.engines.exported import Pixels
 from quantize.engines.onnx.engine import OnnxEngine, Translation
 from quantize.engines.onnx.file import MEAN, SCALE
 from quantize.engines.onnx.graph import Graph
 from quantize.errors import InputError
-from quantize.exports.integers import IMAGE_AXES, IntegerLayer, IntegerNet
+from quantize.exports.integers import IMAGE_AXES, IntegerLayer, IntegerNet, has_kernels
 from quantize.exports.target import Exported
 
 OPSET, IR_VERSION = 21, 10
@@ -127,8 +127,9 @@ class _Writer:
         """The file's content."""
         inputs = self._inputs()
         for layer in self.net.net.layer:
-            if layer.type in QUANTIZER_TYPES:
-                self._add_quantizer(layer)
+            quantizer = read_quantizer(layer)
+            if quantizer is not None:
+                self._add_quantizer(layer, quantizer)
             elif layer.name in self.net.layers:
                 self._add_quantized(layer, self.net.layers[layer.name])
             elif not self._cut_codes(layer):
@@ -193,9 +194,7 @@ class _Writer:
         zero = SIGNED_ZERO if quantizer.lowest < 0 else 0
         return self.graph.floats(quantizer.step), self.graph.constant(np.array(zero, np.uint8))
 
-    def _add_quantizer(self, layer: LayerParameter) -> None:
-        quantizer = read_quantizer(layer)
-        assert quantizer is not None
+    def _add_quantizer(self, layer: LayerParameter, quantizer: Quantizer) -> None:
         bottom, top = layer.bottom[0], layer.top[0]
         if self.options.runtime == "ort":
             if bottom not in self.codes or self.codes[bottom].quantizer != quantizer:
@@ -224,11 +223,9 @@ class _Writer:
         """A layer in floats."""
         blob = layer.bottom[0] if layer.bottom else ""
         codes = self.codes.get(blob)
-        if codes is not None and (layer.type in QUANTIZED_TYPES or _averages(layer)):
+        if codes is not None and (has_kernels(layer) or _averages(layer)):
             before = self.translation.blob(blob).tensor
-            self.translation.define(
-                blob, self._values(blob) if layer.type in QUANTIZED_TYPES else self._apart(before)
-            )
+            self.translation.define(blob, self._values(blob) if has_kernels(layer) else self._apart(before))
             self.translation.add(layer)
             self.translation.define(blob, before)
         else:
@@ -511,8 +508,9 @@ def _demanded(net: IntegerNet) -> dict[str, Quantizer]:
 
 def _wanted(reader: LayerParameter, demanded: Mapping[str, Quantizer]) -> Quantizer | None:
     """The codes that a layer makes of its bottoms, or that are made of what it passes on."""
-    if reader.type in QUANTIZER_TYPES:
-        return read_quantizer(reader)
+    quantizer = read_quantizer(reader)
+    if quantizer is not None:
+        return quantizer
     is_maximum = reader.type == "Pooling" and reader.pooling_param.pool == reader.pooling_param.MAX
     commutes = reader.type == "Concat" or (is_maximum and len(reader.top) == 1) or _limits(reader) is not None
     return demanded.get(reader.top[0]) if commutes else None

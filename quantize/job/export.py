@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from quantize.arrays import FloatArray
-from quantize.caffenet import TEST, NetParameter, Weights, load_weights, read_prototxt, schema_of
+from quantize.caffenet import TEST, NetParameter, Weights, read_prototxt, schema_of
 from quantize.caffenet.model import Model
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
@@ -36,7 +36,7 @@ from quantize.job.feeds import (
 from quantize.job.labels import with_labels_that_fit
 from quantize.job.output import Files, OutputFolder
 from quantize.job.store import read_record
-from quantize.measure.evaluate import Candidate, evaluate
+from quantize.measure.evaluate import evaluate
 from quantize.measure.exported import FileComparison, compare_file
 from quantize.measure.outputs import Output, net_outputs, tapped
 from quantize.progress import SILENT, Progress
@@ -174,10 +174,7 @@ def evaluate_exported(
     net, outputs = IntegerNet.of(model, input_shapes(config, full.net)), net_outputs(full.net)
     names = [net.blob_of(output) for output in outputs]
     feed = with_labels_that_fit(validation_feed(config, full.net, images, progress), full.net, progress)
-    candidates = {
-        name: Candidate(each.inference.net, each.weights)
-        for name, each in (("fp32", full), ("quantized", model))
-    }
+    candidates = {"fp32": full, "quantized": model}
     with using_threads(config.threads):
         file = open_exported(runtime, path, names, config.threads or available_threads())
         opener = engine_opener(config.engine, config.caffe, config.threads)
@@ -212,7 +209,7 @@ def _result(config: Config) -> tuple[Model, list[StageName]]:
     check_files(config, record)
     name = files.renorm if record.stages.renorm is not None else files.quantized
     net = read_prototxt(config.output / files.val, schema_of(given))
-    full = Model(given, load_weights(config.model.weights, given), config.model.prototxt)
+    full = Model.of(given, config.model.weights, config.model.prototxt)
     stage = record.stages.weights
     grids = {
         layer.name: GridChoice(bits=layer.bits, grid=layer.grid)
