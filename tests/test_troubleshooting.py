@@ -204,7 +204,7 @@ def fork_arithmetic(job: Job) -> None:
 
 @mistake
 def unknown_layer(job: Job) -> None:
-    replace(job.folder / "net.prototxt", 'type: "Eltwise"', 'type: "ShuffleChannel"')
+    replace(job.folder / "net.prototxt", 'type: "Eltwise"', 'type: "WeightedSum"')
 
 
 @mistake
