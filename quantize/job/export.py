@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from quantize.arrays import FloatArray
-from quantize.caffenet import TEST, Weights, read_prototxt, schema_of
+from quantize.caffenet import TEST, read_prototxt, schema_of
 from quantize.caffenet.model import Model
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
@@ -35,6 +35,7 @@ from quantize.job.feeds import (
 from quantize.job.given import Given
 from quantize.job.labels import with_labels_that_fit
 from quantize.job.output import Files, OutputFolder
+from quantize.job.results import Results
 from quantize.job.store import read_record
 from quantize.measure.evaluate import evaluate
 from quantize.measure.exported import FileComparison, compare_file
@@ -92,40 +93,30 @@ def export_run(
     Raises:
         InputError: nothing has been quantized, or a target cannot express it; nothing is written.
     """
-    with closing(Given(config)) as given:
-        return _export(given, target, folder or config.output, options, takes_pixels, fold, images)
-
-
-def _export(
-    given: Given,
-    target: str,
-    folder: Path,
-    options: OnnxOptions,
-    takes_pixels: bool,
-    fold: bool,
-    images: int,
-) -> Outcome:
-    config = given.config
-    model, missing = _result(given)
-    shapes = input_shapes(given)
-    if takes_pixels:
-        options = replace(options, pixels=pixels_of(given))
-    kind, net = TARGETS[target], IntegerNet.of(model, shapes)
-    exported = kind.write(Order(model, net, config.name, options, fold))
-    whole = IntegerNet.folded(given.model, shapes)
-    plain = kind.write(Order(given.model, whole, config.name, replace(options, pixels=None), fold))
-    with closing(OutputFolder(folder)):
-        paths = exported.write(folder)
-    notes = [*exported.notes, *(f"not finished: {stage} has not run" for stage in missing)]
-    runtime, comparison = _runtime(target, options), None
-    if runtime is not None and not is_installed(runtime):
-        notes.append(f"not compared: {runtime} is not installed (pip install 'labelfree[{runtime}]')")
-    elif runtime is not None and (feed := _some_images(given, images)) is None:
-        notes.append("not compared: no images (data.calibration)")
-    elif runtime is not None and feed is not None:
-        path = folder / f"{config.name}{kind.model[0]}"
-        with using_threads(config.threads):
-            comparison = _compared(config, net, model, path, plain, runtime, feed)
+    given = Given(config)
+    with closing(given):
+        model, missing = _result(given)
+        shapes = input_shapes(given)
+        if takes_pixels:
+            options = replace(options, pixels=pixels_of(given))
+        kind, net = TARGETS[target], IntegerNet.of(model, shapes)
+        exported = kind.write(Order(model, net, config.name, options, fold))
+        whole = IntegerNet.folded(given.model, shapes)
+        plain = kind.write(Order(given.model, whole, config.name, replace(options, pixels=None), fold))
+        folder = config.output if folder is None else folder
+        with closing(OutputFolder(folder)):
+            paths = exported.write(folder)
+        notes = [*exported.notes, *(f"not finished: {stage} has not run" for stage in missing)]
+        runtime, comparison = _runtime(target, options), None
+        if runtime is not None and not is_installed(runtime):
+            notes.append(f"not compared: {runtime} is not installed (pip install 'labelfree[{runtime}]')")
+        elif runtime is not None and (feed := _some_images(given, images)) is None:
+            notes.append("not compared: no images (data.calibration)")
+        elif runtime is not None and feed is not None:
+            path = folder / f"{config.name}{kind.model[0]}"
+            with using_threads(config.threads):
+                comparison = _compared(given, net, model, path, plain, runtime, feed)
+    del progress
     names = {f"{config.name}{ending}" for ending in kind.model} & set(exported.files)
     return Outcome(
         {path: path.stat().st_size for path in paths},
@@ -172,28 +163,22 @@ def evaluate_exported(
         InputError: there is no such file, it does not fit the results, or the runtime is not installed.
     """
     check_installed(runtime)
-    with closing(Given(config)) as given:
-        return _evaluate(given, runtime, path, images, progress)
-
-
-def _evaluate(
-    given: Given, runtime: str, path: Path | None, images: int | None, progress: Progress
-) -> Evaluation:
-    config, full = given.config, given.model
-    model, missing = _result(given)
-    ending = next(target.model[0] for target in TARGETS.values() if runtime in target.runtimes)
-    path = config.output / f"{config.name}{ending}" if path is None else path
-    if not path.exists():
-        raise InputError(f"{path}: not there; run `labelfree export` first, or give --file")
-    net, outputs = IntegerNet.of(model, input_shapes(given)), net_outputs(full.net)
-    names = [net.blob_of(output) for output in outputs]
-    feed = with_labels_that_fit(validation_feed(given, images, progress), full.net, progress)
-    candidates = {"fp32": full, "quantized": model}
-    with using_threads(config.threads):
-        file = open_exported(runtime, path, names, config.threads or available_threads())
-        opener = engine_opener(config.engine, config.caffe, config.threads)
-        found = evaluate(candidates, outputs, feed, opener, progress, {runtime: file})
-    return replace(found, missing=missing, images_from=evaluation_images(given))
+    given = Given(config)
+    with closing(given):
+        model, missing = _result(given)
+        ending = next(target.model[0] for target in TARGETS.values() if runtime in target.runtimes)
+        path = config.output / f"{config.name}{ending}" if path is None else path
+        if not path.exists():
+            raise InputError(f"{path}: not there; run `labelfree export` first, or give --file")
+        net, outputs = IntegerNet.of(model, input_shapes(given)), net_outputs(given.net)
+        names = [net.blob_of(output) for output in outputs]
+        feed = with_labels_that_fit(validation_feed(given, images, progress), given.net, progress)
+        candidates = {"fp32": given.model, "quantized": model}
+        with using_threads(config.threads):
+            file = open_exported(runtime, path, names, config.threads or available_threads())
+            opener = engine_opener(config.engine, config.caffe, config.threads)
+            found = evaluate(candidates, outputs, feed, opener, progress, {runtime: file})
+        return replace(found, missing=missing, images_from=evaluation_images(given))
 
 
 def pixels_of(given: Given) -> Pixels:
@@ -202,7 +187,7 @@ def pixels_of(given: Given) -> Pixels:
     Raises:
         InputError: it is not the same for all pixels of a channel.
     """
-    transform = effective_transform(given, TEST)
+    transform = effective_transform(given.net, TEST, given.config)
     if transform.mean_file is not None:
         raise InputError(
             f"--input pixels: the transform has a mean for each pixel ({transform.mean_file}), not for each "
@@ -219,32 +204,30 @@ def _result(given: Given) -> tuple[Model, list[StageName]]:
     """The quantized model in the output folder, with the one that it was made from; the stages it lacks."""
     config, record = given.config, read_record(given.config.output)
     check_results(given, record)
-    files = Files.of(config.name)
     check_files(config, record)
-    name = files.renorm if record.stages.renorm is not None else files.quantized
-    net = read_prototxt(config.output / files.val, schema_of(given.net))
+    path = config.output / Files.of(config.name).val
+    net = read_prototxt(path, schema_of(given.net))
     stage = record.stages.weights
     grids = {
         layer.name: GridChoice(bits=layer.bits, grid=layer.grid)
         for layer in (stage.layers if stage is not None else ())
     }
-    weights = Weights.read(config.output / name)
-    return Model(net, weights, config.output / files.val, grids, full=given.model), record.stages.missing
+    weights = Results(given, record.stages).final.weights
+    return Model(net, weights, path, grids, full=given.model), record.stages.missing
 
 
 def _some_images(given: Given, count: int) -> Feed | None:
     """Calibration images, or validation images where there are no others."""
-    data = given.config.data
-    if data.calibration is not None:
+    if given.config.data.calibration is not None:
         return calibration_feed(given, min(count, calibration_images(given)))
-    if data.validation is not None:
+    if given.config.data.validation is not None:
         feed = validation_feed(given)
         return feed.subset(range(min(count, len(feed))))
     return None
 
 
 def _compared(
-    config: Config,
+    given: Given,
     net: IntegerNet,
     model: Model,
     path: Path,
@@ -253,8 +236,7 @@ def _compared(
     feed: Feed,
 ) -> FileComparison:
     """The file at ``path`` against the quantized net in our engine and the plain file in full precision."""
-    assert model.full is not None
-    outputs = net_outputs(model.full.net)
+    config, outputs = given.config, net_outputs(given.net)
     output = next((each for each in outputs if each.is_main), outputs[-1])
     blob, threads = net.blob_of(output), config.threads or available_threads()
     [images] = feed.unlabeled().batches(len(feed))
