@@ -144,7 +144,7 @@ def _geometry(
 ) -> dict[str, object]:
     """The keys of data.transform that say how large images become, as far as the prototxt does not."""
     keys: dict[str, object] = {}
-    transform = effective_transform(net, TRAIN, config)
+    transform = effective_transform(Given(config, net), TRAIN)
     if not has_data_layer(net) and transform.crop_size:
         keys["crop_size"] = transform.crop_size
         guesses.append(f"crop_size {transform.crop_size} from the shape of the input")

@@ -69,7 +69,9 @@ def test_the_forms_of_caffe_give_the_same_values(fork: str, tmp_path: Path) -> N
     }
     for each in parsed.layer:
         assert not each.batch_norm_param.HasField("scale_filler")
-    loaded = load_weights(tmp_path / "net.caffemodel", stock)
+    model = Model.load(tmp_path / "net.prototxt", tmp_path / "net.caffemodel", write="bvlc")
+    assert model.net == stock
+    loaded = model.weights
     np.testing.assert_allclose(scores(stock, loaded), scores(net, weights), rtol=1e-5, atol=1e-5)
     for name in ("c_bn", "n"):
         if name in loaded and fork != "SegNet":
