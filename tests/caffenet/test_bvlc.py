@@ -99,7 +99,7 @@ def test_names_that_are_taken(tmp_path: Path) -> None:
     text = HEAD + bare("n_scale", "data", 3) + norm("n", "n_scale", "BN", "")
     net, weights = model_of(text, tmp_path)
     stock = in_bvlc_forms(net)
-    assert [each.name for each in stock.layer] == ["data", "n_scale", "n", "n_scale_"]
+    assert [each.name for each in stock.layer] == ["data", "n_scale", "n", "n_scale_2"]
     model = Model.of(stock, tmp_path / "net.caffemodel")
     np.testing.assert_allclose(scores(stock, model.weights), scores(net, weights), rtol=1e-5, atol=1e-5)
 
