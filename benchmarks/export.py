@@ -15,10 +15,11 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 import quantize
 from benchmarks.exported_nets import NETS, net_of
@@ -27,15 +28,23 @@ from quantize.arrays import FloatArray
 from quantize.caffenet import InferenceNet
 from quantize.caffenet.model import Model
 from quantize.commands.config import load
+from quantize.data.feed import Batch
 from quantize.engines import engine_opener
 from quantize.engines.exported import ExportedFile, Pixels, is_installed, open_exported
 from quantize.exports.integers import IntegerNet
 from quantize.exports.onnx import OnnxOptions, export_onnx
 from quantize.job.export import evaluate_exported, export_run
+from quantize.job.feeds import calibration_feed, calibration_images, input_shapes, read_model_prototxt
 from quantize.job.run import Run
 from quantize.settings import CaffeProcess
 
 RUNTIMES = {"onnx": "ort", "openvino": "openvino"}
+VARIANTS = {
+    "4/8": (),
+    "4/8 best": ("weights.solver=data_aware",),
+    "8/8": ("weights.bits=8", "weights.grid=uniform"),
+}
+"""Bits of weights and activations, and settings beside those that a runtime wants."""
 IMAGES = 8
 IMAGES_COMPARED = 1000
 INPUT = {"data": (3, 224, 224)}
@@ -130,30 +139,67 @@ def print_net(name: str, batches: list[int], least: float, folder: Path) -> None
 
 
 def print_trained(path: Path, folder: Path) -> None:
-    """Closeness and accuracy of a trained net's files, for each runtime with what it wants."""
-    for runtime, written_for in RUNTIMES.items():
-        if not is_installed(runtime):
-            continue
-        sums = "true" if runtime == "onnx" else "false"
-        settings = ["activations.levels=255", f"activations.sums={sums}"]
-        config = load(path, {"output": str(folder / runtime)}, settings)
-        Run(config).quantize()
-        for taken in (False, True):
-            options = OnnxOptions(written_for)  # type: ignore[arg-type]
-            outcome = export_run(
-                config, "onnx", folder / f"{runtime}_{taken}", options, taken, IMAGES_COMPARED
-            )
-            [file] = outcome.files
-            scored = evaluate_exported(config, runtime, file)
-            top1 = {name: each.top1 for name, each in scored.accuracy.items()}
-            close = outcome.comparison
-            assert close is not None
-            print(
-                f"{config.name} {runtime}, {'pixels' if taken else 'floats'}: {outcome.files[file]} bytes, "
-                f"{outcome.float_bytes / outcome.files[file]:.2f}x smaller; top-1 {top1}; against "
-                f"labelfree's scores {close.sqnr_db} dB, agreement {close.agreement} % on {close.images} "
-                f"images; {close.float_seconds / close.seconds:.2f}x as fast"
-            )
+    """Size, accuracy and closeness of a trained net's files, for each runtime with what it wants."""
+    for kind, settings in VARIANTS.items():
+        for runtime, written_for in RUNTIMES.items():
+            if not is_installed(runtime):
+                continue
+            sums = "true" if runtime == "onnx" else "false"
+            wanted = ["activations.levels=255", f"activations.sums={sums}", *settings]
+            config = load(path, {"output": str(folder / kind / runtime)}, wanted)
+            Run(config).quantize()
+            for taken in (False, True):
+                options = OnnxOptions(written_for)  # type: ignore[arg-type]
+                outcome = export_run(
+                    *(config, "onnx", folder / kind / f"{runtime}_{taken}", options, taken),
+                    images=IMAGES_COMPARED,
+                )
+                [file] = outcome.files
+                scored = evaluate_exported(config, runtime, file)
+                top1 = ", ".join(f"{name} {each.top1}" for name, each in scored.accuracy.items())
+                close = outcome.comparison
+                assert close is not None
+                takes = "pixels" if taken else "floats"
+                print(
+                    f"{kind:<14} {runtime:<9} {takes}: {outcome.files[file]} bytes; top-1 {top1}; against "
+                    f"labelfree's scores {close.sqnr_db:.1f} dB, agreement {close.agreement} % on "
+                    f"{close.images} images; {close.float_seconds / close.seconds:.2f}x as fast",
+                    flush=True,
+                )
+    print_alternative(path, folder)
+
+
+class Calibration(CalibrationDataReader):  # type: ignore[misc]
+    """Images for onnxruntime's own tool."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+
+    def get_next(self) -> dict[str, FloatArray] | None:
+        """The next image's values, by input."""
+        batch = next(self.batches, None)
+        return None if batch is None else dict(batch.feeds)
+
+
+def print_alternative(path: Path, folder: Path) -> None:
+    """What onnxruntime's own tool makes of full precision: 8-bit weights per channel, 8-bit activations."""
+    config = load(path, {"output": str(folder / "alternative")}, [])
+    net = read_model_prototxt(config)
+    full = Model.of(net, config.model.weights, config.model.prototxt)
+    shapes = input_shapes(config, net)
+    [plain] = export_onnx(IntegerNet.folded(full, shapes), "plain", OnnxOptions()).write(folder)
+    feed = calibration_feed(config, net, min(calibration_images(config), config.renorm.images))
+    quantize_static(
+        *(plain, folder / "alternative.onnx", Calibration(feed.batches(1))),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    Run(config).quantize()
+    scored = evaluate_exported(config, "onnx", folder / "alternative.onnx")
+    size = (folder / "alternative.onnx").stat().st_size
+    print(f"{'8/8 by its tool':<14} onnx: {size} bytes; top-1 {scored.accuracy['onnx'].top1}")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from quantize import cli
-from quantize.caffenet import Weights
+from quantize.caffenet import BlobProto, Weights
 from quantize.job.export import export_run
 from quantize.job.output import OutputFolder
 from quantize.job.run import Run
@@ -319,6 +319,22 @@ def stage_before_missing(_job: Job) -> None:
 @mistake
 def nothing_quantized(_job: Job) -> None:
     """Nothing has been run."""
+
+
+@mistake
+def nothing_exported(job: Job) -> None:
+    """Quantized, but not exported."""
+    Run(job.config()).quantize()
+
+
+@mistake
+def mean_image_for_pixels(job: Job) -> None:
+    """The transform subtracts a mean image."""
+    mean = BlobProto(data=np.full(3 * 11 * 11, 100.0))
+    mean.shape.dim.extend((1, 3, 11, 11))
+    (job.folder / "mean.binaryproto").write_bytes(mean.SerializeToString())
+    replace(job.yaml, "  validation:", "  transform: {mean_file: mean.binaryproto}\n  validation:")
+    Run(job.config()).quantize()
 
 
 @mistake

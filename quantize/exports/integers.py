@@ -33,7 +33,7 @@ from quantize.caffenet.graph import NetGraph
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import QuantizedWeights, Quantizer, read_quantizer
-from quantize.caffenet.shape_rules import canonical_axis
+from quantize.caffenet.shape_rules import canonical_axis, has_rule
 from quantize.caffenet.traits import Trait, traits_of
 from quantize.errors import InputError
 from quantize.measure.outputs import Output
@@ -182,6 +182,13 @@ class _Folding:
         inputs: dict[str, Shape],
         quantized: Mapping[str, QuantizedWeights],
     ) -> _Folding:
+        for layer in net.layer:
+            if not has_rule(layer.type):
+                raise InputError(
+                    f"layer {layer.name!r} ({layer.type}): labelfree does not know what this type computes, "
+                    "so no file can say it to another runtime (docs/layers.md has the types that it knows); "
+                    "end the network before it, or write it with other layers"
+                )
         weights = loaded(net, weights).copy()
         one = {name: (1, *shape) for name, shape in inputs.items()}
         check_weights(net, weights, infer_shapes(net, one))

@@ -34,7 +34,7 @@ from quantize.arrays import FloatArray, Floats
 from quantize.caffenet import LayerParameter
 from quantize.caffenet.kernels import from_kernels
 from quantize.caffenet.quantized import Quantizer, read_quantizer
-from quantize.caffenet.shape_rules import canonical_axis, convolution_window
+from quantize.caffenet.shape_rules import Window, canonical_axis, convolution_window
 from quantize.engines.exported import Pixels
 from quantize.engines.onnx.engine import OnnxEngine, Translation
 from quantize.engines.onnx.file import MEAN, SCALE
@@ -444,12 +444,16 @@ class _Writer:
         window = convolution_window(layer.convolution_param, bottom)
         is_padded = is_integer and self._is_on_pixels(layer)
         is_deconvolution = layer.type == "Deconvolution"
+        strides = window.stride
+        if self.options.runtime == "openvino" and _only_subsamples(window) and not is_deconvolution:
+            x = self.graph.op("MaxPool", x, kernel_shape=window.kernel, strides=strides)
+            strides = window.kernel
         y = self.graph.op(
             "ConvTranspose" if is_deconvolution else "Conv",
             *(x, w, *self._biases(layer, integers, is_integer)),
             group=layer.convolution_param.group if is_deconvolution else bottom[1] // kernels[1],
             kernel_shape=window.kernel,
-            strides=window.stride,
+            strides=strides,
             pads=[0 if is_padded else pad for pad in window.pad * 2],
             dilations=window.dilation,
         )
@@ -518,6 +522,15 @@ def _wanted(reader: LayerParameter, demanded: Mapping[str, Quantizer]) -> Quanti
 
 def _averages(layer: LayerParameter) -> bool:
     return layer.type == "Pooling" and layer.pooling_param.pool == layer.pooling_param.AVE
+
+
+def _only_subsamples(window: Window) -> bool:
+    """Whether a convolution leaves places out and looks at no neighbours.
+
+    OpenVINO gives the strides of such ones to what makes their input, if nothing else reads that, and what is
+    behind a sum then runs in floats; pooling that leaves the places out does not.
+    """
+    return max(window.kernel) == 1 < max(window.stride) and not any(window.pad)
 
 
 def _limits(layer: LayerParameter) -> tuple[float, float] | None:

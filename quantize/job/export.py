@@ -116,7 +116,6 @@ def export_run(
             path = folder / f"{config.name}{kind.model[0]}"
             with using_threads(config.threads):
                 comparison = _compared(given, net, model, path, plain, runtime, feed)
-    del progress
     names = {f"{config.name}{ending}" for ending in kind.model} & set(exported.files)
     return Outcome(
         {path: path.stat().st_size for path in paths},
@@ -187,7 +186,7 @@ def pixels_of(given: Given) -> Pixels:
     Raises:
         InputError: it is not the same for all pixels of a channel.
     """
-    transform = effective_transform(given.net, TEST, given.config)
+    transform = effective_transform(given, TEST)
     if transform.mean_file is not None:
         raise InputError(
             f"--input pixels: the transform has a mean for each pixel ({transform.mean_file}), not for each "

@@ -12,7 +12,7 @@ from quantize.errors import InputError
 from quantize.exports.integers import IntegerNet
 from quantize.exports.scales import scales_json
 from quantize.measure.outputs import net_outputs
-from tests.exports.quantized import images_for, model_of, quantized, scores_of, sqnr
+from tests.exports.quantized import images_for, input_text, model_of, quantized, scores_of, sqnr
 from tests.families import FAMILIES, conv, family, layer
 from tests.nets import RESIDUAL, parse, random_weights
 
@@ -165,6 +165,15 @@ def test_what_stays_in_float_is_said() -> None:
 def test_a_net_that_is_not_quantized_is_refused() -> None:
     with pytest.raises(InputError, match="no layer has quantized weights"):
         IntegerNet.of(model_of(family("resnet")))
+
+
+def test_a_layer_of_an_unknown_type_is_refused_by_name() -> None:
+    known = conv("a", "data", 4) + layer("relu", "ReLU", "a", "a")
+    known += layer("fc", "InnerProduct", "a", "fc", "inner_product_param { num_output: 5 }")
+    odd = parse('name: "net"\n' + input_text() + known + layer("odd", "FooBar", "a"))
+    model = quantize.quantize_weights(Model(odd, model_of(known).weights))
+    with pytest.raises(InputError, match=r"layer 'odd' \(FooBar\): labelfree does not know what this type"):
+        IntegerNet.of(model)
 
 
 def test_a_shape_that_nobody_says_is_asked_for() -> None:

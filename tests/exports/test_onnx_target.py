@@ -184,6 +184,16 @@ def test_inner_products_of_every_kind(fields: str, runtime: Runtime, tmp_path: P
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
+def test_subsampling_behind_a_sum(runtime: Runtime, tmp_path: Path) -> None:
+    """As in ResNet-50: OpenVINO would move the strides in front of the sum, and lose the integers."""
+    text = conv("a", "data", 8) + act("a") + conv("b", "a", 8) + add("s1", "a b") + act("s1")
+    for name in ("c", "d"):
+        text += conv(name, "s1", 8, 1, "stride: 2")
+    text += act("c") + conv("e", "c", 8) + add("s2", "d e") + act("s2") + dense("fc", "s2", 5)
+    assert list(checked(quantized(model_of(text), sums=runtime == "ort"), tmp_path, runtime)) == ["a"]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_deconvolution(runtime: Runtime, tmp_path: Path) -> None:
     text = conv("c1", "data", 8) + act("c1")
     fields = "convolution_param { num_output: 6 kernel_size: 2 stride: 2 }"
