@@ -18,21 +18,18 @@ from pathlib import Path
 import click
 import numpy as np
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights
-from quantize.caffenet.quantized import alpha_terms, with_alpha_terms
-from quantize.caffenet.quantizers import with_quantizers
+from quantize.caffenet.model import Model
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.job.feeds import calibration_feed, read_model_prototxt, validation_feed
-from quantize.measure.evaluate import Candidate, evaluate
+from quantize.measure.evaluate import evaluate
 from quantize.measure.outputs import net_outputs
 from quantize.record import Closeness
-from quantize.settings import ActivationSettings, Config, StatisticsName, WeightSettings
+from quantize.settings import ActivationSettings, Config, RenormSettings, StatisticsName, WeightSettings
 from quantize.stages.activations import activations_quan
 from quantize.stages.data_aware import Calibration
-from quantize.stages.renorm import FullPrecision, renorm
-from quantize.stages.sites import find_sites
+from quantize.stages.renorm import renorm
 from quantize.stages.weights import choices, weights_quan
 
 SOLVERS = {
@@ -49,11 +46,10 @@ class Subject:
     def __init__(self, config: Config, statistics: StatisticsName, pool: int, images: int | None) -> None:
         self.config = config
         self.statistics = statistics
-        self.net = read_model_prototxt(config)
-        self.weights = Weights.read(config.model.weights)
-        self.inference = InferenceNet.of(self.net)
-        self.calibration = calibration_feed(config, self.net, pool)
-        self.validation = validation_feed(config, self.net, images)
+        net = read_model_prototxt(config)
+        self.model = Model.of(net, config.model.weights, config.model.prototxt)
+        self.calibration = calibration_feed(config, net, pool)
+        self.validation = validation_feed(config, net, images)
         self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
 
     def feed(self, numbers: list[int]) -> Feed:
@@ -62,35 +58,26 @@ class Subject:
 
     def quantized(
         self, solver: str, settings: tuple[WeightSettings, ActivationSettings], numbers: list[int]
-    ) -> Candidate:
-        """The net after the three stages, calibrated on some images."""
+    ) -> Model:
+        """The model after the three stages, calibrated on some images."""
         weight_settings, activation_settings = settings
         feed = self.feed(numbers)
         of_weights, of_activations = SOLVERS[solver]
-        chosen = choices(self.inference.net, weight_settings)
+        chosen = choices(self.model.inference.net, weight_settings)
         memory = self.config.renorm.memory
         statistics: StatisticsName = "measured" if solver == "published" else self.statistics
-        full = FullPrecision(self.inference.net, self.weights) if statistics == "paired" else None
-        net, weights, _ = weights_quan(
-            self.net,
-            self.weights,
+        model, _ = weights_quan(
+            self.model,
             chosen,
             of_weights,  # type: ignore[arg-type]
-            calibration=Calibration(self.inference.net, feed, self.open_engine, memory, statistics),
+            calibration=Calibration(feed, self.open_engine, memory, statistics),
         )
-        with_terms = InferenceNet.of(with_alpha_terms(self.net, weights)).net
-        weights, _ = renorm(with_terms, weights, feed, self.open_engine, memory, full=full)
+        settings_of_renorm = RenormSettings(statistics=statistics, bias_correction=False)
+        model, _ = renorm(model, feed, settings_of_renorm, self.open_engine, memory)
         scope = "relu" if solver == "published" else activation_settings.scope
         steps = activation_settings.model_copy(update={"solver": of_activations, "scope": scope})
         first = self.feed(numbers[: activation_settings.images])
-        quantized = alpha_terms(with_terms)
-        sites = find_sites(with_terms, list(first.shapes), quantized, steps)
-        found = activations_quan(with_terms, weights, first, sites, steps, self.open_engine)
-        return self.candidate(with_quantizers(net, found), weights)
-
-    def candidate(self, net: NetParameter, weights: Weights) -> Candidate:
-        """A net for `evaluate`."""
-        return Candidate(InferenceNet.of(net).net, weights)
+        return activations_quan(model, first, steps, self.open_engine)[0]
 
 
 def row(subject: Subject, setting: str, grid: str, subsets: int, count: int) -> str:
@@ -108,12 +95,12 @@ def row(subject: Subject, setting: str, grid: str, subsets: int, count: int) -> 
     for number in range(subsets):
         drawn = np.random.default_rng([subject.config.data.seed, number]).permutation(total)
         numbers = drawn[:count].tolist()
-        candidates = {"fp32": subject.candidate(subject.net, subject.weights)}
+        candidates = {"fp32": subject.model}
         for solver in SOLVERS:
             start = time.monotonic()
             candidates[solver] = subject.quantized(solver, settings, numbers)
             seconds += (time.monotonic() - start) / subsets if solver == "data_aware" else 0
-        found = evaluate(candidates, net_outputs(subject.net), subject.validation, subject.open_engine)
+        found = evaluate(candidates, net_outputs(subject.model.net), subject.validation, subject.open_engine)
         for name in top1:
             top1[name].append(found.accuracy[name].top1 or 0.0)
         for name in close:

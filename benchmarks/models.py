@@ -8,13 +8,14 @@ import cv2
 import numpy as np
 
 from quantize.caffenet import InferenceNet, NetParameter, Weights, infer_shapes, read_prototxt
+from quantize.caffenet.model import Model
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.make_lmdb import make_datum, write_lmdb
 from quantize.data.sources import open_source
 from quantize.data.transform import resized, short_side_size
 from quantize.engines import engine_opener
-from quantize.settings import CaffeProcess
+from quantize.settings import CaffeProcess, RenormSettings
 from quantize.stages.renorm import renorm
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -50,11 +51,13 @@ def random_weights(net: InferenceNet, seed: int = 0) -> Weights:
     return weights
 
 
-def fitted_weights(net: InferenceNet, images: Images, threads: int) -> Weights:
-    """Random weights with the BatchNorm statistics of a few images."""
+def fitted_model(net: NetParameter, images: Images, threads: int) -> Model:
+    """A model of random weights with the BatchNorm statistics of a few images."""
     few = Images(images.source, images.transform, images.phase, STATISTICS_IMAGES, threads=threads)
     opener = engine_opener("onnx", CaffeProcess(), threads)
-    return renorm(net.net, random_weights(net), Feed({net.blob: few}), opener, None)[0]
+    test = InferenceNet.of(net)
+    model = Model(net, random_weights(test))
+    return renorm(model, Feed({test.blob: few}), RenormSettings(statistics="measured"), opener, None)[0]
 
 
 def make_images(folder: Path, count: int, photographs: Path | None) -> Path:

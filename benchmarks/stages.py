@@ -17,9 +17,9 @@ from pathlib import Path
 import onnxruntime
 
 from benchmarks.measure import Measurement, in_new_process, measured, spread
-from benchmarks.models import INPUT, fitted_weights, make_images, read_net
+from benchmarks.models import INPUT, fitted_model, make_images, read_net
 from quantize.caffenet import TEST, TRAIN, InferenceNet, Weights, needed_layers
-from quantize.caffenet.quantized import alpha_terms, with_alpha_terms
+from quantize.caffenet.model import Model
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import open_source
@@ -28,12 +28,11 @@ from quantize.engines import engine_opener
 from quantize.engines.onnx.engine import OnnxEngine, Translation
 from quantize.engines.onnx.graph import Graph
 from quantize.host import available_threads
-from quantize.measure.evaluate import Candidate, evaluate
+from quantize.measure.evaluate import evaluate
 from quantize.measure.outputs import net_outputs
-from quantize.settings import ActivationSettings, CaffeProcess, WeightSettings
+from quantize.settings import ActivationSettings, CaffeProcess, RenormSettings, WeightSettings
 from quantize.stages.activations import activations_quan
 from quantize.stages.renorm import renorm
-from quantize.stages.sites import find_sites
 from quantize.stages.weights import choices, weights_quan
 
 PLAIN_BATCHES = (1, 4, 8, 16, 32)
@@ -88,12 +87,11 @@ class Setting:
 def prepare(setting: Setting) -> None:
     """Write a net's random weights and their quantized version."""
     net = read_net(setting.net)
-    test = InferenceNet.of(net)
-    full = fitted_weights(test, setting.feed(TRIAL_IMAGES, TRAIN), setting.threads)
-    _, quantized, _ = weights_quan(net, full, choices(test.net, WeightSettings()), "optimal")
-    for kind, weights in (("full", full), ("quantized", quantized)):
+    full = fitted_model(net, setting.feed(TRIAL_IMAGES, TRAIN), setting.threads)
+    quantized, _ = weights_quan(full, choices(full.inference.net, WeightSettings()), "optimal")
+    for kind, model in (("full", full), ("quantized", quantized)):
         with open(setting.weights(kind), "wb") as file:
-            weights.write(file)
+            model.weights.write(file)
 
 
 def plain_pass(setting: Setting, count: int, phase: int, batch: int) -> Measurement:
@@ -125,18 +123,16 @@ def stage(setting: Setting, row: Row) -> Measurement:
     net = read_net(setting.net)
     opener = engine_opener("onnx", CaffeProcess(), setting.threads)
     images = setting.feed(row.images, phase_of(row))
-    weights = Weights.read(setting.weights("full" if row.stage == "evaluate" else "quantized"))
-    test = InferenceNet.of(with_alpha_terms(net, weights))
-    feed = Feed({test.blob: images})
+    model = Model(net, Weights())
+    model = model.holding(Weights.read(setting.weights("full" if row.stage == "evaluate" else "quantized")))
+    feed = Feed({model.inference.blob: images})
     with measured() as found:
         if row.stage == "renorm":
-            renorm(test.net, weights, feed, opener, row.memory)
+            renorm(model, feed, RenormSettings(statistics="measured"), opener, row.memory)
         elif row.stage == "activations":
-            settings = ActivationSettings()
-            sites = find_sites(test.net, test.inputs, alpha_terms(test.net), settings)
-            activations_quan(test.net, weights, feed, sites, settings, opener)
+            activations_quan(model, feed, ActivationSettings(), opener)
         else:
-            evaluate({"fp32": Candidate(test.net, weights)}, net_outputs(net), feed, opener)
+            evaluate({"fp32": model}, net_outputs(net), feed, opener)
     return found
 
 

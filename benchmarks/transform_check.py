@@ -16,7 +16,7 @@ from statistics import median
 import click
 import numpy as np
 
-from quantize.caffenet import InferenceNet, load_weights
+from quantize.caffenet.model import Model
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
@@ -58,8 +58,7 @@ def main(config: Path, draws: int, count: int) -> None:
     """Print the table."""
     settings = load(config)
     net = read_model_prototxt(settings)
-    weights = load_weights(settings.model.weights, net)
-    test = InferenceNet.of(net)
+    model = Model.of(net, settings.model.weights)
     feed = calibration_feed(settings, net, calibration_images(settings))
     (blob, images), *_ = feed.inputs.items()
     open_engine = engine_opener(settings.engine, settings.caffe, settings.threads)
@@ -72,7 +71,7 @@ def main(config: Path, draws: int, count: int) -> None:
         transform = replace(images.transform, mean_value=values.mean, mean_file=None, scale=values.scale)
         few = Images(source, transform, images.phase, None, images.seed, images.threads)
         own = [right] if has_data_layer(net) else []
-        return check_transform(test.net, weights, Feed({blob: few}), open_engine, own)
+        return check_transform(model, Feed({blob: few}), open_engine, own)
 
     print("| transform | mean shift | variance ratio | misfit | doubted | named |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from benchmarks.measure import Measurement, in_new_process, measured, spread
 from benchmarks.models import random_weights, read_net
-from quantize.caffenet import InferenceNet, Weights
+from quantize.caffenet import InferenceNet
+from quantize.caffenet.model import Model
 from quantize.settings import WeightSettings
 from quantize.stages.weights import choices, weights_quan
 
@@ -28,13 +29,11 @@ def quantize(name: str, path: Path, solver: str) -> Measurement:
     """Read a caffemodel, quantize its weights, write the result."""
     net = read_net(name)
     with measured() as found:
-        weights = Weights.read(path)
-        chosen = choices(InferenceNet.of(net).net, WeightSettings())
-        _, quantized, _ = weights_quan(
-            net, weights, chosen, "reference" if solver == "reference" else "optimal"
-        )
+        model = Model.of(net, path)
+        chosen = choices(model.inference.net, WeightSettings())
+        quantized, _ = weights_quan(model, chosen, "reference" if solver == "reference" else "optimal")
         with open(path.with_suffix(".quantized"), "wb") as file:
-            quantized.write(file)
+            quantized.weights.write(file)
     return found
 
 

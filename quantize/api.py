@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,8 +22,6 @@ import numpy.typing as npt
 from quantize.arrays import FloatArray, Shape
 from quantize.caffenet import TEST, doubtful_norms, filter_net
 from quantize.caffenet.model import Model
-from quantize.caffenet.quantized import alpha_terms, correctable
-from quantize.caffenet.quantizers import with_quantizers
 from quantize.commands.config import checked
 from quantize.data.feed import Feed, Input
 from quantize.data.transform import shape_text
@@ -35,7 +33,6 @@ from quantize.host import using_threads
 from quantize.job.feeds import calibration_feed, calibration_images, stage_feed, validation_feed
 from quantize.job.labels import with_labels_that_fit
 from quantize.job.transforms import transform_check
-from quantize.measure.evaluate import Candidate
 from quantize.measure.evaluate import evaluate as compare
 from quantize.measure.outputs import class_scores, net_outputs
 from quantize.progress import Progress
@@ -44,9 +41,7 @@ from quantize.settings import Config
 from quantize.stages.activations import activations_quan
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
-from quantize.stages.renorm import FullPrecision
 from quantize.stages.renorm import renorm as renormed
-from quantize.stages.sites import find_sites
 from quantize.stages.weights import check_kernels, check_unquantized, choices, weights_quan
 
 Settings = Mapping[str, Any]
@@ -243,7 +238,7 @@ class Images:
         """Warn where the transform does not fit the statistics of training, once."""
         if self._arrays is None and full is not None and not self._transform_is_checked:
             self._transform_is_checked = True
-            check = transform_check(config, full.net, full.weights)
+            check = transform_check(config, full)
             if check is not None and check.doubtful:
                 progress.warn(f"{check.finding}; {check.remedy}")
 
@@ -496,10 +491,7 @@ def evaluate(model: Model, small: Model, images: Images, *, runtime: Runtime = D
         LabelfreeError: scores are not finite.
     """
     config = _configuration(model, images, runtime, "evaluate", {}, fed="validation")
-    candidates = {
-        name: Candidate(each.inference.net, each.weights)
-        for name, each in (("fp32", model), ("quantized", small))
-    }
+    candidates = {"fp32": model, "quantized": small}
     with using_threads(config.threads):
         feed = images._evaluation_feed(config, runtime.progress)
         feed = with_labels_that_fit(feed, model.net, runtime.progress)
@@ -566,60 +558,30 @@ class _Work:
         if settings.solver == "data_aware" or settings.budget is not None:
             renorm = self.config.renorm
             feed = self.feed("weights")
-            calibration = Calibration(test.net, feed, self.open_engine, renorm.memory, renorm.statistics)
+            calibration = Calibration(feed, self.open_engine, renorm.memory, renorm.statistics)
             if settings.budget is not None:
                 scores = class_scores(model.net, "weights.budget")
-                chosen, _ = keep_budget(model.weights, settings, calibration, scores, self.progress)
-        net, weights, _ = weights_quan(
-            model.net, model.weights, chosen, settings.solver, self.progress, calibration
-        )
-        return replace(
-            model, net=net, weights=weights, grids=chosen, solver=settings.solver, full=model.full or model
-        )
+                chosen, _ = keep_budget(model, settings, calibration, scores, self.progress)
+        return weights_quan(model, chosen, settings.solver, self.progress, calibration)[0]
 
     def renorm(self, model: Model, full: Model | None = None) -> Model:
         """Stage 2."""
         settings = self.config.renorm
         _check_activations(model)
-        full = full or model.full or (None if model.is_quantized else model)
-        reference, biases = None, {}
-        if settings.statistics == "paired":
-            if full is None:
-                raise InputError(
-                    "renorm: paired statistics need the model in full precision, which the files of a "
-                    "quantized one do not hold: give full=Model.load(...), or settings={'statistics': "
-                    "'measured'}"
-                )
-            reference = FullPrecision(full.inference.net, full.weights)
-            if settings.bias_correction and model.solver != "data_aware":
-                biases = correctable(model.inference.net)
-        weights, _ = renormed(
-            model.inference.net,
-            model.weights,
-            self.feed("renorm"),
-            self.open_engine,
-            settings.memory,
-            self.progress,
-            reference,
-            biases,
-        )
-        return replace(model, weights=weights, full=full)
+        feed = self.feed("renorm")
+        return renormed(model, feed, settings, self.open_engine, settings.memory, self.progress, full)[0]
 
     def activations(self, model: Model) -> Model:
         """Stage 3."""
         _check_activations(model)
         feed, settings = self.feed("activations"), self.config.activations
-        net = model.inference.net
-        taken = [name for layer in model.net.layer for name in (layer.name, *layer.bottom, *layer.top)]
-        sites = find_sites(net, list(feed.shapes), alpha_terms(net), settings, taken)
-        found = activations_quan(net, model.weights, feed, sites, settings, self.open_engine, self.progress)
+        small, found = activations_quan(model, feed, settings, self.open_engine, self.progress)
         if not found:
             self.progress.warn(
                 "activations: nothing to quantize; with scope inputs that is what layers with quantized "
                 "weights read"
             )
-        full = model.full or (None if model.is_quantized else model)
-        return replace(model, net=with_quantizers(model.net, found), full=full)
+        return small
 
 
 def _check_activations(model: Model) -> None:

@@ -139,17 +139,17 @@ def parse_shapes(values: tuple[str, ...]) -> Any:
     """``3,224,224``, or several such as ``im_info=3``, as the key data.input_shape."""
     from quantize.settings import parse_shape
 
-    found: dict[str, list[int]] = {}
+    shapes: dict[str, list[int]] = {}
     for value in values:
         name, _equals, text = value.rpartition("=")
         try:
-            found[name] = parse_shape(text)
+            shapes[name] = parse_shape(text)
         except ValueError as error:
             raise click.BadParameter(f"{value}: {error}", param_hint="'--shape'") from None
-    if "" in found and len(found) > 1:
+    if "" in shapes and len(shapes) > 1:
         several = "name the input of each, as in --shape data=3,224,224 --shape im_info=3"
         raise click.BadParameter(several, param_hint="'--shape'")
-    return found.get("", found or None)
+    return shapes.get("", shapes or None)
 
 
 SHAPE = click.option(
@@ -284,10 +284,10 @@ def parse_stages(_: click.Context, __: click.Parameter, value: str) -> tuple[Sta
 
 def parse_size(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:
     """``--resize 256x320`` as height and width."""
-    found = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", value or "")
-    if value is not None and found is None:
+    sides = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", value or "")
+    if value is not None and sides is None:
         raise click.BadParameter(f"{value!r} is not HEIGHTxWIDTH, as in 256x256")
-    return (int(found[1]), int(found[2])) if found else None
+    return (int(sides[1]), int(sides[2])) if sides else None
 
 
 RESUME = click.option("--resume", is_flag=True, help="Skip stages whose results fit inputs and settings.")
@@ -464,18 +464,20 @@ def inspect(
         from quantize.commands.config import load
 
         config = load(path, {"data.input_shape": parse_shapes(shapes)}, assignments)
-        found, renorm = inspection.Inspection.of_config(config), config.renorm
+        inspected, renorm = inspection.Inspection.of_config(config), config.renorm
         if not show_plan:
             with showing_progress() as progress:
-                found = found.configured_by(config, progress)
+                inspected = inspected.configured_by(config, progress)
     elif prototxt is not None:
-        found = inspection.Inspection.of(prototxt, weights, parse_shapes(shapes), caffe_proto, stages, level)
-    for note in found.notes:
+        inspected = inspection.Inspection.of(
+            prototxt, weights, parse_shapes(shapes), caffe_proto, stages, level
+        )
+    for note in inspected.notes:
         click.echo(f"note: {note}", err=True)
     if show_plan:
-        click.echo(inspection.plan_text(found, renorm, images, memory, as_json))
+        click.echo(inspection.plan_text(inspected, renorm, images, memory, as_json))
     else:
-        click.echo(inspection.layers_text(found, as_json))
+        click.echo(inspection.layers_text(inspected, as_json))
 
 
 @cli.command("make-lmdb")

@@ -61,11 +61,15 @@ def _open(path: str, flags: int) -> int:
 
 def read_start(path: str | Path, what: str, most: int) -> bytes:
     """The first ``most`` bytes of a file, or all that there are; raises as `open_file`."""
-    pieces, size = [], 0
     with open_file(path, what) as file:
-        while size < most and (piece := file.read(most - size)):
-            pieces.append(piece)
-            size += len(piece)
+        return _start(file, most)
+
+
+def _start(file: FileIO, most: int) -> bytes:
+    pieces, size = [], 0
+    while size < most and (piece := file.read(most - size)):
+        pieces.append(piece)
+        size += len(piece)
     return b"".join(pieces)
 
 
@@ -75,8 +79,10 @@ def read_file(path: str | Path, what: str, most: int) -> bytes:
     Raises:
         InputError: as `open_file`, or the file is larger.
     """
-    data = read_start(path, what, most + 1)
-    if len(data) > most:
+    with open_file(path, what) as file:
+        claimed = os.fstat(file.fileno()).st_size  # 0 of files that are made as they are read
+        data = _start(file, most + 1) if claimed <= most else b""
+    if max(claimed, len(data)) > most:
         raise InputError(f"{path}: larger than {most >> 20} MiB; is this the {what}?")
     return data
 

@@ -97,7 +97,7 @@ def reset_peak_memory() -> None:
 def peak_memory() -> int:
     """Bytes of the largest resident set since the last reset."""
     try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
+        peak = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
     except OSError:
-        found = None
-    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        peak = None
+    return 1024 * (int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

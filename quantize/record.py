@@ -39,7 +39,7 @@ Dependencies = dict[str, JsonValue]
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What stage 1 did to one layer.
+    """What the stage weights did to one layer.
 
     Attributes:
         name: the layer.
@@ -143,7 +143,7 @@ class QuantizerLayer:
 
 @dataclass(frozen=True)
 class QuantizedActivation(QuantizerLayer):
-    """What stage 3 found for one site: an ActQuantize layer and what it was fitted to.
+    """What the stage activations found for one site: an ActQuantize layer and what it was fitted to.
 
     Attributes:
         behind: the layer that makes the values; of an input of the net the input's name.
@@ -398,7 +398,7 @@ class StageRecord(Part):
 
 
 class WeightsRecord(StageRecord):
-    """Stage 1.
+    """What the stage weights has done.
 
     Attributes:
         layers: those quantized.
@@ -416,7 +416,7 @@ class WeightsRecord(StageRecord):
 
 
 class RenormRecord(StageRecord):
-    """Stage 2: which statistics were measured, on how many images, and what every BatchNorm found."""
+    """The stage renorm: what was measured, on how many images, and how far every BatchNorm has moved."""
 
     statistics: StatisticsName
     images: int
@@ -424,7 +424,7 @@ class RenormRecord(StageRecord):
 
 
 class ActivationsRecord(StageRecord):
-    """Stage 3: how many images were measured, and the step and codes of every site."""
+    """The stage activations: how many images were measured, and the step and codes of every site."""
 
     images: int
     layers: list[QuantizedActivation]

@@ -102,6 +102,8 @@ MEASURED_IMAGES = 1000
 PUBLISHED_IMAGES = 400
 """What the paper's authors took for the steps of activations."""
 StatisticsName = Literal["paired", "measured"]
+SolverName = Literal["optimal", "reference", "data_aware"]
+"""What quantizes weights."""
 GRID_BITS = {"power_of_two": (2, 5), "fixed_point": (2, 8), "uniform": (2, 8)}
 
 
@@ -242,7 +244,7 @@ class LayerChoice(GridChoice):
 
 
 class WeightSettings(GridChoice):
-    """Stage 1."""
+    """Of the stage weights."""
 
     budget: float | None = Field(
         None,
@@ -251,7 +253,7 @@ class WeightSettings(GridChoice):
         description="mean bits per weight, instead of bits: every layer gets the bits that change the "
         "net's output least; the first, the last and those in weights.layers keep theirs",
     )
-    solver: Literal["optimal", "reference", "data_aware"] = Field(
+    solver: SolverName = Field(
         "optimal",
         description="data_aware: what changes each layer's output least on the calibration images; "
         "optimal: the least error of the weights; reference: the paper's iteration",
@@ -300,7 +302,7 @@ class WeightSettings(GridChoice):
 
 
 class RenormSettings(Section):
-    """Stage 2."""
+    """Of the stage renorm."""
 
     statistics: StatisticsName = Field(
         "paired",
@@ -329,7 +331,7 @@ class RenormSettings(Section):
 
 
 class ActivationSettings(Section):
-    """Stage 3."""
+    """Of the stage activations."""
 
     bits: Whole = Field(
         8,

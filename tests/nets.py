@@ -5,13 +5,18 @@ from pathlib import Path
 import numpy as np
 from google.protobuf import text_format
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights, infer_shapes
+from quantize.caffenet import InferenceNet, NetParameter, Weights, empty_like, infer_shapes
+from quantize.caffenet.model import Model
 from quantize.data import Images, Transform, open_source
 from quantize.data.feed import Feed
 from quantize.data.make_lmdb import make_datum, write_lmdb
 from quantize.engines import engine_opener
-from quantize.settings import CaffeProcess
+from quantize.engines.base import OpenEngine
+from quantize.record import BatchNormShift, QuantizedLayer
+from quantize.settings import CaffeProcess, GridChoice, RenormSettings, SolverName
+from quantize.stages.data_aware import Calibration
 from quantize.stages.renorm import renorm
+from quantize.stages.weights import weights_quan
 
 RESIDUAL = """
 name: "residual"
@@ -158,8 +163,48 @@ def write_photos(path: Path, count: int, shape: tuple[int, int] = IMAGE[1:], see
 
 def trained_statistics(net: NetParameter, weights: Weights, feed: Feed) -> Weights:
     """The blobs with the BatchNorm statistics that training on these images would have left."""
-    opener = engine_opener("onnx", CaffeProcess(), 1)
-    return renorm(net, weights, feed, opener, None)[0]
+    return renorm_weights(net, weights, feed, engine_opener("onnx", CaffeProcess(), 1))[0]
+
+
+def model_of(net: NetParameter, weights: Weights) -> Model:
+    """A model; an inference net gets the Input layers that it lacks."""
+    fed = empty_like(net)
+    made: set[str] = set()
+    for layer in net.layer:
+        for blob in layer.bottom:
+            if blob not in made:
+                fed.layer.add(name=f"{blob} (input)", type="Input", top=[blob])
+                made.add(blob)
+        fed.layer.append(layer)
+        made.update(layer.top)
+    return Model(fed, weights)
+
+
+def renorm_weights(
+    net: NetParameter,
+    weights: Weights,
+    feed: Feed,
+    opener: OpenEngine,
+    memory: int | None = None,
+    full: Model | None = None,
+    biases: bool = False,
+) -> tuple[Weights, list[BatchNormShift]]:
+    """`renorm` on a net and blobs that a test has changed: paired where full precision is given."""
+    settings = RenormSettings(statistics="paired" if full else "measured", bias_correction=biases)
+    done, shifts = renorm(model_of(net, weights), feed, settings, opener, memory, full=full)
+    return done.weights, shifts
+
+
+def quantized_weights(
+    net: NetParameter,
+    weights: Weights,
+    chosen: dict[str, GridChoice],
+    solver: SolverName = "optimal",
+    calibration: Calibration | None = None,
+) -> tuple[NetParameter, Weights, list[QuantizedLayer]]:
+    """`weights_quan` on a net and its blobs."""
+    model, layers = weights_quan(Model(net, weights), chosen, solver, calibration=calibration)
+    return model.net, model.weights, layers
 
 
 def images_of(path: Path, transform: Transform, phase: int, count: int | None = None) -> Images:

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import yaml
 
 from quantize import cli
 from quantize.caffenet import Weights, read_net
-from quantize.caffenet.quantized import QUANTIZED_TYPES
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.errors import InputError
 from quantize.numerics.grids import make_grid
 from quantize.numerics.solvers import fit
@@ -476,7 +475,6 @@ def test_ctrl_c_is_exit_code_130_and_leaves_nothing(job: Job) -> None:
     )
     assert process.stderr is not None
     process.stderr.readline()
-    time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode in (0, 130)
@@ -601,7 +599,7 @@ def test_what_caffe_test_needs_is_said(job: Job, labelfree: Labelfree) -> None:
 def median_sqnr(job: Job, grid: str) -> float:
     """Of the layers that are neither the first nor the last, in decibels."""
     net, weights = read_net(job.folder / "net.prototxt"), Weights.read(job.folder / "net.caffemodel")
-    names = [layer.name for layer in net.layer if layer.type in QUANTIZED_TYPES][1:-1]
+    names = [layer.name for layer in net.layer if Trait.KERNELS in traits_of(layer)][1:-1]
     found = []
     for name in names:
         w = weights[name][0].reshape(len(weights[name][0]), -1).astype(np.float64)

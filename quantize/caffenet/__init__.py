@@ -8,15 +8,21 @@ from quantize.caffenet.fork import (
     load_schema,
     schema_of,
 )
+from quantize.caffenet.graph import (
+    NetGraph,
+    dependent_layers,
+    layer_index,
+    live_blobs,
+    needed_layers,
+    single_assignment,
+)
 from quantize.caffenet.norms import doubtful_norms, stored_statistics
 from quantize.caffenet.phases import (
-    TRANSFORMING_TYPES,
     InferenceNet,
     at_state,
     check_net,
     data_layer,
     declared_shape,
-    dependents,
     filter_net,
     inference_net,
     input_blobs,
@@ -41,21 +47,11 @@ from quantize.caffenet.schema import (
 from quantize.caffenet.shape_rules import LayerShapes
 from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
 from quantize.caffenet.sharing import BlobId, check_sharing, load_weights, loaded, owners, sharers, users
-from quantize.caffenet.surgery import (
-    insert_after,
-    layer_index,
-    live_blobs,
-    needed_layers,
-    remove_layer,
-    replace_layer,
-    single_assignment,
-)
 from quantize.caffenet.weights import Weights
 
 __all__ = [
     "TEST",
     "TRAIN",
-    "TRANSFORMING_TYPES",
     "BlobId",
     "BlobProto",
     "BlobShape",
@@ -63,6 +59,7 @@ __all__ = [
     "InferenceNet",
     "LayerParameter",
     "LayerShapes",
+    "NetGraph",
     "NetParameter",
     "NetState",
     "NetStateRule",
@@ -78,7 +75,7 @@ __all__ = [
     "check_weights",
     "data_layer",
     "declared_shape",
-    "dependents",
+    "dependent_layers",
     "doubtful_norms",
     "empty_like",
     "filter_net",
@@ -88,7 +85,6 @@ __all__ = [
     "infer_shapes",
     "inference_net",
     "input_blobs",
-    "insert_after",
     "is_data_layer",
     "is_measure",
     "known_part",
@@ -101,8 +97,6 @@ __all__ = [
     "owners",
     "read_net",
     "read_prototxt",
-    "remove_layer",
-    "replace_layer",
     "schema_of",
     "scores_blob",
     "sharers",

@@ -47,10 +47,10 @@ def _names_first_axis(layer: LayerParameter) -> bool:
 
 def _batches(layers: Sequence[LayerParameter]) -> set[int]:
     """Numbers of images that the layers that feed a net have; 1 where they say none."""
-    found = {shape.dim[0] for layer in layers for shape in layer.input_param.shape if shape.dim}
+    sizes = {shape.dim[0] for layer in layers for shape in layer.input_param.shape if shape.dim}
     for layer in layers:
-        found |= {getattr(layer, name).batch_size for name in _BATCH_SIZES if layer.HasField(name)}
-    return found or {1}
+        sizes |= {getattr(layer, name).batch_size for name in _BATCH_SIZES if layer.HasField(name)}
+    return sizes or {1}
 
 
 def _shapes(layers: Sequence[LayerParameter]) -> dict[str, Shape]:

@@ -90,8 +90,8 @@ def fork_class(schema: Schema) -> type[NetParameter]:
     pool = descriptor_pool.DescriptorPool()
     for file in FileDescriptorSet.FromString(schema).file:
         pool.Add(file)
-    found = message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))
-    return cast(type[NetParameter], found)
+    message = message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.NetParameter"))
+    return cast(type[NetParameter], message)
 
 
 def from_fork(net: NetParameter, schema: Schema) -> NetParameter:

@@ -40,8 +40,8 @@ def to_kernels(layer: LayerParameter, blob: FloatArray) -> FloatArray:
 def from_kernels(layer: LayerParameter, kernels: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     """The inverse of `to_kernels`."""
     if layer.type == "Deconvolution":
-        groups, inputs, n, places = _deconvolution_axes(layer, shape)
-        kernels = kernels.reshape(groups, n, inputs, places).swapaxes(1, 2)
+        groups, inputs, n, taps = _deconvolution_axes(layer, shape)
+        kernels = kernels.reshape(groups, n, inputs, taps).swapaxes(1, 2)
     elif layer.type == "InnerProduct" and layer.inner_product_param.transpose:
         kernels = kernels.T
     return np.ascontiguousarray(kernels, np.float32).reshape(shape)

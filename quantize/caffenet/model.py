@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from quantize.caffenet.quantized import (
     read_quantized,
     read_quantizer,
     same_weights,
+    with_alpha_terms,
 )
 from quantize.caffenet.schema import NetParameter
 from quantize.caffenet.shapes import check_weights, infer_shapes, known_part
@@ -129,14 +130,36 @@ class Model:
         Raises:
             InputError: a file cannot be read or is damaged, or the two do not fit each other.
         """
-        net = read_net(prototxt, caffe_proto, stages, level)
-        weights = load_weights(caffemodel, net)
-        try:
-            model = cls(net, weights, Path(prototxt))
-        except InputError as error:
-            raise InputError(f"{caffemodel}: {error}") from error
+        model = cls.of(read_net(prototxt, caffe_proto, stages, level), caffemodel, Path(prototxt))
         model.check(model.declared_shapes)
         return model
+
+    @classmethod
+    def of(cls, net: NetParameter, caffemodel: str | Path, prototxt: Path | None = None) -> Model:
+        """A net with the blobs of a caffemodel, as Caffe loads them into it; `check` compares the two.
+
+        Args:
+            net: with all its phases.
+            caffemodel: the file.
+            prototxt: the file that the net comes from.
+
+        Raises:
+            InputError: the file cannot be read or is damaged, or holds quantized weights that the net does
+                not provide for.
+        """
+        weights = load_weights(caffemodel, net)
+        try:
+            return cls(net, weights, prototxt)
+        except InputError as error:
+            raise InputError(f"{caffemodel}: {error}") from error
+
+    def holding(self, weights: Weights) -> Model:
+        """What this model, in full precision, becomes with blobs that were made of its own.
+
+        Args:
+            weights: the blobs, quantized or not: the net gets the Scale layers that they need.
+        """
+        return replace(self, net=with_alpha_terms(self.net, weights), weights=weights, full=self.full or self)
 
     @cached_property
     def inference(self) -> InferenceNet:

@@ -57,19 +57,19 @@ def doubtful_norms(net: NetParameter, weights: Weights) -> list[str]:
             ignored.append(name)
         elif not variance.any():
             empty.append(name)
-    found = []
+    faults = []
     if ignored:
-        found.append(
+        faults.append(
             f"BatchNorm {_listed(ignored)}: the third blob is 0, so Caffe ignores the mean and variance that "
             "are stored and takes both as 0; files of NVCaffe are like this: set that blob to 1, in pycaffe "
             "with net.params[layer][2].data[...] = 1"
         )
     if empty:
-        found.append(
+        faults.append(
             f"BatchNorm {_listed(empty)}: the stored variance is 0 in every channel; the layer was not "
             "trained, or its statistics were lost: check model.weights"
         )
-    return found
+    return faults
 
 
 def _listed(names: Sequence[str]) -> str:

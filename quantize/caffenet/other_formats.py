@@ -55,7 +55,7 @@ _FORMATS: tuple[tuple[bytes, OtherFormat], ...] = (
     (rb"7767517\s", OtherFormat("an ncnn param file")),
 )
 _PATTERNS = [
-    (re.compile(pattern, re.DOTALL if b".{" in pattern else 0), found) for pattern, found in _FORMATS
+    (re.compile(pattern, re.DOTALL if b".{" in pattern else 0), other) for pattern, other in _FORMATS
 ]
 
 
@@ -65,13 +65,13 @@ def other_format(start: bytes) -> OtherFormat | None:
     Args:
         start: its first bytes, ``FIRST_BYTES`` of them where there are so many.
     """
-    return next((found for pattern, found in _PATTERNS if pattern.match(start[:FIRST_BYTES])), None)
+    return next((other for pattern, other in _PATTERNS if pattern.match(start[:FIRST_BYTES])), None)
 
 
-def not_but(wanted: str, found: OtherFormat) -> str:
+def not_but(wanted: str, other: OtherFormat) -> str:
     """The sentence for a file of another format than was wanted."""
-    remedy = found.remedy or "labelfree reads Caffe models; give the prototxt and the caffemodel of the net"
-    return f"not {wanted} but {found.what}; {remedy}"
+    remedy = other.remedy or "labelfree reads Caffe models; give the prototxt and the caffemodel of the net"
+    return f"not {wanted} but {other.what}; {remedy}"
 
 
 def is_text(start: bytes) -> bool:

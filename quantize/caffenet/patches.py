@@ -53,27 +53,27 @@ class Patches:
         groups = bottom[1] // kernels[1]
         return cls(groups, math.prod(kernels[1:]), math.prod(top[2:]), window, top[3])
 
-    def inputs(self, blob: FloatArray, places: Places) -> FloatArray:
-        """The patches at ``places`` (images, p) of a bottom: shape (G, images * p, k), in Caffe's order."""
+    def inputs(self, blob: FloatArray, at: Places) -> FloatArray:
+        """The patches at ``at`` (images, p) of a bottom: shape (G, images * p, k), in Caffe's order."""
         if self.window is None:
             rows = blob.reshape(len(blob), self.places, self.columns)
-            return np.take_along_axis(rows, places[:, :, None], axis=1).reshape(1, -1, self.columns)
+            return np.take_along_axis(rows, at[:, :, None], axis=1).reshape(1, -1, self.columns)
         (top, left), (down, right) = self.window.pad, self.window.stride
         padded = np.pad(blob, ((0, 0), (0, 0), (top, top), (left, left)))
         high, wide = self.window.dilation
         windows = sliding_window_view(padded, tuple(self.window.extents()), axis=(2, 3))[..., ::high, ::wide]
-        y, x = np.divmod(places, self.width)
+        y, x = np.divmod(at, self.width)
         image = np.arange(len(blob))[:, None]
         taken = windows[image, :, y * down, x * right].reshape(-1, self.groups, self.columns)
         return np.ascontiguousarray(taken.swapaxes(0, 1))
 
-    def outputs(self, blob: FloatArray, places: Places) -> FloatArray:
-        """The values at ``places`` of a top: shape (G, images * p, n)."""
+    def outputs(self, blob: FloatArray, at: Places) -> FloatArray:
+        """The values at ``at`` of a top: shape (G, images * p, n)."""
         if self.window is None:
             rows = blob.reshape(len(blob), self.places, -1)
         else:
             rows = blob.reshape(len(blob), -1, self.places).swapaxes(1, 2)
-        taken = rows[np.arange(len(blob))[:, None], places].reshape(places.size, self.groups, -1)
+        taken = rows[np.arange(len(blob))[:, None], at].reshape(at.size, self.groups, -1)
         return np.ascontiguousarray(taken.swapaxes(0, 1))
 
     def sample(self, images: Sequence[int], per_image: int, seed: int) -> Places:

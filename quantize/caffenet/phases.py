@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from quantize.caffenet.schema import TEST, TRAIN, LayerParameter, NetParameter, NetStateRule
 from quantize.caffenet.text_faults import did_you_mean
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.errors import InputError
 
 NAMESAKE = "#"
@@ -16,17 +17,6 @@ NO_INPUT = (
     '; the net has no input in this phase: put layer { name: "data" type: "Input" top: "data" input_param { '
     "shape { dim: 1 dim: 3 dim: 224 dim: 224 } } }, with its own size, in front"
 )
-TRANSFORMING_TYPES = ("Data", "ImageData", "MemoryData", "WindowData")
-PLAIN_INPUTS = ("Input", "HDF5Data")
-"""Data layers whose tops may be anything; what others make beside the images are labels."""
-TYPES_WITH_WEIGHTS = frozenset(
-    (
-        *("Convolution", "ConvolutionDepthwise", "DepthwiseConvolution", "Deconvolution", "InnerProduct"),
-        *("BatchNorm", "Scale", "Bias", "PReLU", "Embed", "LSTM", "RNN", "Recurrent"),
-    )
-)
-MEASURES = ("Loss", "Accuracy", "Evaluate")
-"""In the name of every type that compares with labels, those of forks included."""
 IMAGE_AXES = 3
 """Channels, height, width."""
 
@@ -147,11 +137,11 @@ def name_apart(net: NetParameter) -> None:
     Args:
         net: the net with all its phases.
     """
-    found = [(layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase)]) for layer in net.layer]
+    present = [(layer, [phase for phase in (TEST, TRAIN) if exists(layer, phase)]) for layer in net.layer]
     taken = {layer.name for layer in net.layer}
     used: dict[int, set[str]] = {TEST: set(), TRAIN: set()}
     numbers: Counter[str] = Counter()
-    for layer, phases in sorted(found, key=lambda each: TEST not in each[1]):
+    for layer, phases in sorted(present, key=lambda each: TEST not in each[1]):
         name = layer.name
         while any(layer.name in used[phase] for phase in phases) or (
             layer.name != name and layer.name in taken
@@ -211,7 +201,7 @@ def inference_net(net: NetParameter, inputs: Collection[str]) -> NetParameter:
     kept = _without_layers(net)
     known = set(inputs)
     for layer in net.layer:
-        if is_data_layer(layer) and (layer.type != "DummyData" or known.intersection(layer.top)):
+        if is_data_layer(layer) and (not _is_constant(layer) or known.intersection(layer.top)):
             continue
         if layer.top and not is_measure(layer) and known.issuperset(layer.bottom):
             kept.layer.add().CopyFrom(layer)
@@ -239,11 +229,11 @@ def input_blobs(net: NetParameter) -> tuple[str, ...]:
     for layer in net.layer:
         if is_data_layer(layer):
             origins.update((top, {top}) for top in layer.top)
-            labels.update(layer.top[1:] if layer.type not in PLAIN_INPUTS else ())
+            labels.update(layer.top[1:] if Trait.ANYTHING not in traits_of(layer) else ())
             continue
         own = set().union(*(origins[bottom] for bottom in layer.bottom))
         origins.update(dict.fromkeys(layer.top, own))
-        if layer.type in TYPES_WITH_WEIGHTS:
+        if Trait.BLOBS in traits_of(layer):
             weighted |= own
         if is_measure(layer):
             labels.update(*(origins[bottom] for bottom in layer.bottom[1:]))
@@ -251,7 +241,7 @@ def input_blobs(net: NetParameter) -> tuple[str, ...]:
             read |= own
     data = [layer for layer in net.layer if is_data_layer(layer)]
     needed = read - (labels - weighted)
-    fed = [(layer, top) for layer in data if layer.type != "DummyData" for top in layer.top if top in needed]
+    fed = [(layer, top) for layer in data if not _is_constant(layer) for top in layer.top if top in needed]
     if not fed:
         fed = [(layer, top) for layer in data for top in layer.top if top in needed]
     fed.sort(key=lambda pair: not takes_images(_declared(*pair)))
@@ -261,17 +251,6 @@ def input_blobs(net: NetParameter) -> tuple[str, ...]:
 def takes_images(shape: tuple[int, ...] | None) -> bool:
     """Whether images can go into an input of this shape, which may be unknown."""
     return shape is None or len(shape) == IMAGE_AXES
-
-
-def dependents(net: NetParameter, blob: str) -> list[str]:
-    """The names of the layers that need a blob, which no layer makes, directly or through others."""
-    reached = {blob}
-    found = []
-    for layer in net.layer:
-        if reached.intersection(layer.bottom):
-            found.append(layer.name)
-            reached.update(layer.top)
-    return found
 
 
 def scores_blob(net: NetParameter) -> str:
@@ -301,18 +280,22 @@ def scores_blob(net: NetParameter) -> str:
 
 def is_data_layer(layer: LayerParameter) -> bool:
     """Whether the layer feeds the net: it has tops and no bottoms (Parameter, which holds weights, aside)."""
-    return bool(layer.top) and not layer.bottom and layer.type != "Parameter"
+    return bool(layer.top) and not layer.bottom and Trait.BLOBS not in traits_of(layer)
 
 
 def is_measure(layer: LayerParameter) -> bool:
     """Whether the layer compares with labels: a loss, Accuracy, or what has a weight as a loss."""
-    return any(name in layer.type for name in MEASURES) or any(layer.loss_weight)
+    return Trait.COMPARES in traits_of(layer)
+
+
+def _is_constant(layer: LayerParameter) -> bool:
+    return Trait.CONSTANT in traits_of(layer)
 
 
 def data_layer(net: NetParameter, phase: int) -> LayerParameter | None:
     """The layer with a transform that feeds the net in a phase, if there is one."""
     included = (layer for layer in net.layer if exists(layer, phase))
-    return next((layer for layer in included if layer.type in TRANSFORMING_TYPES), None)
+    return next((layer for layer in included if Trait.IMAGES in traits_of(layer)), None)
 
 
 def declared_shape(net: NetParameter, blob: str) -> tuple[int, ...] | None:

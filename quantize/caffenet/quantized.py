@@ -22,19 +22,15 @@ from quantize.arrays import FloatArray, Floats
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.caffenet.schema import LayerParameter, NetParameter
 from quantize.caffenet.sharing import BlobId, sharers
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.caffenet.weights import Weights
 from quantize.errors import InputError
 from quantize.numerics.grids import smallest_grid
 from quantize.settings import GridChoice
 
-QUANTIZED_TYPES = (
-    *("Convolution", "ConvolutionDepthwise", "DepthwiseConvolution", "Deconvolution"),
-    "InnerProduct",
-)
-"""Layers whose weights can be quantized."""
 ALPHA_SUFFIX = "_alpha_term"
-QUANTIZER_TYPES = ("ActQuantize", "Quant")
-"""The second is the name in old prototxts."""
+QUANTIZER = "ActQuantize"
+"""The type of the layers that put values on codes; in old prototxts it is Quant."""
 DEFAULT_LEVELS = 127
 """The highest code where a layer does not say it."""
 
@@ -61,7 +57,7 @@ class QuantizedWeights:
 
 def same_weights(net: NetParameter) -> dict[str, list[str]]:
     """By layer of a quantized type all such layers that have its weights as theirs, in network order."""
-    orders = {layer.name: kernel_order(layer) for layer in net.layer if layer.type in QUANTIZED_TYPES}
+    orders = {layer.name: kernel_order(layer) for layer in net.layer if Trait.KERNELS in traits_of(layer)}
     shared = sharers(net)
     return {
         name: [
@@ -180,7 +176,7 @@ def _missing_terms(net: NetParameter, weights: Container[str]) -> Iterator[tuple
     users = same_weights(net)
     present = {layer.name for layer in net.layer}
     for number, layer in enumerate(net.layer):
-        if layer.type in QUANTIZED_TYPES:
+        if Trait.KERNELS in traits_of(layer):
             terms = _alpha_layers(layer, users[layer.name])
             yield number, [term for term in terms if term.name in weights and term.name not in present]
 
@@ -189,12 +185,12 @@ def alpha_terms(net: NetParameter) -> dict[str, list[str]]:
     """The quantized layers of a net, and the Scale layers that carry their alphas."""
     present = {layer.name for layer in net.layer}
     users = same_weights(net)
-    found = {}
+    carriers = {}
     for layer in net.layer:
-        if layer.type in QUANTIZED_TYPES and layer.name + ALPHA_SUFFIX in present:
+        if Trait.KERNELS in traits_of(layer) and layer.name + ALPHA_SUFFIX in present:
             terms = _alpha_layers(layer, users[layer.name])
-            found[layer.name] = [term.name for term in terms if term.name in present]
-    return found
+            carriers[layer.name] = [term.name for term in terms if term.name in present]
+    return carriers
 
 
 def correctable(net: NetParameter) -> dict[str, str]:
@@ -208,12 +204,12 @@ def correctable(net: NetParameter) -> dict[str, str]:
     """
     layers = {layer.name: layer for layer in net.layer}
     shared = {blob.layer for blob in sharers(net)}
-    found = {}
+    terms = {}
     for name, (term, *more) in alpha_terms(net).items():
         scale = layers[term].scale_param
         if not more and scale.bias_term and scale.axis == 1 and not shared.intersection((name, term)):
-            found[name] = term
-    return found
+            terms[name] = term
+    return terms
 
 
 def _alpha_layers(layer: LayerParameter, users: Sequence[str]) -> list[LayerParameter]:
@@ -225,7 +221,7 @@ def _alpha_layers(layer: LayerParameter, users: Sequence[str]) -> list[LayerPara
     name = layer.name + ALPHA_SUFFIX
     is_product = layer.type == "InnerProduct"
     parameters = layer.inner_product_param if is_product else layer.convolution_param
-    found = []
+    scales = []
     for number, top in enumerate(layer.top, 1):
         alpha = LayerParameter(name=name if number == 1 else f"{name}_{number}", type="Scale")
         alpha.bottom.append(top)
@@ -239,8 +235,8 @@ def _alpha_layers(layer: LayerParameter, users: Sequence[str]) -> list[LayerPara
         alpha.scale_param.bias_term = parameters.bias_term
         alpha.include.extend(layer.include)
         alpha.exclude.extend(layer.exclude)
-        found.append(alpha)
-    return found
+        scales.append(alpha)
+    return scales
 
 
 # ---- Activations ----
@@ -263,7 +259,7 @@ class Quantizer:
 
 def read_quantizer(layer: LayerParameter) -> Quantizer | None:
     """The quantizer that a layer is; None where its type is another."""
-    if layer.type not in QUANTIZER_TYPES:
+    if Trait.CODES not in traits_of(layer):
         return None
     threshold = int(layer.threshold_param.threshold)
     highest = abs(threshold) or DEFAULT_LEVELS
@@ -277,7 +273,7 @@ def become_quantizer(layer: LayerParameter, quantizer: Quantizer) -> None:
         layer: a ReLU, or a layer without a type.
         quantizer: whose lowest code is 0 or -highest.
     """
-    layer.type = QUANTIZER_TYPES[0]
+    layer.type = QUANTIZER
     layer.relu_param.negative_slope = quantizer.step
     if quantizer.lowest < 0:
         layer.threshold_param.threshold = -quantizer.highest

@@ -1,22 +1,17 @@
-"""Where ActQuantize layers stand in a net: how they are put there, and which blobs are on codes."""
+"""Where ActQuantize layers stand in a net: how they are put there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
-from quantize.caffenet.fork import foreign_fields
+from quantize.caffenet.graph import Bottom, NetGraph
 from quantize.caffenet.phases import exists, filter_net
-from quantize.caffenet.quantized import QUANTIZER_TYPES, Quantizer, become_quantizer
+from quantize.caffenet.quantized import Quantizer, become_quantizer
 from quantize.caffenet.schema import TEST, LayerParameter, NetParameter
-from quantize.caffenet.surgery import single_assignment
 from quantize.record import QuantizerLayer, Reader
 
 MOST_SIGNED_LEVELS = 127
 """Of codes of both signs, so that they fit a byte."""
-PASSING_TYPES = frozenset(
-    {"Split", "Flatten", "Reshape", "Permute", "Slice", "Crop", "Dropout", "Tile", "ShuffleChannel"}
-)
-"""Layers whose tops hold values of their first bottom and no others."""
 
 
 def with_quantizers(net: NetParameter, quantizers: Iterable[QuantizerLayer]) -> NetParameter:
@@ -32,23 +27,25 @@ def with_quantizers(net: NetParameter, quantizers: Iterable[QuantizerLayer]) -> 
     """
     changed = NetParameter()
     changed.CopyFrom(net)
-    flat = single_assignment(filter_net(net, TEST))
-    blobs = {Reader(layer.name, i): blob for layer in flat.layer for i, blob in enumerate(layer.bottom)}
-    order = list(blobs)
+    graph = NetGraph(filter_net(net, TEST))
+    order = [Reader(*bottom) for bottom in graph.read]
     for quantizer in quantizers:
         if not quantizer.readers:
             for layer in changed.layer:
                 if layer.name == quantizer.name and layer.type == "ReLU":
                     _become(layer, quantizer)
             continue
-        read = blobs[quantizer.readers[0]]
-        in_place = {reader for reader in order if blobs[reader] == read} == set(quantizer.readers)
-        _insert(changed, quantizer, min(quantizer.readers, key=order.index), in_place)
+        first = min(quantizer.readers, key=order.index)
+        blob = graph.read[Bottom(first.layer, first.bottom)]
+        in_place = {Reader(*bottom) for bottom in graph.readers_of(blob)} == set(quantizer.readers)
+        _insert(changed, quantizer, first, in_place)
     return changed
 
 
-def _become(layer: LayerParameter, found: QuantizerLayer) -> None:
-    become_quantizer(layer, Quantizer(found.step, -found.levels if found.signed else 0, found.levels))
+def _become(layer: LayerParameter, quantizer: QuantizerLayer) -> None:
+    become_quantizer(
+        layer, Quantizer(quantizer.step, -quantizer.levels if quantizer.signed else 0, quantizer.levels)
+    )
 
 
 def _insert(net: NetParameter, quantizer: QuantizerLayer, first: Reader, in_place: bool) -> None:
@@ -70,43 +67,3 @@ def _insert(net: NetParameter, quantizer: QuantizerLayer, first: Reader, in_plac
 def _is(layer: LayerParameter, name: str) -> bool:
     """Whether a layer is the one of that name in the TEST phase."""
     return layer.name == name and exists(layer, TEST)
-
-
-def origins(net: NetParameter, inputs: Iterable[str] = ()) -> dict[str, str]:
-    """Of every blob the one whose values it holds: itself, unless layers made it that pass values on.
-
-    A Concat passes values on where all its bottoms hold those of one blob.
-
-    Args:
-        net: with every blob name assigned once.
-        inputs: the blobs that no layer makes.
-    """
-    found = {blob: blob for blob in inputs}
-    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
-        before = [found.setdefault(bottom, bottom) for bottom in layer.bottom]
-        passed = foreign is None and _passes(layer, before)
-        found.update((top, before[0] if passed else top) for top in layer.top)
-    return found
-
-
-def _passes(layer: LayerParameter, origins: Sequence[str]) -> bool:
-    """Whether the tops hold values of the first bottom and no others."""
-    if layer.type == "Concat":
-        return len(set(origins)) == 1
-    if layer.type == "Pooling":
-        return layer.pooling_param.pool == layer.pooling_param.MAX and len(layer.top) == 1
-    return layer.type in PASSING_TYPES
-
-
-def coded_by(net: NetParameter) -> Mapping[str, str]:
-    """The blobs on codes, and the ActQuantize layers that made them so.
-
-    Args:
-        net: with every blob name assigned once.
-    """
-    makers = {top: layer for layer in net.layer for top in layer.top}
-    return {
-        blob: makers[origin].name
-        for blob, origin in origins(net).items()
-        if origin in makers and makers[origin].type in QUANTIZER_TYPES
-    }

@@ -37,13 +37,13 @@ def owners(net: NetParameter) -> dict[BlobId, BlobId]:
         The owner by blob, in network order; owners themselves, and blobs nobody shares, are left out.
     """
     first: dict[str, BlobId] = {}
-    found: dict[BlobId, BlobId] = {}
+    owner_of: dict[BlobId, BlobId] = {}
     for layer in net.layer:
         for index, param in enumerate(layer.param):
             blob = BlobId(layer.name, index)
             if param.name and first.setdefault(param.name, blob) != blob:
-                found[blob] = first[param.name]
-    return found
+                owner_of[blob] = first[param.name]
+    return owner_of
 
 
 def users(net: NetParameter, index: int = 0) -> dict[str, list[str]]:
@@ -55,11 +55,11 @@ def users(net: NetParameter, index: int = 0) -> dict[str, list[str]]:
     Returns:
         By the owner's name all layers that have the blob, the owner first, in network order; at least two.
     """
-    found: dict[str, list[str]] = {}
+    users_of: dict[str, list[str]] = {}
     for blob, owner in owners(net).items():
         if blob.index == owner.index == index:
-            found.setdefault(owner.layer, [owner.layer]).append(blob.layer)
-    return found
+            users_of.setdefault(owner.layer, [owner.layer]).append(blob.layer)
+    return users_of
 
 
 def sharers(net: NetParameter) -> dict[BlobId, list[BlobId]]:
@@ -81,12 +81,12 @@ def permissive_blobs(net: NetParameter) -> set[BlobId]:
         net: of one phase.
     """
     layers = {layer.name: layer for layer in net.layer}
-    found = set()
+    permissive = set()
     for blob, owner in owners(net).items():
         param = layers[blob.layer].param[blob.index]
         if param.share_mode == param.PERMISSIVE:
-            found |= {blob, owner}
-    return found
+            permissive |= {blob, owner}
+    return permissive
 
 
 def load_weights(path: str | Path, net: NetParameter) -> Weights:

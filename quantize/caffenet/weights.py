@@ -476,7 +476,8 @@ def _read_blob(buffer: memoryview, blob: _Field) -> FloatArray:
     if data is None:
         message = _parsed(BlobProto, buffer[blob.start : blob.end])
         held = message.double_data or message.data
-        values = np.fromiter(held, np.float64 if message.double_data else np.float32, len(held))
+        dtype = np.float64 if message.double_data else np.float32
+        values: npt.NDArray[np.floating] = np.fromiter(held, dtype, len(held))
     else:
         shapes = [f for f in _fields(buffer, blob.start, blob.end) if f.number in _BLOB_SHAPES]
         message = _parsed(BlobProto, b"".join(buffer[field.tag : field.end] for field in shapes))

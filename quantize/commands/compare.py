@@ -34,14 +34,14 @@ class Result:
     @property
     def accuracy(self) -> Accuracy | None:
         """Of the quantized net, where it has been evaluated."""
-        found = self.record.evaluation
-        return found.accuracy["quantized"] if found is not None else None
+        evaluation = self.record.evaluation
+        return evaluation.accuracy["quantized"] if evaluation is not None else None
 
     @property
     def closeness(self) -> Closeness | None:
         """Of the quantized net's class scores."""
-        found = self.record.evaluation
-        return found.closeness.get("quantized") if found is not None else None
+        evaluation = self.record.evaluation
+        return evaluation.closeness.get("quantized") if evaluation is not None else None
 
     @property
     def mean_bits(self) -> float | None:
@@ -54,8 +54,8 @@ class Result:
     def sqnr_db(self) -> float | None:
         """The lowest of the outputs' ones."""
         outputs = self.record.evaluation.outputs if self.record.evaluation is not None else []
-        found = [output.closeness["quantized"].sqnr_db for output in outputs]
-        return min((value for value in found if value is not None), default=None)
+        values = [output.closeness["quantized"].sqnr_db for output in outputs]
+        return min((value for value in values if value is not None), default=None)
 
     @property
     def seconds(self) -> float:
@@ -90,22 +90,22 @@ def compare_json(results: Sequence[Result]) -> str:
         {
             "results": [_figures_json(result) for result in results],
             "settings": dict(differing(results)),
-            "paired": [asdict(found) if found is not None else None for found in pairs],
+            "paired": [asdict(pair) if pair is not None else None for pair in pairs],
         }
     )
 
 
 def _figures_json(result: Result) -> dict[str, Any]:
-    found, close = result.record.evaluation, result.closeness
+    evaluation, close = result.record.evaluation, result.closeness
     return {
         "output": str(result.folder),
         "missing": result.record.stages.missing,
         "sizes": result.record.sizes.model_dump(),
         "mean_bits": result.mean_bits,
         "seconds": result.seconds,
-        "images": found.images if found is not None else None,
-        "fp32": accuracy_json(found.accuracy["fp32"]) if found is not None else None,
-        "quantized": accuracy_json(found.accuracy["quantized"]) if found is not None else None,
+        "images": evaluation.images if evaluation is not None else None,
+        "fp32": accuracy_json(evaluation.accuracy["fp32"]) if evaluation is not None else None,
+        "quantized": accuracy_json(evaluation.accuracy["quantized"]) if evaluation is not None else None,
         "agreement": close.agreement if close is not None else None,
         "divergence": close.divergence if close is not None else None,
         "sqnr_db": result.sqnr_db,
@@ -117,7 +117,7 @@ def _figures(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
     closeness = [result.closeness for result in results]
     accuracies = [result.accuracy for result in results]
     evaluations = [result.record.evaluation for result in results]
-    full = [found.accuracy["fp32"].top1 if found else None for found in evaluations]
+    full = [each.accuracy["fp32"].top1 if each else None for each in evaluations]
     sizes = [result.record.sizes for result in results]
     lacking = [", ".join(f"no {stage}" for stage in result.record.stages.missing) for result in results]
     rows = (
@@ -125,16 +125,16 @@ def _figures(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
         ("packed", [f"{size_text(size.packed)} ({size.model / size.packed:.1f}x smaller)" for size in sizes]),
         ("bits per weight", _texts("{:.2f}", [result.mean_bits for result in results])),
         ("full precision top-1", _texts("{:.2f} %", full)),
-        ("top-1", _texts("{:.2f} %", [found.top1 if found else None for found in accuracies])),
-        ("   95 % confidence", [_interval(found) for found in accuracies]),
-        ("top-5", _texts("{:.2f} %", [found.top5 if found else None for found in accuracies])),
+        ("top-1", _texts("{:.2f} %", [each.top1 if each else None for each in accuracies])),
+        ("   95 % confidence", [_interval(each) for each in accuracies]),
+        ("top-5", _texts("{:.2f} %", [each.top5 if each else None for each in accuracies])),
         ("agreement", _texts("{:.2f} %", [close.agreement if close else None for close in closeness])),
         (
             "KL divergence",
             _texts("{:.2g} nats", [close.divergence if close else None for close in closeness]),
         ),
         ("lowest output SQNR", _texts("{:.1f} dB", [result.sqnr_db for result in results])),
-        ("on images", _texts("{:,}", [found.images if found else None for found in evaluations])),
+        ("on images", _texts("{:,}", [each.images if each else None for each in evaluations])),
         ("seconds", [f"{result.seconds:.1f}" for result in results]),
     )
     for title, cells in rows:
@@ -188,9 +188,9 @@ def _remarks(results: Sequence[Result], names: Sequence[str]) -> list[str]:
             lines.append(f"note: {name} has not been evaluated; `labelfree evaluate` does it")
         if result is first or result.accuracy is None or result.accuracy.top1 is None:
             continue
-        found = paired(first, result)
-        if found is not None:
-            lines.append(f"top-1: {paired_text(found, names[0], name)}")
+        pair = paired(first, result)
+        if pair is not None:
+            lines.append(f"top-1: {paired_text(pair, names[0], name)}")
         elif first.record.evaluation is not None:
             lines.append(f"note: {name} was not evaluated on the same images as {names[0]}")
     return ["", *lines] if lines else []

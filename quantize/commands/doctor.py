@@ -26,7 +26,6 @@ from quantize.job.run import LIBRARIES, Run
 from quantize.progress import Progress
 from quantize.settings import CaffeProcess, Config
 
-REPORT_LIBRARIES = ("matplotlib", "Jinja2")
 MEMINFO = Path("/proc/meminfo")
 PROBE = np.array([[[[-1.0, 0.24, 0.26, 99.0]]]], np.float32)
 """Input of the engine check."""
@@ -63,7 +62,7 @@ def examine(
     yield _check(
         "python", sys.version_info >= (3, 10), f"{platform.python_version()} (3.10 or newer is needed)"
     )
-    for name in (*LIBRARIES, *REPORT_LIBRARIES):
+    for name in LIBRARIES:
         yield _library(name)
     yield Check("processors", "ok", f"{available_threads()} usable")
     yield _memory(config)
@@ -115,12 +114,12 @@ def _engine(name: str, process: CaffeProcess) -> str:
             NetParameter(layer=[layer]), Weights(), {"data": PROBE.shape[1:]}
         )
         try:
-            found = engine.compile(0, 1, ["probe"]).run({"data": PROBE}).blobs["probe"]
+            computed = engine.compile(0, 1, ["probe"]).run({"data": PROBE}).blobs["probe"]
         finally:
             engine.close()
-        if found.ravel().tolist() != wanted:
+        if computed.ravel().tolist() != wanted:
             raise LabelfreeError(
-                f"its ActQuantize computes {found.ravel().tolist()}: install ours (docs/caffe.md)"
+                f"its ActQuantize computes {computed.ravel().tolist()}: install ours (docs/caffe.md)"
             )
     return "runs, ActQuantize too"
 
@@ -144,11 +143,11 @@ class _Notes(Progress):
 
 def _job(config: Config, choose_transform: bool) -> Iterator[Check]:
     """What `quantize` would look at before it begins."""
-    notes = _Notes()
+    heard = _Notes()
     runs: list[Run] = []
 
     def prototxt() -> str:
-        run = Run(config, notes, choose_transform)
+        run = Run(config, heard, choose_transform)
         test = InferenceNet.of(run.net)
         runs.append(run)
         return f"{len(test.net.layer)} layers from {', '.join(test.inputs)} to {test.scores}"
@@ -156,14 +155,14 @@ def _job(config: Config, choose_transform: bool) -> Iterator[Check]:
     yield _attempt("model.prototxt", prototxt)
     if not runs:
         return
-    found = [_attempt(what, look) for what, look in runs[0].checks()]
-    yield from found
-    if found[0].state == "ok":
-        norms = doubtful_norms(InferenceNet.of(runs[0].net).net, runs[0].model_weights)
+    checks = [_attempt(what, look) for what, look in runs[0].checks()]
+    yield from checks
+    if checks[0].state == "ok":
+        norms = doubtful_norms(InferenceNet.of(runs[0].net).net, runs[0].model.weights)
         yield from (Check("BatchNorm", "FAIL", line) for line in norms)
-    if all(check.state == "ok" for check in found):
+    if all(check.state == "ok" for check in checks):
         yield _transform(runs[0])
-    yield from (Check("note", "ok", text) for text in notes.texts)
+    yield from (Check("note", "ok", text) for text in heard.texts)
 
 
 def _transform(run: Run) -> Check:

@@ -15,17 +15,17 @@ CHANCE = 0.05
 """A difference that two equally good nets would have more often than this may be chance."""
 
 
-def evaluation_json(found: Evaluation) -> str:
+def evaluation_json(evaluation: Evaluation) -> str:
     """One JSON object; figures in percent, divergence in nats, SQNR in decibels."""
     return json.dumps(
         {
-            "images": found.images,
-            **{name: accuracy_json(each) for name, each in found.accuracy.items()},
-            "agreement": found.agreement,
-            "scores": found.scores,
-            "outputs": [asdict(output) for output in found.outputs],
-            "paired": {name: asdict(each) for name, each in found.paired.items()},
-            "missing": found.missing,
+            "images": evaluation.images,
+            **{name: accuracy_json(each) for name, each in evaluation.accuracy.items()},
+            "agreement": evaluation.agreement,
+            "scores": evaluation.scores,
+            "outputs": [asdict(output) for output in evaluation.outputs],
+            "paired": {name: asdict(each) for name, each in evaluation.paired.items()},
+            "missing": evaluation.missing,
         }
     )
 
@@ -35,24 +35,24 @@ def accuracy_json(accuracy: Accuracy) -> dict[str, Any]:
     return {"top1": accuracy.top1, "top5": accuracy.top5, "top1_interval": accuracy.top1_interval}
 
 
-def evaluation_text(found: Evaluation) -> str:
+def evaluation_text(evaluation: Evaluation) -> str:
     """A line for each net with what its class scores say, one for each other output, and what it means."""
     parts = []
-    if found.main is not None:
-        parts.append(_classes_table(found))
-    others = [output for output in found.outputs if output is not found.main]
+    if evaluation.main is not None:
+        parts.append(_classes_table(evaluation))
+    others = [output for output in evaluation.outputs if output is not evaluation.main]
     if others:
         parts.append(_outputs_table(others))
-    return "\n".join([*parts, *_meaning(found)])
+    return "\n".join([*parts, *_meaning(evaluation)])
 
 
-def _classes_table(found: Evaluation) -> str:
+def _classes_table(evaluation: Evaluation) -> str:
     """Accuracy where there are labels, and closeness of the scores to full precision."""
-    labeled = all(accuracy.top1 is not None for accuracy in found.accuracy.values())
+    labeled = all(accuracy.top1 is not None for accuracy in evaluation.accuracy.values())
     rows = [("", *(("top-1", "top-5") if labeled else ()), "agreement", "KL divergence", "score SQNR")]
-    for name, accuracy in found.accuracy.items():
+    for name, accuracy in evaluation.accuracy.items():
         tops = (_percent(accuracy.top1), _percent(accuracy.top5)) if labeled else ()
-        rows.append((_title(name, found), *tops, *_cells(found.closeness.get(name))))
+        rows.append((_title(name, evaluation), *tops, *_cells(evaluation.closeness.get(name))))
     return table(rows)
 
 
@@ -65,9 +65,9 @@ def _outputs_table(outputs: Sequence[OutputCloseness]) -> str:
     return table(rows)
 
 
-def _title(name: str, found: Evaluation) -> str:
+def _title(name: str, evaluation: Evaluation) -> str:
     """A candidate as the table names it: an unfinished net says what it lacks."""
-    lacking = ", ".join(f"no {stage}" for stage in found.missing) if name == "quantized" else ""
+    lacking = ", ".join(f"no {stage}" for stage in evaluation.missing) if name == "quantized" else ""
     return f"{name.replace('_', ' ')} ({lacking})" if lacking else name.replace("_", " ")
 
 
@@ -81,47 +81,51 @@ def _cells(close: Closeness | None) -> tuple[str, str, str]:
     )
 
 
-def _meaning(found: Evaluation) -> list[str]:
+def _meaning(evaluation: Evaluation) -> list[str]:
     """What the figures say, in sentences; nothing of accuracy where there are no class scores."""
     lines = []
-    if found.missing:
-        stages = " and ".join(found.missing)
-        verb = "have" if len(found.missing) > 1 else "has"
+    if evaluation.missing:
+        stages = " and ".join(evaluation.missing)
+        verb = "have" if len(evaluation.missing) > 1 else "has"
         lines.append(
             f"not finished: {stages} {verb} not run, so these are not the figures of the final network; go "
             "on with `labelfree quantize --resume`"
         )
-    main = found.main
-    if main is None or found.agreement is None:
-        several = any(output.classes for output in found.outputs)
+    main = evaluation.main
+    if main is None or evaluation.agreement is None:
+        several = any(output.classes for output in evaluation.outputs)
         why = "several outputs have class scores, and none is the main one" if several else "no class scores"
-        lines.append(f"on {found.images} images: {why}, so nothing is said about accuracy")
+        lines.append(f"on {evaluation.images} images: {why}, so nothing is said about accuracy")
         return lines
-    if found.paired:
-        return [*lines, *_labeled(found, found.agreement)]
-    agreed = f"agreement {found.agreement:.2f} %"
+    if evaluation.paired:
+        return [*lines, *_labeled(evaluation, evaluation.agreement)]
+    agreed = f"agreement {evaluation.agreement:.2f} %"
     if main.places != 1:
-        lines.append(f"on {found.images} images, at {main.places:,} places each: {agreed}")
+        lines.append(f"on {evaluation.images} images, at {main.places:,} places each: {agreed}")
         return lines
     presumed = f", if {main.blob} has class scores" if main.presumed else ""
     lines.append(
-        f"on {found.images} images without labels: {agreed}; top-1 accuracy can have changed by at most "
-        f"{100 - found.agreement:.2f} points on them{presumed}"
+        f"on {evaluation.images} images without labels: {agreed}; top-1 accuracy can have changed by at most "
+        f"{100 - evaluation.agreement:.2f} points on them{presumed}"
     )
     return lines
 
 
-def _labeled(found: Evaluation, agreement: float) -> list[str]:
+def _labeled(evaluation: Evaluation, agreement: float) -> list[str]:
     """What the labels say: the change of top-1, and what it is worth."""
-    full, final, paired = found.accuracy["fp32"], found.accuracy["quantized"], found.paired["quantized"]
-    reason = doubt(full.top1, final.top1, agreement, found.labeled, found.classes)
+    full, final, paired = (
+        evaluation.accuracy["fp32"],
+        evaluation.accuracy["quantized"],
+        evaluation.paired["quantized"],
+    )
+    reason = doubt(full.top1, final.top1, agreement, evaluation.labeled, evaluation.classes)
     if reason:
-        return [f"on {found.images} images: agreement {agreement:.2f} %", f"warning: {reason}"]
+        return [f"on {evaluation.images} images: agreement {agreement:.2f} %", f"warning: {reason}"]
     lost = (full.top1 or 0.0) - (final.top1 or 0.0)
     change = f"{abs(lost):.2f} points of top-1 {'lost' if lost > 0 else 'won'}" if lost else "no top-1 lost"
     low, high = final.top1_interval or (0.0, 100.0)
     return [
-        f"on {found.images} images: {change}, agreement {agreement:.2f} %",
+        f"on {evaluation.images} images: {change}, agreement {agreement:.2f} %",
         f"top-1 of the quantized network is {low:.2f} to {high:.2f} % with 95 % confidence",
         paired_text(paired, "full precision", "the quantized network"),
     ]

@@ -18,10 +18,10 @@ from quantize.caffenet import (
     InferenceNet,
     NetParameter,
     Weights,
-    load_weights,
     read_net,
 )
 from quantize.caffenet.kernels import are_kernels, to_kernels
+from quantize.caffenet.model import Model
 from quantize.caffenet.phases import takes_images
 from quantize.data.sources import Source, open_source
 from quantize.data.transform import shape_text
@@ -136,10 +136,10 @@ def initial_config(
     kept = f"{count - images} are kept for evaluate" if count > images else "none are left for evaluate"
     guesses.append(f"data.calibration.images {images} of {count}: {kept}")
     config = with_transform(config, TransformKeys.model_validate(keys))
-    weights = load_weights(model.weights, net)
-    config, why = with_chosen_transform(config, net, weights)
+    trained = Model.of(net, model.weights)
+    config, why = with_chosen_transform(config, trained)
     guesses.append(f"data.transform: {why}")
-    guesses += _better_grid(InferenceNet.of(net).net, weights)
+    guesses += _better_grid(InferenceNet.of(net).net, trained.weights)
     shown = json.dumps({**keys, **_arithmetic(config.data.transform)}).replace('"', "")
     comment = "  # overrides of the prototxt's transform_param" if has_data_layer(net) else ""
     text = TEMPLATE.format(

@@ -26,9 +26,10 @@ from quantize.caffenet import (
     owners,
     read_net,
 )
-from quantize.caffenet.quantized import QUANTIZED_TYPES
+from quantize.caffenet.model import Model
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.shape_rules import has_rule
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.commands.summary import coverage_text, size_text, table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
@@ -96,7 +97,7 @@ def inspect_net(
             what = f"weights: {chosen[first].bits} bits {chosen[first].grid}{same}"
         elif layer.name in left_out:
             what = f"kept: {left_out[layer.name]}"
-        elif layer.type in QUANTIZED_TYPES:
+        elif Trait.KERNELS in traits_of(layer):
             what = "kept: weights.layers says skip"
         elif layer.type == "BatchNorm":
             what = _renorm(config)
@@ -138,17 +139,20 @@ def planned_sites(test: InferenceNet, config: Config | None) -> list[Site]:
     return find_sites(test.net, test.inputs, to_be_quantized(test.net, weights), activations)
 
 
-def planned_coverage(found: Inspection) -> Coverage:
+def planned_coverage(inspected: Inspection) -> Coverage:
     """How much of the net's work would be quantized."""
-    test, config = InferenceNet.of(found.net), found.configured.config if found.configured else None
+    test, config = (
+        InferenceNet.of(inspected.net),
+        inspected.configured.config if inspected.configured else None,
+    )
     planned = [
         QuantizerLayer(site.name, 1.0, 1, False, list(site.readers)) for site in planned_sites(test, config)
     ]
     return coverage(
-        InferenceNet.of(with_quantizers(found.net, planned)).net,
+        InferenceNet.of(with_quantizers(inspected.net, planned)).net,
         test.inputs,
         to_be_quantized(test.net, _settings(config)[0]),
-        shapes_of(test.net, found.inputs).macs,
+        shapes_of(test.net, inspected.inputs).macs,
     )
 
 
@@ -216,12 +220,12 @@ class Inspection:
         """
         net = read_net(prototxt, caffe_proto, stages, level)
         test = InferenceNet.of(net)
-        found = shapes_of_inputs(net, shapes, "--shape")
+        inputs = shapes_of_inputs(net, shapes, "--shape")
         cropped = _cropped(net)
-        if test.blob not in found and cropped is not None:
-            found[test.blob] = cropped
+        if test.blob not in inputs and cropped is not None:
+            inputs[test.blob] = cropped
         for name in test.inputs:
-            if name not in found:
+            if name not in inputs:
                 example = "3,224,224" if len(test.inputs) == 1 else f"{name}=3,224,224"
                 raise InputError(
                     f"{prototxt}: the shape of its input {name!r} is not in it; give --shape, as in --shape "
@@ -229,16 +233,16 @@ class Inspection:
                 )
         notes = [
             placeholder_text(name, shape, "--shape, data.input_shape")
-            for name, shape in found.items()
+            for name, shape in inputs.items()
             if shapes is None and is_placeholder(shape)
         ]
         if weights is not None:
-            one = {blob: (1, *shape) for blob, shape in found.items()}
+            one = {blob: (1, *shape) for blob, shape in inputs.items()}
             known = known_part(test.net, one)
             given = load_weights(weights, net)
             check_weights(known, given, infer_shapes(known, one))
             notes += doubtful_norms(test.net, given)
-        return cls(net, found, notes, choices(test.net, WeightSettings()))
+        return cls(net, inputs, notes, choices(test.net, WeightSettings()))
 
     @classmethod
     def of_config(cls, config: Config) -> Inspection:
@@ -261,13 +265,13 @@ class Inspection:
         run = Run(config, progress)
         with using_threads(config.threads):
             chosen, budget = run.grids()
-        layers = packed_layers(run.net, run.model_weights, chosen)
+        layers = packed_layers(run.model, chosen)
         count = sum(layer.weights for layer in layers)
         configured = Configured(
             config,
             budget,
             config.model.weights.stat().st_size,
-            packed_bytes(run.net, run.model_weights, layers),
+            packed_bytes(run.model, layers),
             sum(layer.weights * layer.bits for layer in layers) / count if count else 0.0,
         )
         return replace(self, chosen=chosen, configured=configured)
@@ -282,12 +286,14 @@ def _cropped(net: NetParameter) -> tuple[int, ...] | None:
     return channels, layer.transform_param.crop_size, layer.transform_param.crop_size
 
 
-def layers_text(found: Inspection, as_json: bool) -> str:
+def layers_text(inspected: Inspection, as_json: bool) -> str:
     """The layers as a table or as JSON."""
-    configured = found.configured
-    rows = inspect_net(found.net, found.inputs, found.chosen, configured.config if configured else None)
+    configured = inspected.configured
+    rows = inspect_net(
+        inspected.net, inspected.inputs, inspected.chosen, configured.config if configured else None
+    )
     parameters, macs = sum(row.parameters or 0 for row in rows), sum(row.macs or 0 for row in rows)
-    planned = planned_coverage(found)
+    planned = planned_coverage(inspected)
     if as_json:
         layers = [asdict(row) for row in rows]
         would = {} if configured is None else _configured_json(configured)
@@ -297,38 +303,38 @@ def layers_text(found: Inspection, as_json: bool) -> str:
                 "parameters": parameters,
                 "macs": macs,
                 "coverage": asdict(planned),
-                "notes": found.notes,
+                "notes": inspected.notes,
                 **would,
             }
         )
     cells = [("layer", "type", "shape", "parameters", "MMACs", "plan")]
     cells += [(row.name, row.type, *_sizes(row), row.plan) for row in rows]
     unknown = sum(row.shape is None for row in rows)
-    behind = f", without {unknown} layers of unknown size" if unknown else ""
-    total = f"total: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates{behind}"
+    lacking = f", without {unknown} layers of unknown size" if unknown else ""
+    total = f"total: {parameters:,} parameters, {macs / 1e6:,.1f} million multiply-accumulates{lacking}"
     lines = _configured_lines(configured) if configured else ()
     return "\n".join([table(cells), "", total, coverage_text(planned), *lines])
 
 
-def _configured_lines(found: Configured) -> list[str]:
+def _configured_lines(configured: Configured) -> list[str]:
     """What a configuration would do, in sentences."""
-    config, weights = found.config, found.config.weights
+    config, weights = configured.config, configured.config.weights
     activations = config.activations
-    budget = f", within the budget of {weights.budget:g}, measured now" if found.budget else ""
+    budget = f", within the budget of {weights.budget:g}, measured now" if configured.budget else ""
     images = f", on {weights.images:,} images" if weights.solver == "data_aware" else ""
     return [
-        f"weights: {found.mean_bits:.2f} bits on average{budget}; solver {weights.solver}{images}",
+        f"weights: {configured.mean_bits:.2f} bits on average{budget}; solver {weights.solver}{images}",
         f"renorm: {config.renorm.statistics} statistics of {config.renorm.images:,} images",
         f"activations: codes up to {activations.largest_code} from {activations.images:,} images",
-        f"size: {size_text(found.model)} as given, {size_text(found.packed)} packed "
-        f"({found.model / found.packed:.1f}x smaller)",
+        f"size: {size_text(configured.model)} as given, {size_text(configured.packed)} packed "
+        f"({configured.model / configured.packed:.1f}x smaller)",
     ]
 
 
-def _configured_json(found: Configured) -> dict[str, Any]:
-    budget = asdict(found.budget) if found.budget is not None else None
-    sizes = {"model": found.model, "packed": found.packed}
-    return {"mean_bits": found.mean_bits, "budget": budget, "sizes": sizes}
+def _configured_json(configured: Configured) -> dict[str, Any]:
+    budget = asdict(configured.budget) if configured.budget is not None else None
+    sizes = {"model": configured.model, "packed": configured.packed}
+    return {"mean_bits": configured.mean_bits, "budget": budget, "sizes": sizes}
 
 
 def _sizes(row: LayerRow) -> tuple[str, str, str]:
@@ -338,12 +344,12 @@ def _sizes(row: LayerRow) -> tuple[str, str, str]:
 
 
 def plan_text(
-    found: Inspection, settings: RenormSettings, images: int | None, memory: str | None, as_json: bool
+    inspected: Inspection, settings: RenormSettings, images: int | None, memory: str | None, as_json: bool
 ) -> str:
     """The plan of renorm's sweep: per step what is kept, bytes and recomputed work.
 
     Args:
-        found: the net.
+        inspected: the net.
         settings: images and memory, where these are not given.
         images: how many, if given.
         memory: the bound, if given.
@@ -354,12 +360,12 @@ def plan_text(
         bound = settings.memory if memory is None else parse_size(memory)
     except ValueError as error:
         raise InputError(f"--memory {memory}: {error}") from error
-    test = InferenceNet.of(found.net)
+    test = InferenceNet.of(inspected.net)
     if not any(layer.type == "BatchNorm" for layer in test.net.layer):
         raise InputError("the net has no BatchNorm layer: renorm has nothing to do")
-    tour = Tour.of(test.net, Weights())
+    tour = Tour.of(Model(inspected.net, Weights()))
     net, steps = tour.net, tour.steps
-    one = {blob: (1, *shape) for blob, shape in found.inputs.items()}
+    one = {blob: (1, *shape) for blob, shape in inspected.inputs.items()}
     costs = Costs.of(net, infer_shapes(net, one), list(one), (), steps)
     chosen = plan(costs, steps, images, bound)
     if as_json:

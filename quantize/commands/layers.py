@@ -48,8 +48,8 @@ def put_layers(folder: Path, force: bool = False) -> list[str]:
     in_caffe = _is_caffe(folder)
     if in_caffe:
         _refuse_rivals(folder)
-    places = _places(folder, in_caffe, force)
-    new = {name: place for name, place in places.items() if not _is_ours(name, place)}
+    files = _places(folder, in_caffe, force)
+    new = {name: place for name, place in files.items() if not _is_ours(name, place)}
     parts = {name: place.with_name(f".{place.name}{PART_SUFFIX}") for name, place in new.items()}
     try:
         if not in_caffe:
@@ -63,7 +63,7 @@ def put_layers(folder: Path, force: bool = False) -> list[str]:
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
-    done = [f"{'installed' if name in new else 'already there'} {place}" for name, place in places.items()]
+    done = [f"{'installed' if name in new else 'already there'} {place}" for name, place in files.items()]
     if in_caffe:
         return [*done, "next: rebuild Caffe; its `make test` then builds the layer's tests too"]
     library = folder / BUILT / "libact_quantize.so"
@@ -84,13 +84,13 @@ def remove_layers(folder: Path, force: bool = False) -> list[str]:
         InputError: the folder is neither, or files are not ours.
         LabelfreeError: a file cannot be removed.
     """
-    places = _places(folder, _is_caffe(folder), force).values()
+    files = _places(folder, _is_caffe(folder), force).values()
     try:
-        for place in places:
+        for place in files:
             place.unlink(missing_ok=True)
     except OSError as error:
         raise LabelfreeError(f"{error.filename}: cannot remove: {error.strerror}") from error
-    return [f"removed {place}" for place in places]
+    return [f"removed {place}" for place in files]
 
 
 def _is_caffe(folder: Path) -> bool:
@@ -134,14 +134,14 @@ def _places(folder: Path, in_caffe: bool, force: bool) -> dict[str, Path]:
     Raises:
         InputError: something that is not ours is there.
     """
-    places = {name: folder / place for name, place in (IN_CAFFE if in_caffe else ALONE).items()}
-    for place in places.values():
+    files = {name: folder / place for name, place in (IN_CAFFE if in_caffe else ALONE).items()}
+    for place in files.values():
         if place.is_dir() and not place.is_symlink():
             raise InputError(f"{place}: a folder is in the way")
-    differing = [str(at) for name, at in places.items() if os.path.lexists(at) and not _is_ours(name, at)]
+    differing = [str(at) for name, at in files.items() if os.path.lexists(at) and not _is_ours(name, at)]
     if differing and not force:
         raise InputError(f"not ours, or changed since: {', '.join(differing)}; --force goes on all the same")
-    return places
+    return files
 
 
 def _is_ours(name: str, place: Path) -> bool:

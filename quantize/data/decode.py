@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from typing import Any
 
 import cv2
 import numpy as np
@@ -107,9 +108,9 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 def _tiff_size(data: bytes) -> tuple[int, int]:
     """Size of the first image; that of a tile where it is larger, for OpenCV makes room for a whole one."""
-    found = _tiff_numbers(data)
-    height = max(found.get(TIFF_HEIGHT, 0), found.get(TIFF_TILE_HEIGHT, 0))
-    width = max(found.get(TIFF_WIDTH, 0), found.get(TIFF_TILE_WIDTH, 0))
+    fields = _tiff_numbers(data)
+    height = max(fields.get(TIFF_HEIGHT, 0), fields.get(TIFF_TILE_HEIGHT, 0))
+    width = max(fields.get(TIFF_WIDTH, 0), fields.get(TIFF_TILE_WIDTH, 0))
     return height, width
 
 
@@ -121,7 +122,7 @@ def _tiff_numbers(data: bytes) -> dict[int, int]:
     at = _unpack(word, data, 8 if big else 4)
     entries = _unpack(half, data, at)
     at += struct.calcsize(half)
-    found: dict[int, int] = {}
+    fields: dict[int, int] = {}
     for _ in range(min(entries, len(data))):
         tag, kind = _unpack(f"{order}H", data, at), _unpack(f"{order}H", data, at + 2)
         if tag in TIFF_TAGS and kind in TIFF_KINDS:
@@ -129,9 +130,9 @@ def _tiff_numbers(data: bytes) -> dict[int, int]:
             number = f"{order}{TIFF_KINDS[kind]}"
             if count * struct.calcsize(number) > struct.calcsize(word):
                 value = _unpack(word, data, value)
-            found[tag] = max(found.get(tag, 0), _unpack(number, data, value))
+            fields[tag] = max(fields.get(tag, 0), _unpack(number, data, value))
         at += 4 + 2 * struct.calcsize(word)
-    return found
+    return fields
 
 
 def _unpack(number: str, data: bytes, at: int) -> int:
@@ -167,7 +168,7 @@ def decode(data: bytes, color: bool | None) -> npt.NDArray[np.uint8]:
         raise InputError(f"the image claims {size[1]} x {size[0]} pixels, more than the {MAX_PIXELS} allowed")
     flag = cv2.IMREAD_UNCHANGED if color is None else cv2.IMREAD_COLOR if color else cv2.IMREAD_GRAYSCALE
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+        pixels: npt.NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     except cv2.error as error:
         raise InputError(f"the image is damaged: {error.err}") from error
     if pixels is None:
@@ -177,6 +178,5 @@ def decode(data: bytes, color: bool | None) -> npt.NDArray[np.uint8]:
         raise InputError("the image is damaged: it cannot be decoded")
     if pixels.dtype != np.uint8:
         raise InputError("the image has more than 8 bits per value: set force_color or force_gray")
-    if pixels.ndim == 2:
-        return pixels[np.newaxis].astype(np.uint8, copy=False)
-    return pixels.transpose(2, 0, 1).astype(np.uint8, copy=False)
+    planar: npt.NDArray[np.uint8] = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return planar

@@ -168,13 +168,13 @@ def files_in_list(path: Path) -> Iterator[ImageFile]:
 
 def _parted(line: str) -> tuple[str, int | None]:
     """A line's path and its label, if any."""
-    found = LABEL.search(line)
-    if found is None:
+    label = LABEL.search(line)
+    if label is None:
         return line, None
-    before = line[: found.start()]
+    before = line[: label.start()]
     name = before.rstrip()
     name = name.removesuffix(",").rstrip()
-    return (name, int(found[0])) if name and name != before else (line, None)
+    return (name, int(label[0])) if name and name != before else (line, None)
 
 
 def printable(text: str) -> str:

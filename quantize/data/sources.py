@@ -201,10 +201,10 @@ class FileSource(Source):
         count = min(count, len(self))
         for number in range(count):
             try:
-                with open(self._files[len(self) * number // count].path, "rb") as stream:
-                    size = image_size(stream.read())
-            except OSError:
+                data = read_file(self._files[len(self) * number // count].path, "image", MAX_IMAGE_BYTES)
+            except InputError:
                 continue
+            size = image_size(data)
             if size is not None:
                 yield size
 

@@ -209,7 +209,8 @@ def resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
         )
     interleaved: npt.NDArray[Any] = np.ascontiguousarray(pixels.transpose(1, 2, 0))
     result: Pixels = cv2.resize(interleaved, size[::-1], interpolation=cv2.INTER_LINEAR)  # type: ignore[assignment]
-    return result.reshape(*size, channels).transpose(2, 0, 1)
+    planar: Pixels = result.reshape(*size, channels).transpose(2, 0, 1)
+    return planar
 
 
 def read_mean(path: Path) -> FloatArray:

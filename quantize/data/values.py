@@ -123,17 +123,17 @@ def open_values(given: Given, blob: str, expected: Shape | None, key: str) -> Va
     """
     where = f"{key}: {printable(str(given))}" if isinstance(given, Path) else key
     try:
-        found = _opened(given, where, blob) if isinstance(given, Path) else _constant(given, expected, where)
+        values = _opened(given, where, blob) if isinstance(given, Path) else _constant(given, expected, where)
     except OSError as error:
         raise InputError(f"{where}: cannot be read: {error.strerror or error}") from error
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    if expected is not None and found.shape not in (expected, (1, *expected)):
+    if expected is not None and values.shape not in (expected, (1, *expected)):
         raise InputError(
-            f"{where}: a value for each image has the shape {_text(found.shape)} but input {blob!r} takes "
+            f"{where}: a value for each image has the shape {_text(values.shape)} but input {blob!r} takes "
             f"{_text(expected)}; save it so, or give data.input_shape"
         )
-    return found if expected is None else replace(found, shape=expected)
+    return values if expected is None else replace(values, shape=expected)
 
 
 def _constant(given: float | list[Any], expected: Shape | None, where: str) -> Values:
@@ -187,12 +187,12 @@ class _Header:
             raise InputError(f"holds {dtype}, not numbers; save it as float32")
         if min(shape, default=1) < 1:
             raise InputError(f"holds no values: its shape is {shape}")
-        found = cls(shape, fortran, dtype, file.tell())
-        if found.offset + found.bytes != size:
+        header = cls(shape, fortran, dtype, file.tell())
+        if header.offset + header.bytes != size:
             raise InputError(
-                f"damaged: it claims {found.bytes} bytes of values but has {size - found.offset}"
+                f"damaged: it claims {header.bytes} bytes of values but has {size - header.offset}"
             )
-        return found
+        return header
 
     @property
     def bytes(self) -> int:

@@ -9,7 +9,7 @@ the last layer before that place wrote under the name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantize.arrays import FloatArray, Shape
@@ -19,6 +19,7 @@ from quantize.caffenet import (
     NetParameter,
     Shapes,
     Weights,
+    dependent_layers,
     infer_shapes,
     loaded,
     sharers,
@@ -91,7 +92,8 @@ class Engine(ABC):
         self._sharers = sharers(net)
         self.inputs = dict(inputs)
         self.shapes: Shapes = infer_shapes(net, {name: (1, *shape) for name, shape in inputs.items()}, told)
-        self.per_image = _computed_from(net, inputs)
+        computed = {top for layer in dependent_layers(net.layer, inputs) for top in layer.top}
+        self.per_image = {blob: blob in inputs or blob in computed for blob in self.shapes.blobs}
 
     def blob_shape(self, name: str, images: int) -> Shape:
         """The shape of a blob for so many images; one that is not computed from them has one shape."""
@@ -127,15 +129,6 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Release what the engine holds (a child process, sessions)."""
-
-
-def _computed_from(net: NetParameter, inputs: Collection[str]) -> dict[str, bool]:
-    """Of every blob whether it is computed from the inputs, and so grows with the batch."""
-    found = dict.fromkeys(inputs, True)
-    for layer in net.layer:
-        for top in layer.top:
-            found[top] = top in inputs or any(found[bottom] for bottom in layer.bottom)
-    return found
 
 
 OpenEngine = Callable[[NetParameter, Weights, Mapping[str, Shape]], Engine]

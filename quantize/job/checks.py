@@ -10,13 +10,13 @@ from quantize.caffenet import (
     TEST,
     InferenceNet,
     NetParameter,
-    Weights,
     check_weights,
     filter_net,
     infer_shapes,
     known_part,
     single_assignment,
 )
+from quantize.caffenet.model import Model
 from quantize.data.feed import Feed
 from quantize.data.transform import shape_text
 from quantize.engines.base import OpenEngine
@@ -48,7 +48,7 @@ class Checks:
     Attributes:
         config: the settings.
         net: the net with all its phases.
-        weights: gives the net's blobs; raises InputError where the file is bad.
+        model: gives the model; raises InputError where the caffemodel is bad.
         open_engine: opens a net for running.
         progress: what hears of guesses.
         stages: the stages.
@@ -56,7 +56,7 @@ class Checks:
 
     config: Config
     net: NetParameter
-    weights: Callable[[], Weights]
+    model: Callable[[], Model]
     open_engine: OpenEngine
     progress: Progress
     stages: Collection[StageName]
@@ -83,7 +83,7 @@ class Checks:
 
     def _weights(self) -> str:
         """The caffemodel against the net, and the settings against both."""
-        test, weights, settings = InferenceNet.of(self.net), self.weights(), self.config.weights
+        test, weights, settings = InferenceNet.of(self.net), self.model().weights, self.config.weights
         chosen = {}
         if "weights" in self.stages:
             check_unquantized(test.net)
@@ -130,7 +130,7 @@ class Checks:
             del flat.layer[max(measured, default=-1) + 1 :]
         if not flat.layer:
             return "no BatchNorm and no activation to quantize: nothing has to be run"
-        with closing(self.open_engine(flat, self.weights(), feed.shapes)) as engine:
+        with closing(self.open_engine(flat, self.model().weights, feed.shapes)) as engine:
             engine.compile(0, len(flat.layer), [flat.layer[-1].top[0]])
             widest = Costs.of(engine.net, engine.shapes, list(engine.inputs), ()).widest
         if "renorm" in self._fed:

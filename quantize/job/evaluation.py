@@ -6,8 +6,8 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights, load_weights, read_prototxt, schema_of
-from quantize.caffenet.quantized import with_alpha_terms
+from quantize.caffenet import InferenceNet, NetParameter, Weights, read_prototxt, schema_of
+from quantize.caffenet.model import Model
 from quantize.engines import engine_opener
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError, LabelfreeError
@@ -23,9 +23,9 @@ from quantize.job.labels import with_labels_that_fit
 from quantize.job.output import Files, OutputFolder, is_held
 from quantize.job.resume import made_from, model_hashes, sha256
 from quantize.job.store import PAGE, REPORT, read_record, show_page, write_page, write_record
-from quantize.measure.evaluate import Candidate, evaluate
+from quantize.measure.evaluate import evaluate
 from quantize.measure.outputs import net_outputs
-from quantize.measure.sqnr import Version, images_to_measure, output_sqnr
+from quantize.measure.sqnr import images_to_measure, output_sqnr
 from quantize.progress import SILENT, Progress
 from quantize.record import Evaluation, OutputSqnr, RunRecord
 from quantize.settings import Config
@@ -104,9 +104,8 @@ def measure_outputs(
         enough = images_to_measure(config.renorm.images + config.activations.images)
         feed = calibration_feed(config, net, min(enough, calibration_images(config)))
         candidates = _candidates(config, net, record)
-        versions = {name: Version(c.net, c.weights) for name, c in candidates.items()}
-        full = versions.pop("fp32")
-        found = output_sqnr(full, versions, layers, feed, open_engine, progress)
+        full = candidates.pop("fp32")
+        found = output_sqnr(full, candidates, layers, feed, open_engine, progress)
     except LabelfreeError as error:
         progress.note(f"output SQNR is not measured: {error}")
         return None
@@ -131,7 +130,7 @@ def check_results(config: Config, record: RunRecord) -> None:
         )
 
 
-def _checked_candidates(config: Config, net: NetParameter, record: RunRecord) -> dict[str, Candidate]:
+def _checked_candidates(config: Config, net: NetParameter, record: RunRecord) -> dict[str, Model]:
     """`_candidates` of files that anybody may have changed.
 
     Raises:
@@ -146,16 +145,17 @@ def _checked_candidates(config: Config, net: NetParameter, record: RunRecord) ->
     return found
 
 
-def _candidates(config: Config, net: NetParameter, record: RunRecord) -> dict[str, Candidate]:
+def _candidates(config: Config, net: NetParameter, record: RunRecord) -> dict[str, Model]:
     """Full precision, perhaps quantized weights before renorm, and what the last stage has made."""
     files = Files.of(config.name)
-    found = {"fp32": Candidate(InferenceNet.of(net).net, load_weights(config.model.weights, net))}
+    full = Model.of(net, config.model.weights, config.model.prototxt)
+    found = {"fp32": full}
     weights = Weights.read(config.output / files.quantized)
     if record.stages.renorm is not None:
-        found["without_renorm"] = Candidate(InferenceNet.of(with_alpha_terms(net, weights)).net, weights)
+        found["without_renorm"] = full.holding(weights)
         weights = Weights.read(config.output / files.renorm)
     final = read_prototxt(config.output / files.val, schema_of(net))
-    found["quantized"] = Candidate(InferenceNet.of(final).net, weights)
+    found["quantized"] = Model(final, weights)
     return found
 
 

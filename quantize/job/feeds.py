@@ -9,7 +9,6 @@ from quantize.arrays import Shape
 from quantize.caffenet import (
     TEST,
     TRAIN,
-    TRANSFORMING_TYPES,
     InferenceNet,
     NetParameter,
     TransformationParameter,
@@ -18,6 +17,7 @@ from quantize.caffenet import (
     read_net,
 )
 from quantize.caffenet.strings import from_path
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import FileSource, Selection, Source, open_source
@@ -214,7 +214,7 @@ def _images(
     blob = image_input(config, net)
     transform = effective_transform(net, phase, config)
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
-        if layer.type in TRANSFORMING_TYPES and foreign is not None:
+        if Trait.IMAGES in traits_of(layer) and foreign is not None:
             progress.note(
                 f"layer {layer.name!r}: {foreign} is a field of a fork of Caffe and is not applied; say in "
                 "data.transform what the images need"

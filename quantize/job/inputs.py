@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quantize.arrays import Shape
-from quantize.caffenet import InferenceNet, NetParameter, declared_shape, dependents
+from quantize.caffenet import InferenceNet, NetParameter, declared_shape, dependent_layers
 from quantize.data.sources import Source, open_source
 from quantize.data.transform import shape_text
 from quantize.data.values import ENDLESS, Values, open_values
@@ -86,7 +86,7 @@ def check_inputs(test: InferenceNet, fed: Fed, blob: str | None, key: str) -> No
         )
     for name in test.inputs:
         if name != blob and name not in fed.inputs:
-            layers = dependents(test.net, name)
+            layers = [layer.name for layer in dependent_layers(test.net.layer, [name])]
             more = f" and {len(layers) - SHOWN} more layers" if len(layers) > SHOWN else ""
             images = f"images go into {blob!r}" if blob else f"there is no {key}.source"
             raise InputError(

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from quantize.arrays import Shape
 from quantize.caffenet import (
     TEST,
-    TRANSFORMING_TYPES,
     InferenceNet,
     LayerParameter,
     NetParameter,
@@ -25,6 +24,7 @@ from quantize.caffenet import (
 from quantize.caffenet.norms import with_stored_statistics
 from quantize.caffenet.schema import DataParameter
 from quantize.caffenet.strings import from_path
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.data.sources import LmdbSource, open_source
 from quantize.job.feeds import effective_transform, resized_before_crop, to_proto
 from quantize.job.inputs import image_input
@@ -62,7 +62,7 @@ def validation_prototxt(net: NetParameter, config: Config, scores: ImageScores) 
     feeding = [layer for layer in filtered.layer if is_data_layer(layer)]
     images = next(layer for layer in feeding if test.blob in layer.top)
     label = _label_blob(filtered, images)
-    name = images.name if images.type in TRANSFORMING_TYPES else _unused(test.net, "data")
+    name = images.name if Trait.IMAGES in traits_of(images) else _unused(test.net, "data")
     data = LayerParameter(name=name, type="Data")
     data.top.extend([test.blob, label])
     data.include.add().phase = TEST

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.caffenet import InferenceNet, NetParameter, Weights, format_prototxt, infer_shapes, known_part
+from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import alpha_terms, with_alpha_terms
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.strings import to_bytes
@@ -64,8 +65,12 @@ class Results:
         return Sizes(
             model=self.config.model.weights.stat().st_size,
             written=self.caffemodel.stat().st_size,
-            packed=packed_bytes(self.net, Weights.read(self.caffemodel), packed),
+            packed=packed_bytes(self._model(), packed),
         )
+
+    def _model(self) -> Model:
+        weights = Weights.read(self.caffemodel)
+        return Model(with_alpha_terms(self.net, weights), weights)
 
     def coverage(self) -> Coverage | None:
         """How much of the net's work is quantized; None where the shapes of inputs are not known."""

@@ -18,7 +18,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import TypedDict
@@ -27,16 +27,16 @@ from quantize import __version__
 from quantize.caffenet import (
     TEST,
     InferenceNet,
-    NetParameter,
     Weights,
     check_weights,
     doubtful_norms,
     filter_net,
     infer_shapes,
     known_part,
-    load_weights,
 )
-from quantize.caffenet.quantized import QUANTIZED_TYPES, alpha_terms, correctable, with_alpha_terms
+from quantize.caffenet.model import Model
+from quantize.caffenet.quantized import with_alpha_terms
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError
@@ -70,8 +70,7 @@ from quantize.settings import Config, GridChoice
 from quantize.stages.activations import activations_quan
 from quantize.stages.budget import keep_budget
 from quantize.stages.data_aware import Calibration
-from quantize.stages.renorm import FullPrecision, renorm
-from quantize.stages.sites import find_sites
+from quantize.stages.renorm import renorm
 from quantize.stages.weights import check_kernels, choices, unquantizable, weights_quan
 
 LIBRARIES = (
@@ -181,7 +180,7 @@ class Run:
                 continue
             transform = record.transform if record is not None else self._checked_transform()
             if stage == "activations":
-                self.__dict__.pop("model_weights", None)  # no longer needed: room for the stage
+                self.__dict__.pop("model", None)  # no longer needed: room for the stage
             record = self._finish(stage, works[stage](_Begun.now(depends_on)), transform)
         record = record or self._renewed(stages)
         if not (self.config.output / PAGE).exists():
@@ -193,29 +192,30 @@ class Run:
 
     def checks(self, stages: Sequence[StageName] = STAGES) -> Checks:
         """What must be right before some stages begin."""
-        weights = lambda: self.model_weights  # noqa: E731 - read when it is looked at
-        return Checks(self.config, self.net, weights, self.open_engine, self.progress, stages)
+        model = lambda: self.model  # noqa: E731 - read when it is looked at
+        return Checks(self.config, self.net, model, self.open_engine, self.progress, stages)
 
     @cached_property
-    def model_weights(self) -> Weights:
-        """The blobs of the given net.
+    def model(self) -> Model:
+        """The given model.
 
         Raises:
-            InputError: the file cannot be read or is damaged.
+            InputError: its caffemodel cannot be read or is damaged.
         """
-        return load_weights(self.config.model.weights, self.net)
+        files = self.config.model
+        return Model.of(self.net, files.weights, files.prototxt)
 
     def choose_transform(self) -> None:
         """Take the transform that fits, where nobody has said one and the run may choose."""
         calibration = self.config.data.calibration
         fed = calibration is not None and calibration.source is not None
         if self.may_choose and fed and not self.chosen and not says_transform(self.config, self.net):
-            self.config, self.chosen = with_chosen_transform(self.config, self.net, self.model_weights)
+            self.config, self.chosen = with_chosen_transform(self.config, self.model)
             self.progress.note(f"data.transform: {self.chosen}")
 
     def transform_check(self) -> TransformCheck | None:
         """How the transform fits the net's statistics of training; None where there are no images."""
-        return transform_check(self.config, self.net, self.model_weights)
+        return transform_check(self.config, self.model)
 
     def _checked_transform(self) -> TransformRecord | None:
         """`transform_check` for the record; what it finds is said."""
@@ -234,33 +234,32 @@ class Run:
         Raises:
             InputError: bad settings or weights, or nothing that a budget could be measured on.
         """
-        settings, weights = self.config.weights, self.model_weights
-        chosen = choices(InferenceNet.of(self.net).net, settings)
-        check_kernels(filter_net(self.net, TEST), weights, chosen)
+        settings = self.config.weights
+        chosen = choices(self.model.inference.net, settings)
+        check_kernels(filter_net(self.net, TEST), self.model.weights, chosen)
         if settings.budget is None or self.calibration is None:
             return chosen, None
         scores = class_scores(self.net, "weights.budget")
-        return keep_budget(weights, settings, self.calibration, scores, self.progress)
+        return keep_budget(self.model, settings, self.calibration, scores, self.progress)
 
     def _weights(self, begun: _Begun) -> WeightsRecord:
-        weights = self.model_weights
-        test = InferenceNet.of(self.net)
-        self._check(weights)
+        model, test = self.model, self.model.inference
+        self._check(model.weights)
         settings = self.config.weights
         if not choices(test.net, settings):
             self.progress.note("weights: weights.layers skips every layer; no weights are quantized")
         kept = unquantizable(test.net)
-        doubtful = doubtful_norms(test.net, weights)
+        doubtful = doubtful_norms(test.net, model.weights)
         for line in (*doubtful, *(f"{name} is not quantized: {reason}" for name, reason in kept.items())):
             self.progress.note(f"weights: {line}")
         chosen, budget = self.grids()
-        _, quantized, layers = weights_quan(
-            self.net, weights, chosen, settings.solver, self.progress, self.calibration
-        )
-        outputs = self._write_weights(self.files.quantized, quantized)
+        quantized, layers = weights_quan(model, chosen, settings.solver, self.progress, self.calibration)
+        outputs = self._write_weights(self.files.quantized, quantized.weights)
         done = {name for layer in layers for name in (layer.name, *layer.shared_by)} | kept.keys()
         skipped = [
-            layer.name for layer in test.net.layer if layer.type in QUANTIZED_TYPES and layer.name not in done
+            layer.name
+            for layer in test.net.layer
+            if Trait.KERNELS in traits_of(layer) and layer.name not in done
         ]
         return WeightsRecord(
             **begun.ended(outputs),
@@ -272,40 +271,24 @@ class Run:
         )
 
     def _renorm(self, begun: _Begun) -> RenormRecord:
-        weights = self._read_result(self.files.quantized, "weights")
-        net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
-        feed = self._renorm_feed()
         settings = self.config.renorm
-        full = self._full_precision() if settings.statistics == "paired" else None
-        biases = self._biases(net)
-        weights, shifts = renorm(
-            net, weights, feed, self.open_engine, settings.memory, self.progress, full, biases
-        )
-        if not shifts and not biases:
+        model = self._read_result(self.files.quantized, "weights")
+        if settings.statistics == "paired":
+            model = replace(model, full=self.model, solver=self.config.weights.solver)
+        feed = self._renorm_feed()
+        renormed, shifts = renorm(model, feed, settings, self.open_engine, settings.memory, self.progress)
+        if renormed.weights is model.weights:
             self.progress.note("renorm: the net has no BatchNorm layer; its weights are passed through")
-        outputs = self._write_weights(self.files.renorm, weights)
+        outputs = self._write_weights(self.files.renorm, renormed.weights)
         return RenormRecord(
             **begun.ended(outputs), statistics=settings.statistics, images=len(feed), layers=shifts
         )
 
-    def _biases(self, net: NetParameter) -> dict[str, str]:
-        """The layers whose biases are to be corrected (see `correctable`)."""
-        settings = self.config.renorm
-        asked = settings.bias_correction and settings.statistics == "paired"
-        return correctable(net) if asked and self.config.weights.solver != "data_aware" else {}
-
-    def _full_precision(self) -> FullPrecision:
-        test = InferenceNet.of(self.net)
-        return FullPrecision(test.net, self.model_weights)
-
     def _activations(self, begun: _Begun) -> ActivationsRecord:
-        weights = self._read_result(self.files.renorm, "renorm")
-        net = InferenceNet.of(with_alpha_terms(self.net, weights)).net
+        model = self._read_result(self.files.renorm, "renorm")
         feed = self._activations_feed()
         settings = self.config.activations
-        taken = [name for layer in self.net.layer for name in (layer.name, *layer.bottom, *layer.top)]
-        sites = find_sites(net, list(feed.shapes), alpha_terms(net), settings, taken)
-        found = activations_quan(net, weights, feed, sites, settings, self.open_engine, self.progress)
+        _, found = activations_quan(model, feed, settings, self.open_engine, self.progress)
         if not found:
             self.progress.note("activations: the net has nothing to quantize")
         for activation in (a for a in found if a.dead):
@@ -319,8 +302,7 @@ class Run:
         if weights.solver != "data_aware" and weights.budget is None:
             return None
         feed = stage_feed(self.config, self.net, "weights", self.progress)
-        net = InferenceNet.of(self.net).net
-        return Calibration(net, feed, self.open_engine, settings.memory, settings.statistics)
+        return Calibration(feed, self.open_engine, settings.memory, settings.statistics)
 
     def _renorm_feed(self) -> Feed:
         return stage_feed(self.config, self.net, "renorm", self.progress)
@@ -340,8 +322,8 @@ class Run:
             weights.write(file)
         return {name: sha256(self.config.output / name)}
 
-    def _read_result(self, name: str, stage: StageName) -> Weights:
-        """Blobs that an earlier stage wrote.
+    def _read_result(self, name: str, stage: StageName) -> Model:
+        """The model that an earlier stage made.
 
         Raises:
             InputError: it has not been run, or with another model.
@@ -358,7 +340,7 @@ class Run:
             )
         weights = Weights.read(path)
         self._check(weights)
-        return weights
+        return Model(with_alpha_terms(self.net, weights), weights, self.config.model.prototxt)
 
     def _is_done(self, stage: StageName, depends_on: Dependencies) -> bool:
         """Whether a stage's result is there and still what it would be; if not any more, say why."""

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from quantize.arrays import FLOAT_BYTES
-from quantize.caffenet import TEST, BlobId, NetParameter, Weights, filter_net, owners
+from quantize.caffenet import TEST, BlobId, filter_net, owners
 from quantize.caffenet.kernels import outputs
-from quantize.caffenet.quantized import with_alpha_terms
+from quantize.caffenet.model import Model
+from quantize.caffenet.quantized import alpha_terms
 from quantize.settings import GridChoice
 
 
@@ -21,20 +22,18 @@ class Packed:
     kernels: int
 
 
-def packed_bytes(net: NetParameter, weights: Weights, layers: Iterable[Packed]) -> int:
+def packed_bytes(model: Model, layers: Iterable[Packed]) -> int:
     """Bytes of a model with weights of so many bits, an alpha for each kernel, and all else as floats.
 
     What layers share counts once. The second blob of an alpha term follows from the rest and is left out.
 
     Args:
-        net: the net before it was quantized, with all its phases.
-        weights: its blobs, or those of the quantized net.
+        model: quantized, or as it was before.
         layers: its quantized layers; of those that share their weights one.
     """
-    shared = owners(filter_net(net, TEST))
-    added = {layer.name for layer in with_alpha_terms(net, weights).layer} - {
-        layer.name for layer in net.layer
-    }
+    weights = model.weights
+    added = {term for terms in alpha_terms(model.net).values() for term in terms}
+    shared = owners(filter_net(model.net, TEST))
     values = sum(
         blob.size
         for layer in weights.layers()
@@ -49,13 +48,7 @@ def packed_bytes(net: NetParameter, weights: Weights, layers: Iterable[Packed]) 
     return whole + packed
 
 
-def packed_layers(net: NetParameter, weights: Weights, grids: Mapping[str, GridChoice]) -> list[Packed]:
-    """What quantizing layers with some grids makes of them.
-
-    Args:
-        net: the net, not quantized, with all its phases.
-        weights: its blobs.
-        grids: by layer.
-    """
-    layers = {layer.name: layer for layer in filter_net(net, TEST).layer}
+def packed_layers(model: Model, grids: Mapping[str, GridChoice]) -> list[Packed]:
+    """What quantizing layers of a model with some grids, by layer, makes of them."""
+    weights, layers = model.weights, {layer.name: layer for layer in filter_net(model.net, TEST).layer}
     return [Packed(weights[name][0].size, grid.bits, outputs(layers[name])) for name, grid in grids.items()]

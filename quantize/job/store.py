@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights, load_weights
+from quantize.caffenet import NetParameter, Weights
+from quantize.caffenet.model import Model
 from quantize.errors import InputError
 from quantize.files import read_file
 from quantize.job.output import Files, OutputFolder
 from quantize.progress import Progress
 from quantize.record import RunRecord
-from quantize.report.page import Caffemodels, render
+from quantize.report.page import render
 from quantize.settings import Config
 
 REPORT = "report.json"
@@ -70,12 +71,12 @@ def write_page(folder: OutputFolder, config: Config, net: NetParameter, record: 
         LabelfreeError: the page could not be written.
     """
     files = Files.of(config.name)
-    weights = Caffemodels(
-        full=load_weights(config.model.weights, net),
-        quantized=Weights.read(folder.path / files.quantized),
-        renorm=Weights.read(folder.path / files.renorm) if record.stages.renorm is not None else None,
-    )
-    page = render(record, InferenceNet.of(net).net, weights)
+    full = Model.of(net, config.model.weights, config.model.prototxt)
+    quantized = full.holding(Weights.read(folder.path / files.quantized))
+    renormed = None
+    if record.stages.renorm is not None:
+        renormed = full.holding(Weights.read(folder.path / files.renorm))
+    page = render(record, full, quantized, renormed)
     with folder.writing(PAGE) as file:
         file.write(page.encode())
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quantize.caffenet import TEST, TRAIN, InferenceNet, NetParameter, Weights, data_layer
+from quantize.caffenet import TEST, TRAIN, NetParameter, data_layer
+from quantize.caffenet.model import Model
 from quantize.engines import engine_opener
 from quantize.errors import LabelfreeError
 from quantize.job.feeds import calibration_feed, calibration_images, effective_transform
@@ -27,15 +28,12 @@ ARITHMETIC = frozenset({"mean_value", "mean_file", "scale"})
 """What the statistics tell about; of cropping and resizing they tell next to nothing."""
 
 
-def transform_check(
-    config: Config, net: NetParameter, weights: Weights, choose: bool = False
-) -> TransformCheck | None:
+def transform_check(config: Config, model: Model, choose: bool = False) -> TransformCheck | None:
     """Compare the calibration images, as the configuration transforms them, with the statistics of training.
 
     Args:
         config: the settings.
-        net: the net with all its phases.
-        weights: its blobs, in full precision.
+        model: in full precision.
         choose: try other transforms even where that one fits.
 
     Returns:
@@ -46,10 +44,10 @@ def transform_check(
     """
     if config.data.calibration is None:
         return None
-    feed = calibration_feed(config, net, calibration_images(config))
+    feed = calibration_feed(config, model.net, calibration_images(config))
     open_engine = engine_opener(config.engine, config.caffe, config.threads)
-    others = values_of_prototxt(config, net)
-    return check_transform(InferenceNet.of(net).net, weights, feed, open_engine, others, choose)
+    others = values_of_prototxt(config, model.net)
+    return check_transform(model, feed, open_engine, others, choose)
 
 
 def says_transform(config: Config, net: NetParameter) -> bool:
@@ -72,17 +70,18 @@ def values_of_prototxt(config: Config, net: NetParameter) -> list[Values]:
     return [] if own.mean_file else [Values(own.mean_value, own.scale, about="as the prototxt says")]
 
 
-def with_chosen_transform(config: Config, net: NetParameter, weights: Weights) -> tuple[Config, str]:
+def with_chosen_transform(config: Config, model: Model) -> tuple[Config, str]:
     """The configuration with the transform that fits the statistics of training, and why that one.
 
     What the prototxt says stays unless another transform fits clearly better. Where nothing can be checked,
     images of three channels get the mean that most published Caffe networks subtract.
     """
     try:
-        check = transform_check(config, net, weights, choose=True)
+        check = transform_check(config, model, choose=True)
         unchecked = check.unchecked if check is not None else "there are no calibration images"
     except LabelfreeError as error:
         check, unchecked = None, str(error)
+    net = model.net
     if has_data_layer(net) and not (check and check.better):
         return config, f"as the prototxt says; {check.finding if check else unchecked}"
     if check is None or check.given is None:

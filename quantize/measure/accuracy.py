@@ -30,5 +30,5 @@ def right_top_k(scores: FloatArray, labels: Labels, k: int) -> Rights:
             f"data.validation: label {bad} does not fit the net's {classes} classes; check the labels"
         )
     own = np.take_along_axis(scores, labels[:, None].astype(np.intp), axis=1)
-    found: Rights = (scores >= own).sum(axis=1) - 1 < k
-    return found
+    right: Rights = (scores >= own).sum(axis=1) - 1 < k
+    return right

@@ -13,7 +13,7 @@ from quantize.record import Closeness
 VALUES_AT_ONCE = 1 << 20
 
 
-def places(blob: FloatArray, class_axis: int) -> FloatArray:
+def scores_by_place(blob: FloatArray, class_axis: int) -> FloatArray:
     """The scores at every place of a blob, as (places, classes): images times positions."""
     return np.moveaxis(blob, class_axis, -1).reshape(-1, blob.shape[class_axis])
 
@@ -40,7 +40,7 @@ class Sums:
         if self.class_axis is None:
             full, own = full.reshape(-1, 1), own.reshape(-1, 1)
         else:
-            full, own = places(full, self.class_axis), places(own, self.class_axis)
+            full, own = scores_by_place(full, self.class_axis), scores_by_place(own, self.class_axis)
         step = max(1, self.at_once // full.shape[1])
         for start in range(0, len(full), step):
             self._add(full[start : start + step], own[start : start + step])
@@ -74,8 +74,8 @@ def divergences(full: FloatArray, own: FloatArray) -> Floats:
         For each place sum p log(p / p') over the classes; shape (places,).
     """
     p, q = log_softmax(full.astype(np.float64)), log_softmax(own.astype(np.float64))
-    found: Floats = (np.exp(p) * (p - q)).sum(axis=1)
-    return found
+    nats: Floats = (np.exp(p) * (p - q)).sum(axis=1)
+    return nats
 
 
 def log_softmax(scores: Floats) -> Floats:

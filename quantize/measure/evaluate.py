@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantize.arrays import FLOAT_BYTES, FloatArray, Shape
-from quantize.caffenet import NetParameter, Weights
+from quantize.caffenet.model import Model
 from quantize.data.feed import Feed
 from quantize.engines.base import Engine, OpenEngine, Range
 from quantize.errors import InputError, LabelfreeError
 from quantize.measure.accuracy import Rights, right_top_k
-from quantize.measure.closeness import Sums, places
+from quantize.measure.closeness import Sums, scores_by_place
 from quantize.measure.outputs import Output, tapped
 from quantize.measure.significance import mcnemar, wilson
 from quantize.progress import SILENT, Progress
@@ -29,27 +29,19 @@ FULL = "fp32"
 """The candidate that the others are compared with."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One of the nets to compare: an inference net and its blobs."""
-
-    net: NetParameter
-    weights: Weights
-
-
 def evaluate(
-    candidates: Mapping[str, Candidate],
+    candidates: Mapping[str, Model],
     outputs: Sequence[Output],
     feed: Feed,
     open_engine: OpenEngine,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Run nets over the same images.
+    """Run models over the same images.
 
     Accuracy is counted where the main output has one score per class of an image and all images have labels.
 
     Args:
-        candidates: by name: full precision is called ``fp32``.
+        candidates: the models by name; full precision is called ``fp32``.
         outputs: of full precision (`measure.outputs.net_outputs`).
         feed: images transformed for the TEST phase.
         open_engine: opens a net for running.
@@ -85,13 +77,13 @@ class _Opened:
     @classmethod
     def of(
         cls,
-        candidate: Candidate,
+        candidate: Model,
         outputs: Sequence[Output],
         feed: Feed,
         open_engine: OpenEngine,
         stack: ExitStack,
     ) -> _Opened:
-        net, names = tapped(candidate.net, outputs)
+        net, names = tapped(candidate.inference.net, outputs)
         for name in names:
             if not any(name in layer.top for layer in net.layer):
                 raise InputError(f"the net has no output {name!r} any more; quantize again")
@@ -138,13 +130,13 @@ class _Comparison:
                         "quantize again"
                     )
         axes = [output.axis_of(shape) for output, shape in zip(outputs, shapes, strict=True)]
-        found = (i for i, output in enumerate(outputs) if output.is_main and axes[i] is not None)
+        mains = (i for i, output in enumerate(outputs) if output.is_main and axes[i] is not None)
         others = [name for name in opened if name != FULL]
         return cls(
             opened,
             outputs,
             axes,
-            next(found, None),
+            next(mains, None),
             {name: [Sums(axis) for axis in axes] for name in others},
             {name: {k: [] for k in TOP_K} for name in opened},
         )
@@ -196,7 +188,7 @@ class _Comparison:
         rows = [row for row, label in enumerate(labels) if label is not None]
         axis = self.axes[self.main]
         assert axis is not None
-        scores = places(blobs[self.main], axis)[rows]
+        scores = scores_by_place(blobs[self.main], axis)[rows]
         for k in TOP_K:
             right = right_top_k(scores, np.array([labels[row] for row in rows], np.int64), k)
             self.rights[name][k].append(right)
@@ -211,11 +203,11 @@ class _Comparison:
         labeled = sum(label is not None for label in labels)
         outputs = []
         for number, (output, axis) in enumerate(zip(self.outputs, self.axes, strict=True)):
-            found = {name: sums[number] for name, sums in self.sums.items()}
+            own = {name: sums[number] for name, sums in self.sums.items()}
             shape = self.opened[FULL].shapes[number]
             classes = None if axis is None else shape[axis]
             at = int(np.prod(shape)) // classes if classes else None
-            close = {name: sums.closeness for name, sums in found.items()}
+            close = {name: sums.closeness for name, sums in own.items()}
             presumed = output.presumed and axis is not None
             outputs.append(OutputCloseness(output.blob, classes, at, presumed, close))
         top1 = {name: np.concatenate(by_k[1]) for name, by_k in self.rights.items()} if labeled else {}

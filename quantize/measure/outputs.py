@@ -10,14 +10,13 @@ from quantize.caffenet import (
     TEST,
     InferenceNet,
     LayerParameter,
+    NetGraph,
     NetParameter,
     filter_net,
     is_measure,
-    single_assignment,
 )
 from quantize.errors import InputError
 
-SOFTMAX_LOSSES = ("SoftmaxWithLoss", "InfogainLoss")
 CLASSES_AXIS = 1
 """Of an InnerProduct's (N, classes)."""
 
@@ -62,15 +61,13 @@ def net_outputs(net: NetParameter) -> list[Output]:
     Args:
         net: with all its phases.
     """
-    filtered = filter_net(net, TEST)
-    flat = single_assignment(filtered)
-    made = {top: layer for layer in InferenceNet.of(flat).net.layer for top in layer.top}
-    measures = [layer for layer in flat.layer if is_measure(layer)]
-    read = {bottom for layer in flat.layer for bottom in layer.bottom}
+    graph = NetGraph(filter_net(net, TEST))
+    made = NetGraph(InferenceNet.of(graph.net).net).makers
+    measures = [layer for layer in graph.net.layer if is_measure(layer)]
     compared = {bottom for layer in measures for bottom in layer.bottom}
     axes: dict[str, int | None] = {}
     for blob, maker in made.items():
-        if blob not in read or blob in compared:
+        if not graph.readers_of(blob) or blob in compared:
             is_softmax = maker.type == "Softmax" and maker.bottom[0] in made
             axes[maker.bottom[0] if is_softmax else blob] = maker.softmax_param.axis if is_softmax else None
     main = None
@@ -87,17 +84,16 @@ def net_outputs(net: NetParameter) -> list[Output]:
         presumed = only if made[only].type == "InnerProduct" else None
     if main is None:
         main = classes[0] if len(classes) == 1 else presumed
-    places = {blob: place for place, blob in enumerate(made)}
-    given = _given_names(filtered, flat)
     return [
         Output(
-            given[blob],
-            _overwriter(flat, given, blob),
+            graph.given_names[blob],
+            graph.overwriter(blob),
             CLASSES_AXIS if blob == presumed else axes[blob],
             blob == presumed,
             blob == main,
         )
-        for blob in sorted(axes, key=lambda blob: places[blob])
+        for blob in made
+        if blob in axes
     ]
 
 
@@ -128,26 +124,7 @@ def _axis_compared(layer: LayerParameter) -> int | None:
         return layer.accuracy_param.axis
     if layer.type == "InfogainLoss":
         return layer.infogain_loss_param.axis
-    return layer.softmax_param.axis if layer.type in SOFTMAX_LOSSES else None
-
-
-def _given_names(net: NetParameter, flat: NetParameter) -> dict[str, str]:
-    """The names of blobs in a net by those in its `single_assignment`."""
-    return {
-        own: given
-        for layer, alike in zip(net.layer, flat.layer, strict=True)
-        for given, own in zip(layer.top, alike.top, strict=True)
-    }
-
-
-def _overwriter(flat: NetParameter, given: dict[str, str], blob: str) -> str | None:
-    """The layer that overwrites a blob in the net that a `single_assignment` is of."""
-    made = False
-    for layer in flat.layer:
-        if made and given[blob] in (given[top] for top in layer.top):
-            return layer.name
-        made = made or blob in layer.top
-    return None
+    return layer.softmax_param.axis if layer.type == "SoftmaxWithLoss" else None
 
 
 def tapped(net: NetParameter, outputs: Sequence[Output]) -> tuple[NetParameter, list[str]]:
@@ -169,11 +146,11 @@ def tapped(net: NetParameter, outputs: Sequence[Output]) -> tuple[NetParameter, 
         if output.before is not None:
             while name in taken:
                 name += "'"
-            places = [i for i, layer in enumerate(copy.layer) if layer.name == output.before]
-            if not places:
+            overwriters = [i for i, layer in enumerate(copy.layer) if layer.name == output.before]
+            if not overwriters:
                 raise InputError(f"the net has no layer {output.before!r} any more; quantize again")
             identity = LayerParameter(name=f"{name} (output)", type="Power", bottom=[output.blob], top=[name])
-            copy.layer.insert(places[-1], identity)
+            copy.layer.insert(overwriters[-1], identity)
             taken.add(name)
         names.append(name)
     return copy, names

@@ -37,9 +37,11 @@ def doubt(
     chance = 100 / classes if classes > 1 else 0.0
     # Only images on which the nets disagree move the difference, by one each: McNemar's deviation.
     noise = 100 * math.sqrt((100 - agreement) / 100 / images)
-    found = []
+    reasons = []
     if classes > 1 and full - chance < CHANCE_KAPPA * (100 - chance):
-        found.append(f"full precision is right on only {full:.2f} % of the images, chance on {chance:.3g} %")
+        reasons.append(
+            f"full precision is right on only {full:.2f} % of the images, chance on {chance:.3g} %"
+        )
     if final - full > max(LEAST_GAIN, DEVIATIONS * noise):
-        found.append(f"the quantized network is {final - full:.2f} points of top-1 above full precision")
-    return f"{' and '.join(found)}: {CAUSE}" if found else None
+        reasons.append(f"the quantized network is {final - full:.2f} points of top-1 above full precision")
+    return f"{' and '.join(reasons)}: {CAUSE}" if reasons else None

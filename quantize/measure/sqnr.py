@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 
 import numpy as np
 
 from quantize.arrays import FLOAT_BYTES, FloatArray, Shape
-from quantize.caffenet import NetParameter, Weights, single_assignment
-from quantize.caffenet.chains import LINEAR, followers
+from quantize.caffenet import NetGraph
+from quantize.caffenet.model import Model
+from quantize.caffenet.traits import Trait
 from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine, Range
 from quantize.numerics.decibels import decibels
@@ -31,31 +31,23 @@ MICRO_BATCH_BYTES = 32 << 20
 """What the measured outputs of one net may take in one micro-batch."""
 
 
-@dataclass(frozen=True)
-class Version:
-    """A net as it is at some point of the compression: the inference net and its blobs."""
-
-    net: NetParameter
-    weights: Weights
-
-
 def images_to_measure(passed: int) -> int:
     """How many images are enough, where the stages pass ``passed`` through the net."""
     return min(MOST_IMAGES, max(FEWEST_IMAGES, int(passed * SHARE)))
 
 
 def output_sqnr(
-    full: Version,
-    others: Mapping[str, Version],
+    full: Model,
+    others: Mapping[str, Model],
     layers: Sequence[str],
     feed: Feed,
     open_engine: OpenEngine,
     progress: Progress = SILENT,
 ) -> list[LayerSqnr]:
-    """Compare the outputs of ``layers`` in other versions of a net with those in full precision.
+    """Compare the outputs of ``layers`` in other versions of a model with those in full precision.
 
     Args:
-        full: the net before compression.
+        full: the model before compression.
         others: versions that have layers of the same names.
         layers: names of layers with weights.
         feed: the images to measure on.
@@ -87,15 +79,15 @@ class _Taps:
 
     def __init__(
         self,
-        version: Version,
+        version: Model,
         layers: Sequence[str],
         inputs: Mapping[str, Shape],
         open_engine: OpenEngine,
         stack: ExitStack,
     ) -> None:
-        flat = single_assignment(version.net)
-        by_name = {layer.name: layer for layer in flat.layer}
-        ends = {name: [by_name[name], *followers(flat, name, LINEAR)][-1] for name in layers}
+        graph = NetGraph(version.inference.net)
+        flat = graph.net
+        ends = {name: [graph.layers[name], *graph.followers(name, Trait.AFFINE)][-1] for name in layers}
         self.tops = {name: end.top[0] for name, end in ends.items()}
         last = max(i for i, layer in enumerate(flat.layer) if layer.name in {e.name for e in ends.values()})
         del flat.layer[last + 1 :]

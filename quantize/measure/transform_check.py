@@ -21,10 +21,12 @@ from quantize.caffenet import (
     LayerParameter,
     NetParameter,
     Weights,
+    dependent_layers,
     needed_layers,
     single_assignment,
     stored_statistics,
 )
+from quantize.caffenet.model import Model
 from quantize.caffenet.norms import NORM_BLOBS
 from quantize.data.feed import Feed, thinned
 from quantize.data.loader import Images
@@ -247,8 +249,7 @@ class TransformCheck:
 
 
 def check_transform(
-    net: NetParameter,
-    weights: Weights,
+    model: Model,
     feed: Feed,
     open_engine: OpenEngine,
     others: Sequence[Values] = (),
@@ -257,8 +258,7 @@ def check_transform(
     """Compare what the first BatchNorms see with what they stored.
 
     Args:
-        net: the inference net.
-        weights: its blobs, in full precision.
+        model: in full precision.
         feed: the images with the transform in question.
         open_engine: opens a net for running.
         others: transforms to try before the usual ones.
@@ -267,7 +267,8 @@ def check_transform(
     Raises:
         LabelfreeError: an image cannot be read, or a layer in front of the BatchNorms cannot be run.
     """
-    flat = single_assignment(net)
+    weights = model.weights
+    flat = single_assignment(model.inference.net)
     first = first_norms(flat)
     norms = [norm for layer in first if (norm := _Norm.of(layer, weights))]
     if not any(isinstance(given, Images) for given in feed.inputs.values()):
@@ -292,15 +293,9 @@ def first_norms(net: NetParameter) -> list[LayerParameter]:
     Args:
         net: with every blob name assigned once.
     """
-    behind: set[str] = set()
-    found = []
-    for layer in net.layer:
-        normed = not behind.isdisjoint(layer.bottom)
-        if layer.type == "BatchNorm" and not normed:
-            found.append(layer)
-        if layer.type == "BatchNorm" or normed:
-            behind.update(layer.top)
-    return found
+    norms = [layer for layer in net.layer if layer.type == "BatchNorm"]
+    normed = {layer.name for layer in dependent_layers(net.layer, [norm.top[0] for norm in norms])}
+    return [norm for norm in norms if norm.name not in normed]
 
 
 @dataclass(frozen=True)
@@ -379,10 +374,12 @@ class _Probe:
 
     def _fit(self, text: str, values: Values | None, fed: Iterable[Mapping[str, FloatArray]]) -> Fit:
         """Run batches and compare the statistics of all channels with the stored ones."""
-        found = [self._range.run({name: feeds[name] for name in self._range.inputs}).moments for feeds in fed]
+        batches = [
+            self._range.run({name: feeds[name] for name in self._range.inputs}).moments for feeds in fed
+        ]
         shifts, ratios = [], []
         for norm in self._norms:
-            moments = reduce(Moments.merged, (each[norm.bottom] for each in found))
+            moments = reduce(Moments.merged, (each[norm.bottom] for each in batches))
             stored = norm.variance + norm.eps
             shifts.append((moments.mean - norm.mean) / np.sqrt(stored))
             ratios.append((moments.m2 / max(moments.count - 1, 1) + norm.eps) / stored)

@@ -197,15 +197,15 @@ class _Scratch:
         highest = int(bits.max())
         self.highest = max(self.highest, highest)
         bottom, top = int(bits.min()) >> LOW_BITS, highest >> LOW_BITS
-        keys, places, weights = self.keys[:size], self.places[:size], self.weights[:size]
+        keys, indices, weights = self.keys[:size], self.places[:size], self.weights[:size]
         np.right_shift(bits, LOW_BITS, out=keys)
         np.subtract(keys, bottom, out=keys)
-        places[:] = keys
+        indices[:] = keys
         np.bitwise_and(bits, (1 << LOW_BITS) - 1, out=keys)
         weights[:] = keys
         weights += 2.0**COUNT_SHIFT
         # One weighted pass gives both: every value counts above the sum of the low bits.
-        self.packed[bottom : top + 1] += np.bincount(places, weights, minlength=top + 1 - bottom)
+        self.packed[bottom : top + 1] += np.bincount(indices, weights, minlength=top + 1 - bottom)
         self.bottom, self.top = min(bottom, self.bottom), max(top, self.top)
         return size
 

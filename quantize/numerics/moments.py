@@ -52,7 +52,7 @@ def moments_of(blob: FloatArray) -> Moments:
     images, channels = len(blob), blob.shape[1] if blob.ndim > 1 else 1
     rows = blob.reshape(images * channels, -1)
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite stays so
-        means, m2 = (found.reshape(images, channels) for found in _of_rows(rows))
+        means, m2 = (each.reshape(images, channels) for each in _of_rows(rows))
         mean = means.mean(axis=0)
         between = np.square(means - mean).sum(axis=0) * rows.shape[1]
     return Moments(images * rows.shape[1], mean, m2.sum(axis=0) + between)

@@ -66,7 +66,7 @@ class Statistics:
         """H with the damping, times the mean of its diagonal, added to that."""
         k = self.H.shape[1]
         mean = np.trace(self.H, axis1=1, axis2=2) / k
-        H = self.H.copy()
+        H: Floats = self.H.copy()
         H[:, range(k), range(k)] += np.where(mean > 0, damping * mean, 1.0)[:, None]
         return H
 

@@ -56,17 +56,13 @@ class Fit:
 
     Attributes:
         alpha: float64 (n,): the scale of each kernel, of either sign; 0 where the kernel is all zeros.
-        Q: float32 (n, k): values exactly on ``grid.levels(variant)``.
+        Q: float32 (n, k): values exactly on the levels of one variant of the grid.
         loss: float64 (n,): ||w - alpha*Q||^2 of each kernel.
-        grid: the grid.
-        variant: which variant of the grid Q is on.
     """
 
     alpha: Floats
     Q: npt.NDArray[np.float32]
     loss: Floats
-    grid: Grid
-    variant: int
 
 
 def fit(w: npt.NDArray[np.floating[Any]], grid: Grid, solver: Solver = "optimal") -> Fit:
@@ -77,7 +73,7 @@ def fit(w: npt.NDArray[np.floating[Any]], grid: Grid, solver: Solver = "optimal"
     for all kernels of the layer.
     """
     if w.size == 0:
-        return Fit(np.zeros(len(w)), np.zeros(w.shape, np.float32), np.zeros(len(w)), grid, grid.canonical)
+        return Fit(np.zeros(len(w)), np.zeros(w.shape, np.float32), np.zeros(len(w)))
     return _fit_reference(w, grid) if solver == "reference" else _fit_optimal(w, grid)
 
 
@@ -237,7 +233,7 @@ def _fit_optimal(w: npt.NDArray[np.floating[Any]], grid: Grid) -> Fit:
     else:
         thresholds = grid.thresholds(grid.canonical)
     projection = Projection(thresholds, levels)
-    result = Fit(np.empty(len(w)), np.empty(w.shape, np.float32), np.empty(len(w)), grid, grid.canonical)
+    result = Fit(np.empty(len(w)), np.empty(w.shape, np.float32), np.empty(len(w)))
 
     def solve(block: slice) -> None:
         # A power of two per kernel keeps squares within range, however small or large the weights.
@@ -278,7 +274,7 @@ def _fit_reference(w: npt.NDArray[np.floating[Any]], grid: Grid) -> Fit:
         losses[variant] = max(0.0, loss[last])  # an exact fit's may round to less
     least = min(losses.values())
     variant = next(v for v in grid.variants if not losses[v] > least + TIE * abs(least))
-    result = Fit(np.empty(len(w)), np.empty(w.shape, np.float32), np.empty(len(w)), grid, variant)
+    result = Fit(np.empty(len(w)), np.empty(w.shape, np.float32), np.empty(len(w)))
 
     def solve(block: slice) -> None:
         dense = w[block].astype(np.float64)

@@ -45,7 +45,7 @@ class Advice:
 
 def advise(record: RunRecord, rows: Sequence[Row], norms: Sequence[NormPlot]) -> list[Advice]:
     """Everything worth saying about a run, the most important first."""
-    found = [
+    advice = [
         *_transform(record),
         *_accuracy(record),
         *_unfinished(record),
@@ -56,10 +56,10 @@ def advise(record: RunRecord, rows: Sequence[Row], norms: Sequence[NormPlot]) ->
         *_activations(record),
     ]
     order = ("warning", "note", "good")
-    found.sort(key=lambda advice: order.index(advice.level))
-    if all(advice.level == "good" for advice in found):
-        found.append(Advice("good", "Nothing needs attention."))
-    return [*found, *_result(record)]
+    advice.sort(key=lambda each: order.index(each.level))
+    if all(each.level == "good" for each in advice):
+        advice.append(Advice("good", "Nothing needs attention."))
+    return [*advice, *_result(record)]
 
 
 def _result(record: RunRecord) -> list[Advice]:
@@ -78,19 +78,19 @@ def _result(record: RunRecord) -> list[Advice]:
 
 def _transform(record: RunRecord) -> list[Advice]:
     """Before everything else: with a wrong transform no other number means what it says."""
-    found = []
+    advice = []
     check = record.transform
     if check is not None and check.doubtful:
         is_code = check.remedy.startswith("--set")
         finding = f"Images probably do not come as in training. {check.finding}."
-        found.append(Advice("warning", finding, *(("", check.remedy) if is_code else (check.remedy, ""))))
+        advice.append(Advice("warning", finding, *(("", check.remedy) if is_code else (check.remedy, ""))))
     evaluation = record.evaluation
     if evaluation is not None and evaluation.accuracy:
         full, final = (evaluation.accuracy[name].top1 for name in ("fp32", "quantized"))
         reason = doubt(full, final, evaluation.agreement, evaluation.labeled, evaluation.classes)
         if reason:
-            found.append(Advice("warning", f"{reason[0].upper()}{reason[1:]}."))
-    return found
+            advice.append(Advice("warning", f"{reason[0].upper()}{reason[1:]}."))
+    return advice
 
 
 def _accuracy(record: RunRecord) -> list[Advice]:
@@ -111,8 +111,8 @@ def _accuracy(record: RunRecord) -> list[Advice]:
     where = "images" if main is not None and main.places == 1 else "places of the images"
     if agreement >= LOW_AGREEMENT:
         more = "" if best else "Closer still, at the same size, with what takes longer: --quality best."
-        found = f"Both networks choose the same class for {agreement:.2f} % of the {where}."
-        return [Advice("good", found, more)]
+        finding = f"Both networks choose the same class for {agreement:.2f} % of the {where}."
+        return [Advice("good", finding, more)]
     return [
         Advice(
             "warning",
@@ -180,21 +180,21 @@ def _weights(record: RunRecord, rows: Sequence[Row]) -> list[Advice]:
     if stage is None:
         return []
     coarse = [row for row in rows if row.is_low_bit and row.weights and row.weights.sqnr_db is not None]
-    found = [
+    advice = [
         Advice("note", f"{name} keeps full precision, as the configuration says.") for name in stage.skipped
     ]
-    found += [Advice("note", f"{name} keeps full precision: {why}.") for name, why in stage.kept.items()]
+    advice += [Advice("note", f"{name} keeps full precision: {why}.") for name, why in stage.kept.items()]
     if len(coarse) < 2 or stage.budget is not None:
-        return found  # with a budget the bits were chosen by what they do to the whole network
+        return advice  # with a budget the bits were chosen by what they do to the whole network
     figure, what = (_output_sqnr, "output") if all(map(_output_sqnr, coarse)) else (_weight_sqnr, "weight")
     worst = min(coarse, key=figure)
     own, typical = figure(worst), median(map(figure, coarse))
     if typical - own < STANDS_OUT_DB or worst.weights is None:
-        return found
+        return advice
     bits = worst.weights.bits
     cost = worst.weights.weights * (8 - bits) / 8
     return [
-        *found,
+        *advice,
         Advice(
             "note",
             f"{worst.name} is furthest from full precision: {what} SQNR {own:.1f} dB, the median of the "
@@ -225,13 +225,13 @@ def _norms(record: RunRecord, norms: Sequence[NormPlot]) -> list[Advice]:
                 "If BatchNorm was folded into the convolutions, quantize the network from before.",
             )
         ]
-    found = []
+    advice = []
     dead = {norm.name: norm.dead for norm in norms if norm.dead}
     dead |= {layer.name: layer.dead for layer in renorm.layers if layer.dead}
     if dead:
         layers = ", ".join(f"{name} ({count})" for name, count in list(dead.items())[:5])
         more = f" and {len(dead) - 5} more layers" if len(dead) > 5 else ""
-        found.append(
+        advice.append(
             Advice(
                 "note",
                 f"Dead channels, the same value for every image: {layers}{more}.",
@@ -242,7 +242,7 @@ def _norms(record: RunRecord, norms: Sequence[NormPlot]) -> list[Advice]:
     moved = max(renorm.layers, key=lambda layer: max(layer.variance_ratio, 1 / layer.variance_ratio))
     ratio = moved.variance_ratio
     if not 1 / MUCH_MOVED < ratio < MUCH_MOVED:
-        found.append(
+        advice.append(
             Advice(
                 "note",
                 f"At {moved.name} the variance is {ratio:.2f} times what BatchNorm had stored.",
@@ -250,14 +250,14 @@ def _norms(record: RunRecord, norms: Sequence[NormPlot]) -> list[Advice]:
                 "the training images: check data.transform (mean, scale, crop, order of channels).",
             )
         )
-    return found
+    return advice
 
 
 def _activations(record: RunRecord) -> list[Advice]:
     stage = record.stages.activations
     if stage is None:
         return []
-    found = [
+    advice = [
         Advice(
             "note",
             f"{layer.name} is dead: its output was 0 for every calibration image.",
@@ -269,7 +269,7 @@ def _activations(record: RunRecord) -> list[Advice]:
     clipped = [layer for layer in stage.layers if layer.clipped > MUCH_CLIPPED]
     if clipped:
         worst = max(clipped, key=lambda layer: layer.clipped)
-        found.append(
+        advice.append(
             Advice(
                 "note",
                 f"{worst.name} clips {100 * worst.clipped:.2f} % of its outputs, more than usual.",
@@ -277,4 +277,4 @@ def _activations(record: RunRecord) -> list[Advice]:
                 "--set activations.levels=255",
             )
         )
-    return found
+    return advice

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantize.arrays import Floats
-from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment, stored_statistics
-from quantize.caffenet.chains import ACTIVATIONS, LINEAR, followers
+from quantize.caffenet import LayerParameter, NetGraph, NetParameter, stored_statistics
 from quantize.caffenet.kernels import to_kernels
-from quantize.caffenet.quantized import QUANTIZED_TYPES, alpha_of
+from quantize.caffenet.model import Model
+from quantize.caffenet.quantized import alpha_of
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.numerics.grids import make_grid
 from quantize.record import BatchNormShift, QuantizedActivation, QuantizedLayer, RunRecord
 
@@ -25,10 +26,10 @@ class Row:
 
     Attributes:
         name: the layer with weights; a BatchNorm or what else is quantized behind none has a row of its own.
-        weights: stage 1's record of it.
+        weights: what the stage weights did to it.
         output: output SQNR in decibels by version.
-        norm: stage 2's record of its BatchNorm.
-        activation: stage 3's record of what it makes.
+        norm: how the stage renorm moved its BatchNorm.
+        activation: what the stage activations found for what it makes.
         same_as: the layer whose weights it shares and that has the record of them, if any.
     """
 
@@ -58,16 +59,16 @@ def rows_of(record: RunRecord, net: NetParameter) -> list[Row]:
     activations = {a.behind: a for a in stages.activations.layers} if stages.activations else {}
     outputs = {layer.name: layer.sqnr_db for layer in record.output_sqnr.layers} if record.output_sqnr else {}
     same_as = {user: layer.name for layer in quantized.values() for user in layer.shared_by}
-    flat = single_assignment(net)
+    graph = NetGraph(net)
     done: set[str] = set()
     rows = []
-    for layer in flat.layer:
+    for layer in graph.net.layer:
         if layer.name in done:
             continue
-        behind: list[LayerParameter] = []
-        if layer.type in QUANTIZED_TYPES:
-            behind = followers(flat, layer.name, LINEAR | ACTIVATIONS)
-        group = [layer.name, *(follower.name for follower in behind)]
+        followers: list[LayerParameter] = []
+        if Trait.KERNELS in traits_of(layer):
+            followers = graph.followers(layer.name, Trait.AFFINE | Trait.ELEMENTWISE)
+        group = [layer.name, *(follower.name for follower in followers)]
         norm = next((norms[name] for name in group if name in norms), None)
         activation = next((activations[name] for name in reversed(group) if name in activations), None)
         weights = quantized.get(layer.name)
@@ -88,20 +89,19 @@ class WeightPlot:
     logarithmic: bool
 
 
-def weight_plot(
-    record: QuantizedLayer, layer: LayerParameter, full: Weights, quantized: Weights
-) -> WeightPlot:
+def weight_plot(record: QuantizedLayer, full: Model, quantized: Model) -> WeightPlot:
     """The weights of a layer as its grid sees them: w / alpha, where alpha is not 0."""
-    alpha = np.asarray(alpha_of(quantized, record.name), np.float64)
-    kernels = to_kernels(layer, full[record.name][0])
+    layer = next(layer for layer in full.inference.net.layer if layer.name == record.name)
+    alpha = np.asarray(alpha_of(quantized.weights, record.name), np.float64)
+    kernels = to_kernels(layer, full.weights[record.name][0])
     used = alpha != 0
     grid = make_grid(record.grid, record.bits)
-    Q = to_kernels(layer, quantized[record.name][0])
+    Q = to_kernels(layer, quantized.weights[record.name][0])
     largest = np.abs(Q).max(initial=0)
     # The reference solver chooses among variants of one shape: the one whose levels all Q are.
     fitting = [v for v in grid.variants if np.isin(np.unique(Q), grid.levels(v)).all()]
     levels = min(
-        (grid.levels(v) for v in fitting or [grid.canonical]), key=lambda found: abs(found.max() - largest)
+        (grid.levels(v) for v in fitting or [grid.canonical]), key=lambda levels: abs(levels.max() - largest)
     )
     return WeightPlot(
         record.name,
@@ -128,6 +128,6 @@ class NormPlot:
         return int((self.new_variance <= DEAD_VARIANCE * typical).sum()) if typical > 0 else 0
 
 
-def norm_plot(name: str, before: Weights, after: Weights) -> NormPlot:
-    """The statistics of a BatchNorm layer in two caffemodels."""
-    return NormPlot(name, *stored_statistics(before[name]), *stored_statistics(after[name]))
+def norm_plot(name: str, before: Model, after: Model) -> NormPlot:
+    """The statistics of a BatchNorm layer in two versions of a model."""
+    return NormPlot(name, *stored_statistics(before.weights[name]), *stored_statistics(after.weights[name]))

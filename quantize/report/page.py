@@ -6,10 +6,9 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 
-from quantize.caffenet import NetParameter, Weights
+from quantize.caffenet.model import Model
 from quantize.record import RunRecord
 from quantize.report import plots
 from quantize.report.advice import advise
@@ -33,30 +32,21 @@ IMAGES_FROM = {
 }
 
 
-@dataclass(frozen=True)
-class Caffemodels:
-    """The blobs at the points of a run; ``renorm`` is None where that stage has not run."""
-
-    full: Weights
-    quantized: Weights
-    renorm: Weights | None
-
-
-def render(record: RunRecord, net: NetParameter, weights: Caffemodels) -> str:
+def render(record: RunRecord, full: Model, quantized: Model, renormed: Model | None) -> str:
     """The report as HTML that needs nothing from outside.
 
     Args:
         record: the content of report.json.
-        net: the full-precision inference net.
-        weights: the caffemodels of the run.
+        full: the model in full precision.
+        quantized: what the stage weights has made of it.
+        renormed: what the stage renorm has made of that; None where that has not run.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    rows = rows_of(record, net)
-    after = weights.renorm
+    rows = rows_of(record, full.inference.net)
     shifts = record.stages.renorm.layers if record.stages.renorm else []
-    norms = [norm_plot(shift.name, weights.quantized, after) for shift in shifts if after is not None]
+    norms = [norm_plot(shift.name, quantized, renormed) for shift in shifts if renormed is not None]
     moved = max(shifts, key=lambda shift: shift.mean_shift).name if shifts else None
     script = files("quantize.report").joinpath("sort.js").read_text(encoding="utf-8")
     environment = Environment(
@@ -69,7 +59,7 @@ def render(record: RunRecord, net: NetParameter, weights: Caffemodels) -> str:
     environment.filters |= {"db": decibels, "percent": percent, "size": size, "number": number}
     pictures = {
         "depth": [plots.depth_plot(rows)] if any(row.weights for row in rows) else [],
-        "weights": _weight_plots(rows, net, weights),
+        "weights": _weight_plots(rows, full, quantized),
         "norms": plots.norm_scatters(norms, moved) if norms else [],
         "activations": _activation_plots(record),
     }
@@ -77,7 +67,7 @@ def render(record: RunRecord, net: NetParameter, weights: Caffemodels) -> str:
         record=record,
         rows=rows,
         advice=advise(record, rows, norms),
-        plots={name: [Markup(svg) for svg in found] for name, found in pictures.items()},
+        plots={name: [Markup(svg) for svg in svgs] for name, svgs in pictures.items()},
         moved=moved,
         versions=versions_of(record),
         stage_titles=STAGE_TITLES,
@@ -95,14 +85,10 @@ def versions_of(record: RunRecord) -> list[tuple[str, str]]:
     return [*VERSIONS, ("quantized", last)]
 
 
-def _weight_plots(rows: Sequence[Row], net: NetParameter, weights: Caffemodels) -> list[str]:
-    layers = {layer.name: layer for layer in net.layer}
+def _weight_plots(rows: Sequence[Row], full: Model, quantized: Model) -> list[str]:
     coarse = [row.weights for row in rows if row.weights and row.weights.sqnr_db is not None]
-    coarse.sort(key=lambda found: found.sqnr_db or 0.0)
-    return [
-        plots.weight_histogram(weight_plot(found, layers[found.name], weights.full, weights.quantized))
-        for found in coarse[:SMALL_MULTIPLES]
-    ]
+    coarse.sort(key=lambda layer: layer.sqnr_db or 0.0)
+    return [plots.weight_histogram(weight_plot(layer, full, quantized)) for layer in coarse[:SMALL_MULTIPLES]]
 
 
 def _activation_plots(record: RunRecord) -> list[str]:

@@ -12,13 +12,16 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from dataclasses import replace
 from itertools import cycle
 
 import numpy as np
 
 from quantize.arrays import FLOAT_BYTES, FloatArray
 from quantize.caffenet import NetParameter, Weights, single_assignment
-from quantize.caffenet.quantizers import MOST_SIGNED_LEVELS
+from quantize.caffenet.model import Model
+from quantize.caffenet.quantized import alpha_terms
+from quantize.caffenet.quantizers import MOST_SIGNED_LEVELS, with_quantizers
 from quantize.data.feed import Batch, Feed
 from quantize.engines.base import OpenEngine, RangeResult
 from quantize.errors import LabelfreeError
@@ -29,7 +32,7 @@ from quantize.numerics.histogram import Histogram
 from quantize.progress import SILENT, Progress
 from quantize.record import QuantizedActivation
 from quantize.settings import ActivationSettings
-from quantize.stages.sites import Site
+from quantize.stages.sites import Site, find_sites
 from quantize.sweep.plan import IN_FLIGHT, even_batch
 from quantize.sweep.run import overlapped
 
@@ -40,37 +43,50 @@ MICRO_BATCH_BYTES = 96 << 20
 
 
 def activations_quan(
-    net: NetParameter,
-    weights: Weights,
+    model: Model,
+    feed: Feed,
+    settings: ActivationSettings,
+    open_engine: OpenEngine,
+    progress: Progress = SILENT,
+) -> tuple[Model, list[QuantizedActivation]]:
+    """Quantize the activations of a model.
+
+    Args:
+        model: with quantized weights and the statistics that fit them.
+        feed: the calibration images.
+        settings: where to quantize, levels and solver.
+        open_engine: opens a net for running.
+
+    Returns:
+        The model with its ActQuantize layers, and one finding for each.
+
+    Raises:
+        LabelfreeError: a value is NaN or infinite.
+    """
+    test = model.inference
+    taken = [name for layer in model.net.layer for name in (layer.name, *layer.bottom, *layer.top)]
+    sites = find_sites(test.net, list(feed.shapes), alpha_terms(test.net), settings, taken)
+    found = fit_steps(model, feed, sites, settings, open_engine, progress)
+    full = model.full or (None if model.is_quantized else model)
+    return replace(model, net=with_quantizers(model.net, found), full=full), found
+
+
+def fit_steps(
+    model: Model,
     feed: Feed,
     sites: Sequence[Site],
     settings: ActivationSettings,
     open_engine: OpenEngine,
     progress: Progress = SILENT,
 ) -> list[QuantizedActivation]:
-    """Find the step of every site.
-
-    Args:
-        net: the inference net (TEST phase, no data layers).
-        weights: its blobs.
-        feed: the calibration images.
-        sites: where to quantize (see `find_sites`).
-        settings: levels and solver.
-        open_engine: opens a net for running.
-
-    Returns:
-        One finding per site.
-
-    Raises:
-        LabelfreeError: a value is NaN or infinite.
-    """
+    """Find the step of every site; as `activations_quan`."""
     if not sites:
         return []
-    flat = single_assignment(net)
+    flat = single_assignment(model.inference.net)
     blobs = {site.blob for site in sites}
     makers = [number for number, layer in enumerate(flat.layer) if blobs.intersection(layer.top)]
     del flat.layer[max(makers, default=0) + 1 :]
-    histograms = collect(flat, weights, feed, [site.blob for site in sites], open_engine, progress)
+    histograms = collect(flat, model.weights, feed, [site.blob for site in sites], open_engine, progress)
     return [_finding(site, histograms[site.blob], settings) for site in sites]
 
 

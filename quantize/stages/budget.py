@@ -21,7 +21,6 @@ from quantize.arrays import FLOAT_BYTES, FloatArray
 from quantize.caffenet import (
     LayerParameter,
     NetParameter,
-    Weights,
     empty_like,
     layer_index,
     live_blobs,
@@ -29,10 +28,11 @@ from quantize.caffenet import (
     single_assignment,
 )
 from quantize.caffenet.kernels import from_kernels, to_kernels
+from quantize.caffenet.model import Model
 from quantize.data.feed import thinned
 from quantize.engines.base import Engine, RangeResult
 from quantize.errors import InputError, LabelfreeError
-from quantize.measure.closeness import divergences, places
+from quantize.measure.closeness import divergences, scores_by_place
 from quantize.measure.outputs import Output, tapped
 from quantize.numerics.grids import make_grid
 from quantize.numerics.moments import Moments
@@ -62,7 +62,7 @@ Sensitivities = dict[str, dict[int, float]]
 
 
 def keep_budget(
-    weights: Weights,
+    model: Model,
     settings: WeightSettings,
     calibration: Calibration,
     scores: Output,
@@ -71,9 +71,9 @@ def keep_budget(
     """The grid of every layer to quantize, so that the mean bits are at most ``settings.budget``.
 
     Args:
-        weights: the blobs of the net in full precision.
+        model: in full precision.
         settings: with a budget.
-        calibration: the net and images to measure sensitivities on.
+        calibration: the images to measure sensitivities on.
         scores: the net's output with one score per class.
 
     Returns:
@@ -84,11 +84,12 @@ def keep_budget(
     """
     if settings.budget is None:
         raise ValueError("the settings have no budget")
-    chosen = choices(calibration.net, settings)
-    free = free_layers(calibration.net, settings)
-    counts = {name: weights[name][0].size for name in chosen}
+    net = model.inference.net
+    chosen = choices(net, settings)
+    free = free_layers(net, settings)
+    counts = {name: model.weights[name][0].size for name in chosen}
     bits = bits_left(counts, {name: chosen[name].bits for name in chosen if name not in free}, settings)
-    found, images = sensitivities(weights, free, settings.grid, calibration, scores, progress)
+    found, images = sensitivities(model, free, settings.grid, calibration, scores, progress)
     for name, best in allocate({name: counts[name] for name in free}, found, bits).items():
         chosen[name] = GridChoice(bits=best, grid=settings.grid)
     spent = sum(counts[name] * choice.bits for name, choice in chosen.items())
@@ -177,12 +178,14 @@ def allocate(counts: Mapping[str, int], sensitivities: Sensitivities, bits: int)
 
 
 def sensitivities(
-    weights: Weights,
+    model: Model,
     layers: Sequence[str],
     grid: str,
     calibration: Calibration,
     scores: Output,
     progress: Progress = SILENT,
+    work: float = WORK,
+    least_images: int = LEAST_IMAGES,
 ) -> tuple[Sensitivities, int]:
     """How far the net's output moves when one layer alone is quantized, for all bits that the grid has.
 
@@ -191,11 +194,13 @@ def sensitivities(
     it has in full precision over the same images: y becomes (y - m') s / s' + m.
 
     Args:
-        weights: the blobs of the net in full precision.
+        model: in full precision.
         layers: the layers, each on its own.
         grid: name of their grid.
-        calibration: the net and its images; some of them are taken, spread evenly.
+        calibration: the images; some of them are taken, spread evenly.
         scores: the net's output with one score per class.
+        work: multiply-accumulates, of which the number of images follows, but ...
+        least_images: ... not fewer than these, where there are so many.
 
     Returns:
         Mean over the images (and their places, where there are several) of the Kullback-Leibler divergence of
@@ -205,7 +210,8 @@ def sensitivities(
         InputError: the scores cannot be computed or do not depend on a layer, or too little memory.
         LabelfreeError: scores are not finite.
     """
-    net, blob = _part_for(calibration.net, scores)
+    weights = model.weights
+    net, blob = _part_for(model.inference.net, scores)
     for name in layers:
         if not any(layer.name == name for layer in net.layer):
             raise InputError(
@@ -216,9 +222,9 @@ def sensitivities(
     offered = range(GRID_BITS[grid][0], GRID_BITS[grid][1] + 1)
     with closing(calibration.open_engine(net, weights, feed.shapes)) as engine:
         costs = Costs.of(net, engine.shapes, list(feed.shapes), [blob])
-        work = {name: costs.between(layer_index(net, name), len(net.layer)) for name in layers}
-        per_image = sum(work.values()) * len(offered)
-        feed = thinned(feed, max(LEAST_IMAGES, int(WORK / max(per_image, 1))))
+        behind = (costs.between(layer_index(net, name), len(net.layer)) for name in layers)
+        per_image = sum(behind) * len(offered)
+        feed = thinned(feed, max(least_images, int(work / max(per_image, 1))))
         images = len(feed)
         # The scores of all images are kept.
         held = FLOAT_BYTES * math.prod(engine.shapes.blobs[blob]) * images
@@ -300,7 +306,7 @@ class _Scores:
         full = self.values[images.start : images.stop]
         if not (np.isfinite(full).all() and np.isfinite(own).all()):
             raise LabelfreeError(f"{layer}: blob {self.blob} is not finite; layers before it overflow")
-        found = divergences(places(full, self.class_axis), places(own, self.class_axis))
+        found = divergences(scores_by_place(full, self.class_axis), scores_by_place(own, self.class_axis))
         return float(found.sum()) * len(full) / len(found)
 
 

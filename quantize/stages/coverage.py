@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
-from quantize.caffenet import LayerParameter, NetParameter, single_assignment
-from quantize.caffenet.quantized import QUANTIZED_TYPES
-from quantize.caffenet.quantizers import coded_by, origins
+from quantize.caffenet import LayerParameter, NetGraph, NetParameter
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.record import Coverage
 from quantize.stages.weights import unquantizable
 
@@ -22,21 +21,19 @@ def coverage(
         quantized: the layers whose weights are quantized.
         macs: multiply-accumulates per image by layer; others are left out.
     """
-    flat = single_assignment(net)
-    coded, came_from = coded_by(flat), origins(flat, inputs)
-    makers = {top: layer for layer in flat.layer for top in layer.top}
+    graph = NetGraph(net)
     left_out = unquantizable(net)
     work = {name: count for name, count in macs.items() if count}
     on_codes = set()
     reasons: dict[str, str] = {}
-    for layer in flat.layer:
+    for layer in graph.net.layer:
         if layer.name not in work:
             continue
-        read = [blob for blob in layer.bottom if blob not in coded]
+        read = [blob for blob in layer.bottom if graph.coder(blob) is None]
         if not read:
             on_codes.add(layer.name)
         why = list(_why_weights(layer, quantized, left_out))
-        why += [_why_input(came_from[blob], inputs, makers) for blob in read]
+        why += [_why_input(graph, graph.origin(blob), inputs) for blob in read]
         if why:
             reasons[layer.name] = "; ".join(dict.fromkeys(why))
     total = sum(work.values())
@@ -58,15 +55,15 @@ def _why_weights(
 ) -> Iterator[str]:
     if layer.name in quantized:
         return
-    if layer.type not in QUANTIZED_TYPES:
+    if Trait.KERNELS not in traits_of(layer):
         yield f"weights of type {layer.type} are not quantized"
     else:
         yield left_out.get(layer.name, "its weights are skipped (weights.layers)")
 
 
-def _why_input(blob: str, inputs: Collection[str], makers: Mapping[str, LayerParameter]) -> str:
+def _why_input(graph: NetGraph, blob: str, inputs: Collection[str]) -> str:
     """Why what comes from a blob is on no codes."""
     if blob in inputs:
         return f"reads the net's input {blob} (activations.input)"
-    maker = makers[blob]
+    maker = graph.makers[blob]
     return f"reads what {maker.name} ({maker.type}) makes"

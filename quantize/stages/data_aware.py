@@ -19,6 +19,7 @@ import numpy as np
 from quantize.arrays import FloatArray, Floats
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment, users
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
+from quantize.caffenet.model import Model
 from quantize.caffenet.patches import Patches
 from quantize.data.feed import Feed
 from quantize.engines.base import Engine, OpenEngine
@@ -46,17 +47,15 @@ MAX_COLUMNS = 7168
 
 @dataclass(frozen=True)
 class Calibration:
-    """A net and the images to run through it.
+    """Images for the stage weights, and how they are run through a net.
 
     Attributes:
-        net: the inference net (TEST phase, no data layers).
         feed: the calibration images.
         open_engine: opens a net for running.
         memory: bytes that the blobs of all images may take; None: no bound.
         statistics: those that renorm will give the BatchNorms.
     """
 
-    net: NetParameter
     feed: Feed
     open_engine: OpenEngine
     memory: int | None
@@ -83,7 +82,7 @@ class DataAwareFit:
 
 
 def data_aware(
-    weights: Weights,
+    model: Model,
     chosen: Mapping[str, GridChoice],
     calibration: Calibration,
     progress: Progress = SILENT,
@@ -91,15 +90,15 @@ def data_aware(
     """Quantize the layers in ``chosen``.
 
     Args:
-        weights: the net's blobs.
+        model: in full precision.
         chosen: grid by layer name.
-        calibration: the net and its images.
+        calibration: the images.
 
     Raises:
         LabelfreeError: a blob is not finite.
     """
-    feed = calibration.feed
-    tour = _Tour.of(calibration, weights, chosen)
+    feed, weights = calibration.feed, model.weights
+    tour = _Tour.of(model, calibration, chosen)
     found: dict[str, DataAwareFit] = {}
     blobs: dict[str, list[FloatArray]] = {}
     both = both_weights(weights, weights, tour.ordered.layer)
@@ -186,10 +185,10 @@ class _Tour:
     stops: list[_Stop]
 
     @classmethod
-    def of(cls, calibration: Calibration, weights: Weights, chosen: Collection[str]) -> _Tour:
-        """For a net, its blobs and the layers to quantize."""
+    def of(cls, model: Model, calibration: Calibration, chosen: Collection[str]) -> _Tour:
+        """For a model, its images and the layers to quantize."""
         inputs = list(calibration.feed.shapes)
-        net = single_assignment(calibration.net)
+        net = single_assignment(model.inference.net)
         same = users(net)
         uses = {name: same.get(name, [name]) for name in chosen}
         names = {use for each in uses.values() for use in each}
@@ -198,7 +197,7 @@ class _Tour:
         while groups and not any(layer.name in names for layer in groups[-1]):
             groups.pop()
         layers = full_layers(groups[0], inputs)
-        paired = weights if calibration.statistics == "paired" else None
+        paired = model.weights if calibration.statistics == "paired" else None
         stops = []
         passed: dict[str, LayerParameter] = {}
         for before, behind in pairwise(groups):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
 from types import MappingProxyType
@@ -34,12 +34,15 @@ from quantize.caffenet import (
     stored_statistics,
     users,
 )
+from quantize.caffenet.model import Model
+from quantize.caffenet.quantized import correctable
 from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError, LabelfreeError
 from quantize.numerics.moments import Moments
 from quantize.progress import SILENT, Progress
 from quantize.record import BatchNormShift
+from quantize.settings import RenormSettings
 from quantize.sweep.early_pooling import with_early_pooling
 from quantize.sweep.pair import beside, both_weights, full_layers, names_of_one_net, of_layers
 from quantize.sweep.plan import Step, depth_order
@@ -50,53 +53,50 @@ RESOLUTION = 2.0**-22
 """What float32 resolves of a value, and a little more."""
 
 
-@dataclass(frozen=True)
-class FullPrecision:
-    """The net before anything of it was quantized.
-
-    Attributes:
-        net: the inference net.
-        weights: its blobs.
-    """
-
-    net: NetParameter
-    weights: Weights
-
-
 def renorm(
-    net: NetParameter,
-    weights: Weights,
+    model: Model,
     feed: Feed,
+    settings: RenormSettings,
     open_engine: OpenEngine,
     memory: int | None,
     progress: Progress = SILENT,
-    full: FullPrecision | None = None,
-    biases: Mapping[str, str] = NO_BIASES,
-) -> tuple[Weights, list[BatchNormShift]]:
+    full: Model | None = None,
+) -> tuple[Model, list[BatchNormShift]]:
     """Re-estimate mean and variance of every BatchNorm, and correct biases.
 
     Args:
-        net: the inference net (TEST phase, no data layers).
-        weights: its blobs.
+        model: with quantized weights.
         feed: the calibration images.
+        settings: which statistics, and whether layers that no BatchNorm follows keep the mean of their output
+            by their bias.
         open_engine: opens a net for running.
         memory: bytes that the sweep may keep; None: no bound.
-        full: the net before anything of it was quantized, for statistics paired with its own; None: the
-            statistics are those of the images alone.
-        biases: layers whose outputs are to keep the mean that they have in full precision, and the Scale
-            layers behind them that carry their alphas; only with ``full``.
+        full: the model in full precision, for paired statistics; None: what ``model`` was made from.
 
     Returns:
-        The blobs with new statistics, scale factor 1, as Caffe's batch_norm_layer stores them; the variance
+        The model with new statistics, scale factor 1, as Caffe's batch_norm_layer stores them; the variance
         of the images alone is unbiased (m / (m - 1), m values per channel). And the shifts in network
-        order. What has neither BatchNorm nor biases to correct is returned as it came.
+        order. Where there is neither a BatchNorm nor a bias to correct, the blobs are those that came.
 
     Raises:
-        InputError: a blob is missing or has the wrong shape, or a BatchNorm has a field of a fork.
+        InputError: a blob is missing or has the wrong shape, a BatchNorm has a field of a fork, or full
+            precision is needed and not known.
         LabelfreeError: a statistic is not finite.
     """
+    full = full or model.full or (None if model.is_quantized else model)
+    done = replace(model, full=full)
+    if settings.statistics == "measured":
+        full = None
+    elif full is None:
+        raise InputError(
+            "renorm: paired statistics need the model in full precision, which the files of a quantized one "
+            "do not hold: give full=Model.load(...), or settings={'statistics': 'measured'}"
+        )
+    net, weights = model.inference.net, model.weights
+    corrected = full is not None and settings.bias_correction and model.solver != "data_aware"
+    biases = correctable(net) if corrected else NO_BIASES
     if not biases and not any(layer.type == "BatchNorm" for layer in net.layer):
-        return weights, []
+        return done, []
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
         if layer.type == "BatchNorm" and foreign is not None:
             raise InputError(f"layer {layer.name!r} ({layer.type}): {foreign_field_text(foreign)}")
@@ -104,7 +104,7 @@ def renorm(
     check_weights(
         known, weights, infer_shapes(known, {name: (1, *shape) for name, shape in feed.shapes.items()})
     )
-    tour = Tour.of(net, weights, full, list(feed.shapes), biases)
+    tour = Tour.of(model, full, list(feed.shapes), biases)
     found: dict[str, Statistics | Correction] = {}
     with names_of_one_net(), closing(open_engine(tour.net, tour.weights, feed.shapes)) as engine:
         shard = Shard(engine, feed, tour.steps, memory)
@@ -128,7 +128,7 @@ def renorm(
             changed.replace(layer.name, repaired.stored)
         elif repaired is not None:
             repaired.write(changed)
-    return changed, shifts
+    return replace(done, weights=changed), shifts
 
 
 @dataclass(frozen=True)
@@ -382,22 +382,22 @@ class Tour:
     @classmethod
     def of(
         cls,
-        net: NetParameter,
-        weights: Weights,
-        full: FullPrecision | None = None,
+        model: Model,
+        full: Model | None = None,
         inputs: Collection[str] = (),
         biases: Mapping[str, str] = NO_BIASES,
     ) -> Tour:
-        """For an inference net with something to repair.
+        """For a model with something to repair.
 
         Args:
             full: for paired statistics.
             inputs: the blobs that feed both nets then.
-            biases: see `renorm`.
+            biases: layers whose bias is to be corrected, and the Scale layers with their alphas
+                (`correctable`).
         """
-        flat = single_assignment(net)
-        front, by_name = _front(flat, weights, full, biases)
-        pooled, weights = with_early_pooling(flat, weights)
+        flat = single_assignment(model.inference.net)
+        front, by_name = _front(flat, model.weights, full, biases)
+        pooled, weights = with_early_pooling(flat, model.weights)
         ordered, cuts = depth_order(pooled, lambda layer: layer.name in by_name)
         steps: list[Step] = []
         repairs: list[list[Norm | Bias]] = []
@@ -415,7 +415,7 @@ class Tour:
 
 
 def _front(
-    flat: NetParameter, weights: Weights, full: FullPrecision | None, biases: Mapping[str, str]
+    flat: NetParameter, weights: Weights, full: Model | None, biases: Mapping[str, str]
 ) -> tuple[list[LayerParameter], dict[str, Norm | Bias]]:
     """The layers of the full-precision net that are needed, and what is to be repaired, by layer.
 
@@ -426,7 +426,7 @@ def _front(
     norms = {layer.name: layer for layer in flat.layer if layer.type == "BatchNorm"}
     if full is None:
         return [], {name: Norm(name, layer.bottom[0]) for name, layer in norms.items()}
-    layers = single_assignment(full.net).layer
+    layers = single_assignment(full.inference.net).layer
     bottoms = {layer.name: layer.bottom[0] for layer in layers if layer.name in norms}
     tops = {layer.name: layer.top[0] for layer in layers if layer.name in biases}
     repairs: dict[str, Norm | Bias] = {

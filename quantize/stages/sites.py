@@ -6,13 +6,12 @@ some of them. Which step and codes fit its values is for `activations` to find.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from quantize.caffenet import LayerParameter, NetParameter, foreign_fields, single_assignment
-from quantize.caffenet.quantized import QUANTIZER_TYPES
-from quantize.caffenet.quantizers import origins
+from quantize.caffenet import LayerParameter, NetGraph, NetParameter, dependent_layers, foreign_fields
+from quantize.caffenet.graph import Bottom
+from quantize.caffenet.traits import passed_on
 from quantize.record import Reader
 from quantize.settings import ActivationSettings
 
@@ -66,116 +65,104 @@ def find_sites(
         settings: scope, input and sums.
         taken: names of layers and blobs that a new layer may not have, besides the net's own.
     """
-    graph = _Graph(net, inputs)
+    search = _Search(net, inputs)
     if settings.scope == "relu":
-        found = graph.activations()
+        readers_of = search.activations()
     else:
-        found = graph.inputs_of(set(quantized), settings.sums, settings.input)
+        readers_of = search.inputs_of(set(quantized), settings.sums, settings.input)
     names = {name for layer in net.layer for name in (layer.name, *layer.bottom, *layer.top)}
     names.update(taken)
-    return [graph.site(blob, readers, names) for blob, readers in found.items()]
+    return [search.site(blob, readers, names) for blob, readers in readers_of.items()]
 
 
-class _Graph:
-    """An inference net with every blob name assigned once, and who makes and reads its blobs."""
+class _Search:
+    """An inference net in which sites are looked for."""
 
     def __init__(self, net: NetParameter, inputs: Collection[str]) -> None:
         self.inputs = inputs
-        self.layers = list(single_assignment(net).layer)
-        self.given_names = {
-            Reader(layer.name, i): blob for layer in net.layer for i, blob in enumerate(layer.bottom)
-        }
+        self.graph = NetGraph(net)
+        self.layers = list(self.graph.net.layer)
         self.relus = set(plain_relus(net))
-        self.origins = origins(single_assignment(net), inputs)
-        self.makers = {top: layer for layer in self.layers for top in layer.top}
-        self.readers: defaultdict[str, list[Reader]] = defaultdict(list)
-        self.blobs: dict[Reader, str] = {}
-        for layer in self.layers:
-            for number, blob in enumerate(layer.bottom):
-                self.readers[blob].append(Reader(layer.name, number))
-                self.blobs[Reader(layer.name, number)] = blob
-        self.varying = set(inputs)
-        for layer in self.layers:
-            if self.varying.intersection(layer.bottom):
-                self.varying.update(layer.top)
+        varying = dependent_layers(self.layers, inputs)
+        self.varying = {*inputs, *(top for layer in varying for top in layer.top)}
 
-    def site(self, blob: str, readers: Collection[Reader], names: set[str]) -> Site:
+    def site(self, blob: str, readers: Iterable[Bottom], names: set[str]) -> Site:
         """A site; a new layer gets a name that is not in ``names``, which is added to them."""
-        maker = self.makers.get(blob)
+        maker = self.graph.makers.get(blob)
         if maker is not None and self._is_relu(blob):
             return Site(maker.name, blob, maker.name)
-        name = stem = f"{self.given_names[next(iter(readers))]}_quantized"
+        name = stem = f"{self.graph.given_names[blob]}_quantized"
         number = 1
         while name in names:
             number += 1
             name = f"{stem}_{number}"
         names.add(name)
-        return Site(name, blob, maker.name if maker is not None else blob, tuple(readers))
+        return Site(
+            name, blob, maker.name if maker is not None else blob, tuple(Reader(*each) for each in readers)
+        )
 
-    def activations(self) -> dict[str, list[Reader]]:
+    def activations(self) -> dict[str, list[Bottom]]:
         """The blobs of plain ReLUs and of ReLU6 in all its forms, and all their readers."""
-        found: dict[str, list[Reader]] = {}
+        readers_of: dict[str, list[Bottom]] = {}
         for layer in self.layers:
             if layer.name in self.relus or _clips_from_zero(layer):
                 blob = self._cut_off(layer.top[0])
-                if self.readers[blob] or self._is_relu(blob):
-                    found[blob] = self.readers[blob]
-        return found
+                readers = self.graph.readers_of(blob)
+                if readers or self._is_relu(blob):
+                    readers_of[blob] = readers
+        return readers_of
 
     def _cut_off(self, blob: str) -> str:
         """The blob as it is behind the Clip and ReLU layers that alone read it."""
-        while len(self.readers[blob]) == 1:
-            reader = self._layer(self.readers[blob][0])
-            if reader.name not in self.relus and reader.type != "Clip":
-                break
+        reader = self.graph.only_reader(blob)
+        while reader is not None and (reader.name in self.relus or reader.type == "Clip"):
             blob = reader.top[0]
+            reader = self.graph.only_reader(blob)
         return blob
 
-    def inputs_of(self, quantized: set[str], sums: bool, with_inputs: bool) -> dict[str, list[Reader]]:
+    def inputs_of(self, quantized: set[str], sums: bool, with_inputs: bool) -> dict[str, list[Bottom]]:
         """The blobs that quantized layers read, traced back, and who of their readers wants codes."""
         wanting = self._wanting(quantized, sums)
-        found: dict[str, list[Reader]] = {}
-        for blob in (*self.inputs, *self.makers):
-            readers = [reader for reader in self.readers[blob] if reader in wanting]
-            maker = self.makers.get(blob)
-            passed_on = maker is not None and any(
-                Reader(maker.name, number) in wanting for number in range(len(maker.bottom))
-            )
-            is_input = self.origins[blob] in self.inputs
-            coded = maker is not None and maker.type in QUANTIZER_TYPES
-            if not readers or coded or (is_input and not with_inputs) or blob not in self.varying:
+        readers_of: dict[str, list[Bottom]] = {}
+        for blob in (*self.inputs, *self.graph.makers):
+            readers = [reader for reader in self.graph.readers_of(blob) if reader in wanting]
+            maker, origin = self.graph.makers.get(blob), self.graph.origin(blob)
+            is_codes = origin == blob and self.graph.coder(blob) is not None
+            if not readers or is_codes or (origin in self.inputs and not with_inputs):
                 continue
-            if not (passed_on and self.origins[blob] != blob):
-                found[blob] = readers
-        return found
+            traced_back = maker is not None and origin != blob and not wanting.isdisjoint(_bottoms(maker))
+            if blob in self.varying and not traced_back:
+                readers_of[blob] = readers
+        return readers_of
 
-    def _wanting(self, quantized: set[str], sums: bool) -> set[Reader]:
+    def _wanting(self, quantized: set[str], sums: bool) -> set[Bottom]:
         """Who wants codes: quantized layers, sums, and what passes values on to nobody but these.
 
         A layer that passes on the values of a plain ReLU does for the sake of any reader: where the ReLU
         becomes a quantizer, all see codes.
         """
-        wanting: set[Reader] = set()
+        wanting: set[Bottom] = set()
         for layer in reversed(self.layers):
-            own = [Reader(layer.name, number) for number in range(len(layer.bottom))]
+            own = _bottoms(layer)
             if layer.name in quantized or (sums and _is_sum(layer)):
                 wanting.update(own)
-            elif layer.bottom and all(self.origins[top] != top for top in layer.top):
+            elif layer.bottom and all(self.graph.origin(top) != top for top in layer.top):
                 wants = [bool(readers) and wanting.issuperset(readers) for readers in self._behind(layer)]
                 some = any(wanting.intersection(readers) for readers in self._behind(layer))
-                if some and (all(wants) or self._is_relu(self.origins[layer.bottom[0]])):
-                    wanting.update(own if layer.type == "Concat" else own[:1])
+                if some and (all(wants) or self._is_relu(self.graph.origin(layer.bottom[0]))):
+                    wanting.update(own[: len(passed_on(layer))])
         return wanting
 
-    def _behind(self, layer: LayerParameter) -> list[list[Reader]]:
-        return [self.readers[top] for top in layer.top]
+    def _behind(self, layer: LayerParameter) -> list[list[Bottom]]:
+        return [self.graph.readers_of(top) for top in layer.top]
 
     def _is_relu(self, blob: str) -> bool:
         """Whether a plain ReLU makes the blob."""
-        return blob in self.makers and self.makers[blob].name in self.relus
+        return blob in self.graph.makers and self.graph.makers[blob].name in self.relus
 
-    def _layer(self, reader: Reader) -> LayerParameter:
-        return next(layer for layer in self.layers if layer.name == reader.layer)
+
+def _bottoms(layer: LayerParameter) -> list[Bottom]:
+    return [Bottom(layer.name, number) for number in range(len(layer.bottom))]
 
 
 def _clips_from_zero(layer: LayerParameter) -> bool:

@@ -7,7 +7,8 @@ section 3.1). How both stand in the net and its blobs is `caffenet.quantized`'s.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,22 +24,22 @@ from quantize.caffenet import (
     sharers,
 )
 from quantize.caffenet.kernels import are_kernels, outputs, to_kernels
+from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import (
-    QUANTIZED_TYPES,
     alpha_terms,
     kernel_order,
     same_weights,
-    with_alpha_terms,
     write_quantized,
 )
 from quantize.caffenet.shapes import no_weights
+from quantize.caffenet.traits import Trait, traits_of, types_with
 from quantize.errors import InputError
 from quantize.numerics.decibels import decibels
 from quantize.numerics.grids import make_grid
 from quantize.numerics.solvers import Solver, fit
 from quantize.progress import SILENT, Progress
 from quantize.record import QuantizedLayer
-from quantize.settings import GridChoice, LayerChoice, WeightSettings
+from quantize.settings import GridChoice, LayerChoice, SolverName, WeightSettings
 from quantize.stages.data_aware import Calibration, DataAwareFit, data_aware
 
 
@@ -66,9 +67,8 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
         if reason and not settings.layers[name].skip:
             raise InputError(f"weights.layers.{name}: cannot be quantized: {reason}; leave it out")
     if not names:
-        raise InputError(
-            f"the net has no layer to quantize (types {', '.join(QUANTIZED_TYPES)}); check model.prototxt"
-        )
+        types = ", ".join(types_with(Trait.KERNELS))
+        raise InputError(f"the net has no layer to quantize (types {types}); check model.prototxt")
     free = free_layers(net, settings)
     users = weight_users(net)
     found: dict[str, GridChoice] = {}
@@ -137,7 +137,7 @@ def unquantizable(net: NetParameter) -> dict[str, str]:
 
 
 def _names(net: NetParameter) -> list[str]:
-    return [layer.name for layer in net.layer if layer.type in QUANTIZED_TYPES]
+    return [layer.name for layer in net.layer if Trait.KERNELS in traits_of(layer)]
 
 
 def _override(users: Iterable[str], settings: WeightSettings) -> LayerChoice | None:
@@ -167,7 +167,7 @@ def to_be_quantized(net: NetParameter, settings: WeightSettings) -> set[str]:
 
 
 def check_unquantized(net: NetParameter) -> None:
-    """Check that a net is not one that stage 1 has written.
+    """Check that a net is not one that this stage has written.
 
     Raises:
         InputError: it has an ``*_alpha_term`` layer.
@@ -209,41 +209,38 @@ def check_kernels(net: NetParameter, weights: Weights, names: Iterable[str]) -> 
 
 
 def weights_quan(
-    net: NetParameter,
-    weights: Weights,
+    model: Model,
     chosen: Mapping[str, GridChoice],
-    solver: Solver | Literal["data_aware"],
+    solver: SolverName,
     progress: Progress = SILENT,
     calibration: Calibration | None = None,
-) -> tuple[NetParameter, Weights, list[QuantizedLayer]]:
+) -> tuple[Model, list[QuantizedLayer]]:
     """Quantize the weights of the layers in ``chosen``.
 
     Args:
-        net: the net with all its phases.
-        weights: its blobs.
+        model: in full precision.
         chosen: grid by layer name (see `choices`).
-        solver: ``optimal``, ``reference`` or ``data_aware``.
+        solver: what looks for alpha and Q.
         calibration: the images for ``data_aware``.
 
     Returns:
-        The new net, its blobs (everything else carried over untouched), and what was done per layer.
+        The quantized model (everything else of it carried over untouched), and what was done per layer.
     """
-    weights = weights.copy()
-    if not chosen:
-        return with_alpha_terms(net, weights), weights, []
-    progress.start("weights", sum(weights[name][0].size for name in chosen))
+    net, weights = model.net, model.weights.copy()
+    if chosen:
+        progress.start("weights", sum(weights[name][0].size for name in chosen))
     aware: dict[str, DataAwareFit] = {}
-    if solver == "data_aware":
+    if solver == "data_aware" and chosen:
         if calibration is None:
             raise ValueError("the data_aware solver needs a calibration")
-        aware = data_aware(weights, chosen, calibration, progress)
-        solver = "optimal"
+        aware = data_aware(model, chosen, calibration, progress)
+    rest: Solver = "optimal" if solver == "data_aware" else solver
     findings = []
     shared, users_of = sharers(net), same_weights(net)
     for name, choice in chosen.items():
         w = to_kernels(_layer(net, name), weights[name][0])
         informed = aware.get(name)
-        found = informed or fit(w, make_grid(choice.grid, choice.bits), solver)
+        found = informed or fit(w, make_grid(choice.grid, choice.bits), rest)
         users = [user for user in users_of[name] if user in weights]
         for user in users:
             bias = aware[user].bias if user in aware else None
@@ -269,7 +266,7 @@ def weights_quan(
         )
         if informed is None:
             progress.advance(w.size)
-    return with_alpha_terms(net, weights), weights, findings
+    return replace(model.holding(weights), grids=dict(chosen), solver=solver), findings
 
 
 def _energy(x: npt.NDArray[np.floating[Any]]) -> float:

@@ -1,26 +1,32 @@
 """MAX pooling moved in front of BatchNorm, where what waits at a cut is four times smaller.
 
-BatchNorm with what follows it up to a MAX pooling is a monotone function of each value: the maximum of its
-values in a window is its value of the maximum; of the minimum, where the function falls. That holds for
+BatchNorm with what follows it up to a MAX pooling is often a monotone function of each value: the maximum of
+its values in a window is its value of the maximum; of the minimum, where the function falls. That holds for
 float32 too, as rounding is monotone. So the pooling can run first, and the statistics are still those of the
 values before it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-
 import numpy as np
 
-from quantize.caffenet import LayerParameter, NetParameter, Weights, layer_index
+from quantize.caffenet import (
+    LayerParameter,
+    NetGraph,
+    NetParameter,
+    Weights,
+    foreign_fields,
+    layer_index,
+)
 from quantize.caffenet.shape_rules import ShapeError, height_and_width
+from quantize.caffenet.traits import Trait, traits_of
 
 
 def with_early_pooling(net: NetParameter, weights: Weights) -> tuple[NetParameter, Weights]:
-    """The net with every MAX pooling behind a BatchNorm, Scales and ReLUs moved in front of the BatchNorm.
+    """The net with every MAX pooling behind a BatchNorm, Scales, ReLUs and the like moved in front of it.
 
-    Where a Scale is negative, the signs go in as Scale layers before and behind the pooling.
+    Where a Scale is negative, the signs go in as Scale layers before and behind the pooling. Layers with
+    fields of a fork stay where they are, as nobody knows what they compute.
 
     Args:
         net: an inference net with every blob name assigned once.
@@ -32,12 +38,12 @@ def with_early_pooling(net: NetParameter, weights: Weights) -> tuple[NetParamete
     changed = NetParameter()
     changed.CopyFrom(net)
     weights = weights.copy()
-    readers = Counter(bottom for layer in changed.layer for bottom in layer.bottom)
-    producers = {top: layer.name for layer in changed.layer for top in layer.top}
-    for pool in [layer.name for layer in changed.layer if _shrinks(layer)]:
-        chain = _monotone_chain(changed, pool, producers, readers)
-        if chain:
-            _move(changed, weights, pool, chain)
+    graph = NetGraph(net)
+    foreign = {layer.name for layer, field in zip(net.layer, foreign_fields(net), strict=True) if field}
+    for pool in filter(_shrinks, net.layer):
+        chain = _monotone_chain(graph, pool)
+        if chain and foreign.isdisjoint((pool.name, *chain)):
+            _move(changed, weights, pool.name, chain)
     return changed, weights
 
 
@@ -54,28 +60,25 @@ def _shrinks(layer: LayerParameter) -> bool:
     return max(stride) > 1 and all(s <= k for s, k in zip(stride, kernel, strict=True))
 
 
-def _monotone_chain(
-    net: NetParameter, pool: str, producers: Mapping[str, str], readers: Mapping[str, int]
-) -> list[str]:
+def _monotone_chain(graph: NetGraph, pool: LayerParameter) -> list[str]:
     """The layers from a BatchNorm up to the pooling that nobody else reads from; none if others do."""
     chain: list[str] = []
-    layer = net.layer[layer_index(net, pool)]
-    while readers[layer.bottom[0]] == 1:
+    layer = pool
+    while graph.only_reader(layer.bottom[0]):
         if layer.type == "BatchNorm":
             return chain
-        if layer.bottom[0] not in producers:
+        maker = graph.makers.get(layer.bottom[0])
+        if maker is None or len(maker.top) != 1 or not (Trait.RISING in traits_of(maker) or _is_scale(maker)):
             return []
-        layer = net.layer[layer_index(net, producers[layer.bottom[0]])]
-        if not _is_monotone(layer):
-            return []
+        layer = maker
         chain.insert(0, layer.name)
     return []
 
 
-def _is_monotone(layer: LayerParameter) -> bool:
-    if layer.type == "Scale":
-        return len(layer.bottom) == 1 and layer.scale_param.axis == 1 and layer.scale_param.num_axes == 1
-    return layer.type == "BatchNorm" or (layer.type == "ReLU" and layer.relu_param.negative_slope >= 0)
+def _is_scale(layer: LayerParameter) -> bool:
+    """Whether it multiplies each channel by a number, whose sign says whether it rises or falls."""
+    param = layer.scale_param
+    return layer.type == "Scale" and len(layer.bottom) == 1 and param.axis == 1 and param.num_axes == 1
 
 
 def _move(net: NetParameter, weights: Weights, pool: str, chain: list[str]) -> None:
@@ -83,9 +86,9 @@ def _move(net: NetParameter, weights: Weights, pool: str, chain: list[str]) -> N
     layers = [net.layer[layer_index(net, name)] for name in chain]
     moved = LayerParameter()
     moved.CopyFrom(net.layer[layer_index(net, pool)])
-    before, between, behind = layers[0].bottom[0], layers[-1].top[0], moved.top[0]
+    before, between, after = layers[0].bottom[0], layers[-1].top[0], moved.top[0]
     moved.bottom[0], moved.top[0] = before, between
-    layers[0].bottom[0], layers[-1].top[0] = between, behind
+    layers[0].bottom[0], layers[-1].top[0] = between, after
     del net.layer[layer_index(net, pool)]
     place = layer_index(net, chain[0])
     scales = [weights[layer.name][0] for layer in layers if layer.type == "Scale" and layer.name in weights]

@@ -150,9 +150,9 @@ class Costs:
         """Work of the layers from a place on (None: and of reading the image) up to another."""
         return self.work[stop] - (self.work[origin] if origin is not None else -self.source)
 
-    def held(self, places: Sequence[int | None]) -> tuple[int, ...]:
+    def held(self, kept: Sequence[int | None]) -> tuple[int, ...]:
         """Bytes of the frontiers at some places; None: of none."""
-        return tuple(0 if place is None else self.live[place] for place in places)
+        return tuple(0 if place is None else self.live[place] for place in kept)
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,12 @@ class Plan:
     def kept_bytes(self) -> int:
         """The most bytes that are kept at a time, old and new frontiers of the chunks being run included."""
         images = sum(route.images for route in self.routes)
-        behind_steps = zip(*(route.held_bytes for route in self.routes), strict=True)
+        held_by_step = zip(*(route.held_bytes for route in self.routes), strict=True)
         return max(
             (
-                sum(route.images * held for route, held in zip(self.routes, behind, strict=True))
-                + in_flight(self.micro_batch, images) * max(behind)
-                for behind in behind_steps
+                sum(route.images * bytes_held for route, bytes_held in zip(self.routes, held, strict=True))
+                + in_flight(self.micro_batch, images) * max(held)
+                for held in held_by_step
             ),
             default=0,
         )
@@ -322,8 +322,8 @@ def _joints(costs: Costs, steps: Sequence[Step], most: int) -> list[_Joint]:
 
 def _latest(costs: Costs, held: int | None, stop: int, bound: int) -> int | None:
     """The last place up to ``stop`` whose frontier fits into the bound; ``held`` if none behind it does."""
-    places = range(stop, held or 0, -1)
-    return next((place for place in places if 0 < costs.live[place] <= bound), held)
+    backwards = range(stop, held or 0, -1)
+    return next((place for place in backwards if 0 < costs.live[place] <= bound), held)
 
 
 def _ways(costs: Costs, steps: Sequence[Step], joint: _Joint) -> list[_Way]:
@@ -351,11 +351,12 @@ def _stretch(
     for way in ways:
         before_last = way.held[length - 2] if length > 1 else start.place
         if end.place is None or (before_last or 0) <= end.place:
-            ending[(*way.held[: length - 1], end.place)] = way.work[length - 1]
+            held = (*way.held[: length - 1], end.place)
+            ending[held] = way.work[length - 1]
     endings, works = list(ending), np.array(list(ending.values()))
     if not endings:
         return None
-    many = _shares(np.array([costs.held(held) for held in endings]), images, batch, memory)
+    many = _shares(np.array([costs.held(each) for each in endings]), images, batch, memory)
     work = many * works + (images - many) * works[:, None]
     work[(many < 0) | (works > works[:, None])] = np.inf
     small, large = np.unravel_index(work.argmin(), work.shape)

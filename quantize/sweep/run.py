@@ -97,12 +97,12 @@ class Shard:
         for layer, changed in (blobs or {}).items():
             self.engine.set_blobs(layer, changed)
         number, self._done = self._done, self._done + 1
-        found: list[dict[str, Moments]] = []
+        parts: list[dict[str, Moments]] = []
         # Those whose frontiers grow the most come last, into the room that the others have left.
         for group in sorted(self._groups, key=lambda group: group.growth(number)):
-            found.extend(group.step(number, visit, progress))
+            parts.extend(group.step(number, visit, progress))
         measured = self.steps[number].measured
-        return {name: reduce(Moments.merged, (m[name] for m in found)) for name in measured}
+        return {name: reduce(Moments.merged, (m[name] for m in parts)) for name in measured}
 
     def advice(self) -> str | None:
         """What more memory would save; None where that is little."""

@@ -7,6 +7,7 @@ import pytest
 
 from quantize.arrays import Shape
 from quantize.caffenet import InferenceNet, NetParameter, Weights
+from quantize.caffenet.model import Model
 from quantize.data import Transform
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
@@ -26,11 +27,12 @@ def test_both_engines_measure_the_same(caffe_python: list[str], tmp_path: Path) 
     weights = random_weights(test.net, {test.blob: CROPPED})
     transform = Transform(crop_size=9, scale=0.02, mean_value=(100.0,))
     feed = Feed({test.blob: images_of(write_images(tmp_path / "lmdb", 20), transform, phase=1)})
+    model = Model(parse(RESIDUAL), weights)
     scores = class_scores(parse(RESIDUAL), "this test")
     layers = ["left", "right_a", "right_b", "fc1"]
     onnx = engine_opener("onnx", CaffeProcess(), 1)
     wanted, found = (
-        sensitivities(weights, layers, "power_of_two", Calibration(test.net, feed, opener, 40_000), scores)
+        sensitivities(model, layers, "power_of_two", Calibration(feed, opener, 40_000), scores)
         for opener in (onnx, open_caffe)
     )
     assert found[1] == wanted[1] == 20

@@ -123,8 +123,8 @@ def test_moments_are_those_of_the_blob(engine: CaffeEngine) -> None:
     values = result.blobs["conv2a"].astype(np.float64)
     moments = result.moments["conv2a"]
     assert moments.count == values.size // values.shape[1]
-    np.testing.assert_allclose(moments.mean, values.mean((0, 2, 3)), rtol=1e-12)
-    np.testing.assert_allclose(moments.m2, values.var((0, 2, 3)) * moments.count, rtol=1e-12)
+    np.testing.assert_allclose(moments.mean, values.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(moments.m2, values.var((0, 2, 3)) * moments.count, rtol=1e-6)
     assert result.moments["pool1"].mean.shape == (8,)
 
 

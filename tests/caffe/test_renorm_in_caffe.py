@@ -12,9 +12,9 @@ from quantize.caffenet import NetParameter, Weights, single_assignment
 from quantize.data.feed import Feed
 from quantize.engines.caffe.engine import CaffeEngine, Worker
 from quantize.numerics.moments import moments_of
-from quantize.stages.renorm import FullPrecision, renorm
 from quantize.sweep.plan import depth_order
 from tests.caffe.test_engine import IMAGE, images, residual_net, run_in_ranges
+from tests.nets import model_of, renorm_weights
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_renorm_finds_what_one_training_pass_of_all_images_does(worker: Worker) 
     def open_engine(net: NetParameter, weights: Weights, inputs: Mapping[str, Shape]) -> CaffeEngine:
         return CaffeEngine(net, weights, inputs, worker=worker)
 
-    found, _ = renorm(net, weights, Feed({"data": Batches(blob)}), open_engine, memory=200_000)
+    found, _ = renorm_weights(net, weights, Feed({"data": Batches(blob)}), open_engine, memory=200_000)
     training = single_assignment(net)
     norms = {layer.name: layer.bottom[0] for layer in training.layer if layer.type == "BatchNorm"}
     for layer in training.layer:
@@ -95,8 +95,10 @@ def test_paired_channels_have_full_precisions_mean_and_deviation_in_caffe(worker
     def open_engine(net: NetParameter, weights: Weights, inputs: Mapping[str, Shape]) -> CaffeEngine:
         return CaffeEngine(net, weights, inputs, worker=worker)
 
-    full = FullPrecision(net, weights)
-    found, _ = renorm(net, changed, Feed({"data": Batches(blob)}), open_engine, memory=200_000, full=full)
+    full = model_of(net, weights)
+    found, _ = renorm_weights(
+        net, changed, Feed({"data": Batches(blob)}), open_engine, memory=200_000, full=full
+    )
     flat = single_assignment(net)
     tops = [layer.top[0] for layer in flat.layer if layer.type == "BatchNorm"]
     before, wanted, paired = (

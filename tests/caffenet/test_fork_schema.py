@@ -16,14 +16,17 @@ from quantize.caffenet import (
     load_schema,
     read_prototxt,
     schema_of,
+    single_assignment,
 )
 from quantize.caffenet import fork as fork_module
 from quantize.data.feed import Feed
 from quantize.errors import InputError
-from quantize.settings import WeightSettings
+from quantize.settings import RenormSettings, WeightSettings
 from quantize.stages.renorm import renorm
 from quantize.stages.sites import plain_relus
 from quantize.stages.weights import choices
+from quantize.sweep.early_pooling import with_early_pooling
+from tests.nets import model_of
 
 pytest.importorskip("grpc_tools")
 
@@ -196,6 +199,16 @@ def test_a_foreign_field_of_an_executed_layer_is_an_error(read, field: str) -> N
         choices(inference, WeightSettings())
 
 
+@pytest.mark.parametrize(
+    ("norm", "pool", "moves"),
+    [("eps: 0.1", "MAX", True), ("scale_bias: true", "MAX", False), ("eps: 0.1", "SUM", False)],
+)
+def test_pooling_is_not_moved_over_what_only_the_fork_knows(read, norm: str, pool: str, moves: bool) -> None:
+    text = NET.replace('"BatchNorm"', f'"BatchNorm" batch_norm_param {{ {norm} }}') % (pool, "")
+    moved, _ = with_early_pooling(single_assignment(read(text)), Weights())
+    assert ([each.name for each in moved.layer][1:] == ["pool", "bn"]) == moves
+
+
 def test_a_value_that_only_the_fork_has(read) -> None:
     net = read(NET % ("SUM", ""))
     with pytest.raises(
@@ -222,7 +235,7 @@ def test_statistics_of_a_batch_norm_that_does_more_are_not_measured(read) -> Non
     with pytest.raises(
         InputError, match=r"layer 'bn' \(BatchNorm\): batch_norm_param.scale_bias is a field of a fork"
     ):
-        renorm(net, Weights(), Feed("data", None), None, None)  # type: ignore[arg-type]
+        renorm(model_of(net, Weights()), Feed({}), RenormSettings(), None, None)  # type: ignore[arg-type]
 
 
 def test_old_layers_with_fields_of_a_fork(read) -> None:

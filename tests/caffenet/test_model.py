@@ -60,10 +60,11 @@ def full_model() -> Model:
 def quantized_model() -> Model:
     """With all grids and quantizers of unsigned and of signed codes."""
     full = full_model()
-    net, weights, _ = weights_quan(full.net, full.weights, CHOSEN, "optimal")
+    quantized, _ = weights_quan(full, CHOSEN, "optimal")
+    net = quantized.net
     become_quantizer(layer_of(net, "relu1"), Quantizer(0.25, 0, 255))
     become_quantizer(layer_of(net, "end"), Quantizer(0.5, -63, 63))
-    return replace(full, net=net, weights=weights, grids=CHOSEN, full=full)
+    return quantized
 
 
 def layer_of(net: NetParameter, name: str):

@@ -10,7 +10,7 @@ from quantize.caffenet import (
     NetParameter,
     at_state,
     check_net,
-    dependents,
+    dependent_layers,
     filter_net,
     inference_net,
     input_blobs,
@@ -321,8 +321,8 @@ def test_dependents():
         layer { name: "w" type: "ReLU" bottom: "z" top: "z" }
         layer { name: "v" type: "ReLU" bottom: "x" top: "v" }
     """)
-    assert dependents(net, "b") == ["y", "z", "w"]
-    assert dependents(net, "a") == ["x", "z", "w", "v"]
+    assert [layer.name for layer in dependent_layers(net.layer, ["b"])] == ["y", "z", "w"]
+    assert [layer.name for layer in dependent_layers(net.layer, ["a"])] == ["x", "z", "w", "v"]
 
 
 def test_inputs_of_different_numbers_of_rows():

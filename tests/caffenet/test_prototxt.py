@@ -174,16 +174,17 @@ def test_faults_are_one_line(read, case):
     assert len(message) < 700
 
 
-def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         read_prototxt(tmp_path / "nothing.prototxt")
     with pytest.raises(InputError, match="directory"):
         read_prototxt(tmp_path)
-    monkeypatch.setattr(prototxt, "MAX_PROTOTXT_BYTES", 1 << 20)
-    (tmp_path / "large").write_bytes(b" " * (2 << 20))
-    with pytest.raises(InputError, match="larger than 1 MiB"):
+    (tmp_path / "large").write_bytes(b" " * (prototxt.MAX_PROTOTXT_BYTES + 1))
+    with pytest.raises(InputError, match="larger than 16 MiB"):
         read_prototxt(tmp_path / "large")
-    (tmp_path / "large").write_bytes(b"\x0a\x04name\xa2\x06" + b"\0" * (2 << 20))
+    os.truncate(tmp_path / "large", 0)
+    (tmp_path / "large").write_bytes(b"\x0a\x04name\xa2\x06")
+    os.truncate(tmp_path / "large", prototxt.MAX_PROTOTXT_BYTES + 1)
     with pytest.raises(InputError, match=r"a binary file.*changed places"):
         read_prototxt(tmp_path / "large")
     os.mkfifo(tmp_path / "pipe")

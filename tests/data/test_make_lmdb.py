@@ -44,7 +44,7 @@ def test_encoded_resized_labelled_and_limited(image_folder, tmp_path):
         tmp_path / "list", tmp_path / "l", resize_short=32, limit=5, jpeg_quality=95, progress=heard
     )
     assert (report.written, report.labeled) == (5, 5)
-    assert (heard.title, heard.total, heard.done, heard.notes) == ("make-lmdb", 5, 5, [])
+    assert (heard.total, heard.done, heard.notes) == ({"make-lmdb": 5}, {"make-lmdb": 5}, [])
     for i, datum in enumerate(records(tmp_path / "l").values()):
         assert datum.encoded
         assert datum.label == i * i
@@ -105,7 +105,7 @@ def test_unreadable_images_are_reported_and_left_out(image_folder, tmp_path):
     (folder / "image04.png").write_bytes(b"")
     heard = Heard()
     report = make_lmdb(folder, tmp_path / "l", limit=3, threads=2, progress=heard)
-    assert report.written == heard.done == 3
+    assert report.written == heard.done["make-lmdb"] == 3
     assert [image.name for image in report.unreadable] == ["image01.png"]
     assert "image01.png: not a whole" in report.unreadable[0].reason
     assert heard.notes == [f"left out: {image.reason}" for image in report.unreadable]

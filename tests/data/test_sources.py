@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import cv2
@@ -222,16 +223,17 @@ def test_places_that_hold_no_images(tmp_path):
     refused(tmp_path / "x.jpg", "single image")
 
 
-def test_lists_and_images_have_bounds(image_folder, tmp_path, monkeypatch):
+def test_lists_and_images_have_bounds(image_folder, tmp_path):
     image_folder(1)
     (tmp_path / "list.txt").write_text("images/image00.png 0\n/dev/zero 1\n")
     source = open_source(tmp_path / "list.txt")
     with pytest.raises(InputError, match=r"list.txt, line 2: /dev/zero: a device, not a file"):
         source.read(1)
-    monkeypatch.setattr(sources, "MAX_IMAGE_BYTES", 10)
+    os.truncate(tmp_path / "images/image00.png", sources.MAX_IMAGE_BYTES + 1)
     with pytest.raises(InputError, match=r"list.txt, line 1: .*image00.png: larger than"):
         source.read(0)
-    monkeypatch.setattr(files, "MAX_LIST_BYTES", 10)
+    (tmp_path / "list.txt").write_text("# comment\n" * 10_000)
+    os.truncate(tmp_path / "list.txt", files.MAX_LIST_BYTES + 1)
     with pytest.raises(InputError, match=r"list.txt: larger than .*list of images"):
         open_source(tmp_path / "list.txt")
 

@@ -46,6 +46,7 @@ def misbehave(name, place):
     if name == place + " killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if name == place + " hang":
+        open(os.path.join(os.path.dirname(__file__), "hanging"), "w").close()
         time.sleep(1000)
     if name == place + " raise":
         raise RuntimeError("could not\\nfind it")
@@ -293,7 +294,7 @@ def test_no_child_outlives_its_parent(how, fake_path):
     source = PARENT.format(tests=str(Path(__file__).parent), fake_path=fake_path)
     parent = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child = int(parent.stdout.readline())
-    time.sleep(0.5)
+    assert waited(module.with_name("hanging").exists)
     parent.send_signal(how)
     _, errors = parent.communicate(timeout=20)
     assert parent.returncode != 0
@@ -301,13 +302,25 @@ def test_no_child_outlives_its_parent(how, fake_path):
     assert gone(child)
 
 
-def gone(pid, seconds=10):
+def waited(condition, seconds=10):
+    """Whether a condition becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def gone(pid):
     """Whether a process ends in time (a zombie counts as ended)."""
-    for _ in range(seconds * 20):
-        status = Path(f"/proc/{pid}/stat")
-        if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            return True
-        time.sleep(0.05)
+    status = Path(f"/proc/{pid}/stat")
+
+    def ended():
+        return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+    if waited(ended):
+        return True
     os.kill(pid, signal.SIGKILL)
     return False
 

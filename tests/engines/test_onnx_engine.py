@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantize.caffenet import NetParameter, Weights, filter_net, inference_net, live_blobs, single_assignment
-from quantize.engines.onnx import engine as onnx_engine
 from quantize.engines.onnx.engine import CACHE_BYTES, OnnxEngine, split
 from quantize.engines.onnx.graph import Graph
 from quantize.engines.onnx.layers import TRANSLATORS
@@ -231,13 +230,12 @@ def test_unaligned_weights() -> None:
 # ---- Batches, parts and threads ----
 
 
-def test_results_do_not_depend_on_the_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_micro_batch() -> None:
     engine = residual_engine()
     last = len(engine.net.layer)
     outputs, measured = [SCORES, "conv1"], ["sum", SCORES]
     wanted = engine.compile(0, last, outputs, measured).run({"data": images()})
-    monkeypatch.setattr(onnx_engine, "CACHE_BYTES", 1)
-    run = engine.compile(0, last, outputs, measured)
+    run = residual_engine(part_bytes=1).compile(0, last, outputs, measured)
     found = run.run({"data": images()})
     for name in outputs:
         close(found.blobs[name], wanted.blobs[name], 1e-6)
@@ -257,13 +255,12 @@ def test_results_do_not_depend_on_threads(threads: int) -> None:
     close(whole(engine, {"data": images()}, SCORES)[SCORES], wanted, 1e-6)
 
 
-def test_first_axes_that_are_multiples_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_engine, "CACHE_BYTES", 1)
+def test_first_axes_that_are_multiples_of_the_batch() -> None:
     net = parse(
         'layer { name: "r" type: "Reshape" bottom: "x" top: "y" reshape_param { shape { dim: -1 dim: 3 } } }'
         'layer { name: "a" type: "AbsVal" bottom: "y" top: "z" }'
     )
-    engine = OnnxEngine(net, Weights(), {"x": (2, 3)})
+    engine = OnnxEngine(net, Weights(), {"x": (2, 3)}, part_bytes=1)
     x = images(BATCH, (2, 3))
     y = engine.compile(0, 1, ["y"]).run({"x": x}).blobs["y"]
     found = engine.compile(1, 2, ["z"], ["z"]).run({"y": y})
@@ -308,16 +305,13 @@ def same(found: Moments, wanted: Moments) -> None:
 
 @pytest.mark.parametrize("own", [CACHE_BYTES, 1])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_moments_of_outputs_inputs_and_what_is_neither(
-    own: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_engine, "CACHE_BYTES", own)
+def test_moments_of_outputs_inputs_and_what_is_neither(own: int, threads: int) -> None:
     net = parse(
         'layer { name: "a" type: "Power" bottom: "x" top: "y" power_param { scale: 2 shift: 1 } }'
         'layer { name: "b" type: "AbsVal" bottom: "y" top: "z" }'
         'layer { name: "c" type: "Power" bottom: "z" top: "z" power_param { scale: -1 } }'
     )
-    engine = OnnxEngine(net, Weights(), {"x": (3, 5, 4)}, threads)
+    engine = OnnxEngine(net, Weights(), {"x": (3, 5, 4)}, threads, own)
     x = images(BATCH, (3, 5, 4))
     found = engine.compile(0, 3, ["z"], ["x", "y", "z"]).run({"x": x})
     assert set(found.blobs) == {"z"}

@@ -13,14 +13,7 @@ from quantize.job.output import OutputFolder, is_held
 from quantize.job.run import Run
 from quantize.progress import Progress
 from tests.conftest import Job
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+from tests.heard import Heard
 
 
 @pytest.mark.parametrize(
@@ -99,16 +92,16 @@ def test_files_that_the_report_does_not_tell_of(job: Job, spoil: Callable[[Job],
 def test_while_another_run_writes(job: Job) -> None:
     Run(job.config()).quantize(("weights",))
     assert not is_held(job.out)
-    notes = Notes()
+    heard = Heard()
     other = OutputFolder(job.out)
     try:
         assert is_held(job.out)
-        found = evaluate_run(job.config(), progress=notes)
+        found = evaluate_run(job.config(), progress=heard)
     finally:
         other.close()
     assert found.missing == ["renorm", "activations"]
-    assert any("another labelfree run is writing here" in note for note in notes.notes)
-    assert any("not added to report.json" in note for note in notes.notes)
+    assert any("another labelfree run is writing here" in note for note in heard.notes)
+    assert any("not added to report.json" in note for note in heard.notes)
 
 
 def test_the_results_of_another_model(job: Job) -> None:

@@ -17,8 +17,8 @@ from quantize.job.evaluation import evaluate_run
 from quantize.job.feeds import calibration_feed, effective_transform, read_model_prototxt, validation_feed
 from quantize.job.inputs import told_shapes
 from quantize.job.run import Run
-from quantize.progress import Progress
 from quantize.settings import Config
+from tests.heard import Heard
 from tests.nets import SEVERAL, parse, random_weights, write_images, write_several
 from tests.test_cli import Labelfree, assert_one_line, labelfree  # noqa: F401 - a fixture
 
@@ -30,14 +30,6 @@ layer { name: "bn" type: "BatchNorm" bottom: "fc1" top: "fc1" }
 layer { name: "relu" type: "ReLU" bottom: "fc1" top: "fc1" }
 layer { name: "fc2" type: "InnerProduct" bottom: "fc1" top: "fc2" inner_product_param { num_output: 4 } }
 """
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture
@@ -241,9 +233,9 @@ def test_inputs_that_cannot_be(
 
 def test_other_values_are_other_inputs_to_resume(several: Path) -> None:
     def skipped() -> list[str]:
-        notes = Notes()
-        Run(load(several), notes).quantize(resume=True)
-        return [note.split(":")[0] for note in notes.notes if "skipped" in note]
+        heard = Heard()
+        Run(load(several), heard).quantize(resume=True)
+        return [note.split(":")[0] for note in heard.notes if "skipped" in note]
 
     Run(load(several)).quantize()
     assert skipped() == ["weights", "renorm", "activations"]
@@ -362,9 +354,9 @@ def test_a_size_that_may_be_a_placeholder(
 ) -> None:
     """Said, unless the images have that size or somebody has said it."""
     yaml = shaped(net_of(*dim), size)
-    notes = Notes()
-    Run(load(yaml, assignments=given), notes).quantize()
-    about = [note for note in notes.notes if "if its size is set at run time" in note]
+    heard = Heard()
+    Run(load(yaml, assignments=given), heard).quantize()
+    about = [note for note in heard.notes if "if its size is set at run time" in note]
     assert bool(about) == said
     if said:
         assert f"input data is declared as 3x{dim[2]}x{dim[3]}" in about[0]
@@ -402,10 +394,10 @@ def test_the_shape_that_is_given_counts(
 
 def test_without_any_shape_no_deploy_prototxt(shaped: Callable[..., Path]) -> None:
     yaml = shaped(net_of())
-    notes = Notes()
-    Run(load(yaml, assignments=["data.calibration=null"]), notes).quantize(["weights"])
+    heard = Heard()
+    Run(load(yaml, assignments=["data.calibration=null"]), heard).quantize(["weights"])
     assert not (yaml.parent / "out/net_deploy.prototxt").exists()
-    assert any("net_deploy.prototxt needs the images' shape: give data.input_shape" in n for n in notes.notes)
+    assert any("net_deploy.prototxt needs the images' shape: give data.input_shape" in n for n in heard.notes)
 
 
 def test_images_of_another_shape_name_what_can_be_given(shaped: Callable[..., Path]) -> None:
@@ -692,12 +684,12 @@ def test_another_stage_is_another_net_to_resume(tmp_path: Path) -> None:
         "output": str(tmp_path / "out"),
     }
     Run(load(None, given, ["model.stages=deploy"])).quantize(["weights"])
-    notes = Notes()
-    Run(load(None, given, ["model.stages=deploy"]), notes).quantize(["weights"], resume=True)
-    assert any("skipped" in note for note in notes.notes)
-    notes = Notes()
-    Run(load(None, given, ["model.stages=deploy", "model.level=2"]), notes).quantize(["weights"], resume=True)
-    assert not any("skipped" in note for note in notes.notes)
+    heard = Heard()
+    Run(load(None, given, ["model.stages=deploy"]), heard).quantize(["weights"], resume=True)
+    assert any("skipped" in note for note in heard.notes)
+    heard = Heard()
+    Run(load(None, given, ["model.stages=deploy", "model.level=2"]), heard).quantize(["weights"], resume=True)
+    assert not any("skipped" in note for note in heard.notes)
 
 
 def test_a_data_layer_of_the_training_phase_only(tmp_path: Path, labelfree: Labelfree) -> None:  # noqa: F811

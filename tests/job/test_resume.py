@@ -15,19 +15,11 @@ from quantize.job.evaluation import evaluate_run
 from quantize.job.feeds import read_model_prototxt
 from quantize.job.resume import IMAGES_INPUT, READ, READ_BY_NO_STAGE, STAGE_BEFORE, dependencies, model_hashes
 from quantize.job.run import Run
-from quantize.progress import Progress
 from quantize.record import STAGES, StageName
 from quantize.settings import Config, Section
 from tests.conftest import Job
+from tests.heard import Heard
 from tests.nets import write_images
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -125,9 +117,9 @@ def test_stages_read_what_the_table_says(
 
 def again(job: Job, *assignments: str, stages: tuple[StageName, ...] = STAGES) -> list[str]:
     """The stages that a resumed run does."""
-    notes = Notes()
-    Run(job.config(*assignments), notes).quantize(stages, resume=True)
-    skipped = {note.split(":")[0] for note in notes.notes if "skipped" in note}
+    heard = Heard()
+    Run(job.config(*assignments), heard).quantize(stages, resume=True)
+    skipped = {note.split(":")[0] for note in heard.notes if "skipped" in note}
     return [stage for stage in stages if stage not in skipped]
 
 
@@ -170,12 +162,12 @@ def test_resume_does_what_has_changed_and_what_comes_behind(job: Job) -> None:
 
 def test_resume_says_why_a_stage_is_done_again(job: Job) -> None:
     Run(job.config()).quantize()
-    notes = Notes()
-    Run(job.config("renorm.images=19", "data.seed=1"), notes).quantize(resume=True)
-    assert "renorm: done again: renorm.images was 20, is 19; data.seed was 0, is 1" in notes.notes
+    heard = Heard()
+    Run(job.config("renorm.images=19", "data.seed=1"), heard).quantize(resume=True)
+    assert "renorm: done again: renorm.images was 20, is 19; data.seed was 0, is 1" in heard.notes
     (job.out / "residual_quantized.caffemodel").write_bytes(b"")
-    Run(job.config("renorm.images=19", "data.seed=1"), notes).quantize(resume=True)
-    assert "weights: done again: residual_quantized.caffemodel has changed" in notes.notes
+    Run(job.config("renorm.images=19", "data.seed=1"), heard).quantize(resume=True)
+    assert "weights: done again: residual_quantized.caffemodel has changed" in heard.notes
 
 
 def test_the_mean_file_is_read(job: Job) -> None:
@@ -251,7 +243,7 @@ def test_a_report_of_version_0_1_is_refused_in_one_line(job: Job) -> None:
 
     Run(job.config()).quantize(("weights",))
     (job.out / "report.json").write_bytes(signed({**VERSION_0_1, "name": "residual"}))
-    notes = Notes()
-    Run(job.config(), notes).quantize(("weights",), resume=True)
-    [said] = [note for note in notes.notes if "report.json" in note]
+    heard = Heard()
+    Run(job.config(), heard).quantize(("weights",), resume=True)
+    [said] = [note for note in heard.notes if "report.json" in note]
     assert "written by labelfree 0.1.0, another version of labelfree" in said

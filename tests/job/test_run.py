@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from quantize.progress import Progress
 from quantize.record import RunRecord
 from quantize.settings import ActivationSettings
 from tests.conftest import Job
+from tests.heard import Heard
 
 FILES = {
     "residual_quantized.caffemodel",
@@ -29,19 +29,6 @@ FILES = {
     "report.json",
     "report.html",
 }
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.titles: list[str] = []
-        self.notes: list[str] = []
-
-    def start(self, title: str, total: float) -> None:
-        assert total > 0
-        self.titles.append(title)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -120,9 +107,9 @@ def test_resume_skips_only_what_fits(job: Job) -> None:
     before = contents(job.out)
 
     def done(*assignments: str, **flags: bool) -> list[str]:
-        notes = Notes()
-        Run(job.config(*assignments), notes).quantize(resume=True, **flags)
-        return [note.split(":")[0] for note in notes.notes if "skipped" in note]
+        heard = Heard()
+        Run(job.config(*assignments), heard).quantize(resume=True, **flags)
+        return [note.split(":")[0] for note in heard.notes if "skipped" in note]
 
     assert done() == ["weights", "renorm", "activations"]
     assert contents(job.out) == before
@@ -147,11 +134,11 @@ def test_resume_makes_the_page_that_a_killed_run_had_no_time_for(job: Job) -> No
 def test_resume_takes_nothing_from_a_report_that_is_not_ours(job: Job, spoil: bytes) -> None:
     Run(job.config()).quantize(("weights",))
     (job.out / "report.json").write_bytes(spoil)
-    notes = Notes()
-    record = Run(job.config(), notes).quantize(("weights",), resume=True)
+    heard = Heard()
+    record = Run(job.config(), heard).quantize(("weights",), resume=True)
     assert list(record.stages.done) == ["weights"]
-    assert not any("skipped" in note for note in notes.notes)
-    assert any("nothing is taken over" in note for note in notes.notes)
+    assert not any("skipped" in note for note in heard.notes)
+    assert any("nothing is taken over" in note for note in heard.notes)
 
 
 def test_a_changed_report_is_noticed(job: Job) -> None:
@@ -210,27 +197,35 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "old"
 
 
-def run_slowly(yaml: Path) -> None:
-    """The job, with time to be killed in."""
+class Counted(Progress):
+    """Counts advances, and kills the process at one of them."""
 
-    class Slow(Progress):
-        def advance(self, amount: float = 1.0) -> None:  # noqa: ARG002
-            time.sleep(0.02)
+    def __init__(self, deadly: int = 0) -> None:
+        self.advances = 0
+        self.deadly = deadly
 
-    Run(Job(yaml.parent).config("renorm.memory=40000"), Slow()).quantize()
+    def advance(self, amount: float = 1.0) -> None:  # noqa: ARG002
+        self.advances += 1
+        if self.advances == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until(yaml: Path, deadly: int) -> None:
+    """The job, killed at its advance of number ``deadly``."""
+    Run(Job(yaml.parent).config("renorm.memory=40000"), Counted(deadly)).quantize()
 
 
 def test_killed_and_resumed_is_the_same_as_not_killed(make_job: Callable[[str], Job]) -> None:
     whole, killed = make_job("whole"), make_job("killed")
-    Run(whole.config("renorm.memory=40000")).quantize()
+    counted = Counted()
+    Run(whole.config("renorm.memory=40000"), counted).quantize()
     context = multiprocessing.get_context("spawn")
-    for delay in (0.9, 1.3, 1.7):
-        process = context.Process(target=run_slowly, args=(killed.yaml,))
+    for quarter in (1, 2, 3):
+        deadly = quarter * counted.advances // 4
+        process = context.Process(target=run_until, args=(killed.yaml, deadly))
         process.start()
-        time.sleep(delay)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
         process.join()
+        assert process.exitcode == -signal.SIGKILL
         for path in killed.out.glob("*.caffemodel"):
             Weights.read(path)
     Run(killed.config("renorm.memory=40000")).quantize(resume=True)
@@ -249,9 +244,9 @@ def test_dead_relus_and_negative_slopes_are_reported(job: Job) -> None:
     with open(job.folder / "new.caffemodel", "wb") as file:
         weights.write(file)
     os.replace(job.folder / "new.caffemodel", job.folder / "net.caffemodel")
-    notes = Notes()
-    record = Run(job.config(), notes).quantize()
-    assert any("relu1 is dead" in note for note in notes.notes)
+    heard = Heard()
+    record = Run(job.config(), heard).quantize()
+    assert any("relu1 is dead" in note for note in heard.notes)
     assert record.stages.activations is not None
     found = {layer.name: layer for layer in record.stages.activations.layers}
     assert found.keys() == {"relu1", "relu_right_a", "pool_quantized", "relu_fc1"}
@@ -283,11 +278,11 @@ def test_every_layer_skipped_is_questioned(job: Job) -> None:
         for name in names
         if name.startswith(("conv", "right", "fc", "left"))
     ]
-    notes = Notes()
-    record = Run(job.config(*skips), notes).quantize()
+    heard = Heard()
+    record = Run(job.config(*skips), heard).quantize()
     assert record.stages.weights is not None
     assert not record.stages.weights.layers
-    assert "weights: weights.layers skips every layer; no weights are quantized" in notes.notes
+    assert "weights: weights.layers skips every layer; no weights are quantized" in heard.notes
 
 
 def test_layers_behind_all_work_may_be_of_any_type(job: Job) -> None:

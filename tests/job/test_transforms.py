@@ -21,8 +21,8 @@ from quantize.job.evaluation import evaluate_run
 from quantize.job.prototxts import deploy_prototxt
 from quantize.job.run import Run
 from quantize.measure.transform_check import Values
-from quantize.progress import Progress
 from quantize.settings import RenormSettings
+from tests.heard import Heard
 from tests.nets import CROPPED, RESIDUAL, parse, random_weights, trained_statistics, write_photos
 
 PHOTOS = 100
@@ -94,18 +94,6 @@ def labelfree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     return run
 
 
-class Told(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-
 CHOSEN = "data.transform: mean 104/117/123, no scale: fits best: means"
 
 
@@ -171,9 +159,9 @@ def test_a_wrong_transform_is_a_warning_everywhere(published: Published, labelfr
 
 def test_what_the_remedy_says_is_a_remedy(published: Published) -> None:
     config = load(None, as_keys(published), ["data.transform={mean_value: [104, 117, 123], scale: 1}"])
-    told = Told()
-    Run(config, told).quantize(("weights",))
-    assert told.warnings == []
+    heard = Heard()
+    Run(config, heard).quantize(("weights",))
+    assert heard.warnings == []
 
 
 def as_keys(published: Published) -> dict[str, object]:
@@ -187,9 +175,9 @@ def as_keys(published: Published) -> dict[str, object]:
 
 def test_what_a_yaml_file_says_is_not_overruled(published: Published) -> None:
     """A configuration without a mean feeds raw pixels, with a warning."""
-    told = Told()
-    Run(load(None, as_keys(published)), told).quantize(("weights",))
-    assert ["no mean, no scale: means" in warning for warning in told.warnings] == [True]
+    heard = Heard()
+    Run(load(None, as_keys(published)), heard).quantize(("weights",))
+    assert ["no mean, no scale: means" in warning for warning in heard.warnings] == [True]
 
 
 def test_what_the_prototxt_says_is_tried(published: Published) -> None:
@@ -203,18 +191,18 @@ def test_what_the_prototxt_says_is_tried(published: Published) -> None:
     del net.layer[0]
     (other.folder / "deploy.prototxt").write_text(layer + format_prototxt(net))
     assert text != (other.folder / "deploy.prototxt").read_text()
-    told = Told()
-    Run(load(None, as_keys(other)), told, choose_transform=True).quantize(("weights",))
-    assert (told.warnings, [note for note in told.notes if "data.transform" in note]) == ([], [])
-    Run(load(None, as_keys(other), ["data.transform.scale=0.01"]), told).quantize(("weights",))
-    assert "mean 60/70/80, scale 1/20 (as the prototxt says) fits better" in told.warnings[0]
+    heard = Heard()
+    Run(load(None, as_keys(other)), heard, choose_transform=True).quantize(("weights",))
+    assert (heard.warnings, [note for note in heard.notes if "data.transform" in note]) == ([], [])
+    Run(load(None, as_keys(other), ["data.transform.scale=0.01"]), heard).quantize(("weights",))
+    assert "mean 60/70/80, scale 1/20 (as the prototxt says) fits better" in heard.warnings[0]
 
 
 def test_without_batch_norm_the_usual_mean_is_taken_and_said_to_be_a_guess(tmp_path: Path) -> None:
     lines = [line for line in RESIDUAL.splitlines() if '"BatchNorm"' not in line]
     plain = publish(tmp_path / "plain", Values((104, 117, 123)), "\n".join(lines))
-    told = Told()
-    Run(load(None, as_keys(plain)), told, choose_transform=True).quantize(("weights",))
+    heard = Heard()
+    Run(load(None, as_keys(plain)), heard, choose_transform=True).quantize(("weights",))
     why = "that is usual, and cannot be checked: the net has no BatchNorm"
-    assert f"data.transform: mean 104/117/123, no scale: {why}" in told.notes
-    assert "data.transform cannot be checked: the net has no BatchNorm" in told.notes
+    assert f"data.transform: mean 104/117/123, no scale: {why}" in heard.notes
+    assert "data.transform cannot be checked: the net has no BatchNorm" in heard.notes

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from quantize.caffenet import TEST, InferenceNet, NetParameter, Weights, read_prototxt
+from quantize.caffenet.model import Model
 from quantize.commands.config import load
 from quantize.commands.evaluation import evaluation_json, evaluation_text
 from quantize.data import Transform
@@ -16,12 +17,12 @@ from quantize.engines import engine_opener
 from quantize.errors import InputError, LabelfreeError
 from quantize.job.evaluation import evaluate_run
 from quantize.job.run import Run
-from quantize.measure.evaluate import Candidate, evaluate
+from quantize.measure.evaluate import evaluate
 from quantize.measure.outputs import net_outputs
 from quantize.measure.significance import wilson
-from quantize.progress import Progress
 from quantize.record import Evaluation
 from quantize.settings import CaffeProcess, Config
+from tests.heard import Heard
 from tests.nets import images_of, parse, random_weights, write_images
 
 ONNX = engine_opener("onnx", CaffeProcess(), 1)
@@ -69,14 +70,6 @@ DETECTOR = STEM + "".join(
     for i in range(4)
 )
 SEGMENTATION = STEM + convolution("score", 5) + unary("prob", "Softmax", "score", "prob")
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def job(folder: Path, text: str) -> Config:
@@ -169,8 +162,7 @@ def test_a_regressor_has_an_sqnr_and_no_accuracy(tmp_path: Path) -> None:
     feed = Feed({"data": images_of(tmp_path / "test_lmdb", transform, TEST)})
     full, noisy = Weights.read(config.model.weights), Weights.read(config.model.weights)
     noisy.replace("marks", [full["marks"][0] * 1.1, full["marks"][1]])
-    inference = InferenceNet.of(net).net
-    candidates = {"fp32": Candidate(inference, full), "quantized": Candidate(inference, noisy)}
+    candidates = candidates_of(net, full, noisy)
     found = evaluate(candidates, net_outputs(net), feed, ONNX)
     assert found.scores is None
     assert found.agreement is None
@@ -214,15 +206,15 @@ def test_a_detector_has_all_its_heads(tmp_path: Path) -> None:
 def test_a_segmentation_net_agrees_at_every_place(tmp_path: Path) -> None:
     config = job(tmp_path, SEGMENTATION)
     Run(config).quantize()
-    notes = Notes()
-    found = evaluate_run(config, progress=notes)
+    heard = Heard()
+    found = evaluate_run(config, progress=heard)
     [full], [own] = blobs_of(config, "net", "score")
     assert found.agreement == pytest.approx(100 * (full.argmax(1) == own.argmax(1)).mean())
     assert found.closeness["quantized"].divergence == pytest.approx(divergence(full, own), rel=1e-4)
     assert found.main is not None
     assert (found.main.classes, found.main.places) == (5, 25)
     assert found.accuracy["fp32"].top1 is None
-    assert any("labels by place are not read, so no accuracy is counted" in note for note in notes.notes)
+    assert any("labels by place are not read, so no accuracy is counted" in note for note in heard.notes)
     text = evaluation_text(found)
     assert f"on {IMAGES} images, at 25 places each: agreement" in text
     assert "top-1" not in text
@@ -241,9 +233,8 @@ def test_a_plain_inner_product_counts_with_a_word_of_caution(tmp_path: Path) -> 
     assert evaluation_text(found).endswith("at most 0.00 points on them, if fc has class scores")
 
 
-def candidates_of(net: NetParameter, *weights: Weights) -> dict[str, Candidate]:
-    inference = InferenceNet.of(net).net
-    return {name: Candidate(inference, w) for name, w in zip(("fp32", "quantized"), weights, strict=True)}
+def candidates_of(net: NetParameter, *weights: Weights) -> dict[str, Model]:
+    return {name: Model(net, w) for name, w in zip(("fp32", "quantized"), weights, strict=True)}
 
 
 def test_values_that_are_not_finite_are_one_line(tmp_path: Path) -> None:
@@ -259,14 +250,14 @@ def test_values_that_are_not_finite_are_one_line(tmp_path: Path) -> None:
 
 def test_outputs_of_another_shape_are_one_line(tmp_path: Path) -> None:
     net, other = parse(CLASSIFIER), parse(CLASSIFIER.replace("num_output: 7", "num_output: 6"))
-    nets = [InferenceNet.of(each).net for each in (net, other)]
     candidates = {
-        name: Candidate(each, random_weights(each, {"data": SHAPE}))
-        for name, each in zip(("fp32", "quantized"), nets, strict=True)
+        name: Model(each, random_weights(InferenceNet.of(each).net, {"data": SHAPE}))
+        for name, each in (("fp32", net), ("quantized", other))
     }
     feed = Feed({"data": images_of(write_images(tmp_path / "lmdb", 5), Transform(crop_size=9), TEST)})
     with pytest.raises(InputError, match=r"output fc has the shape \(1, 6\) but \(1, 7\) in full precision"):
         evaluate(candidates, net_outputs(net), feed, ONNX)
-    del candidates["quantized"].net.layer[-2:]
+    del other.layer[-2:]
+    candidates["quantized"] = Model(other, candidates["quantized"].weights)
     with pytest.raises(InputError, match="has no output 'fc' any more; quantize again"):
         evaluate(candidates, net_outputs(net), feed, ONNX)

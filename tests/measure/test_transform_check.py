@@ -29,7 +29,7 @@ from quantize.measure.transform_check import (
     first_norms,
 )
 from quantize.settings import CaffeProcess
-from tests.nets import CROPPED, RESIDUAL, parse, random_weights, trained_statistics, write_photos
+from tests.nets import CROPPED, RESIDUAL, model_of, parse, random_weights, trained_statistics, write_photos
 
 DIGITS = Path(__file__).parents[2] / "configs/models/digits"
 OPENER = engine_opener("onnx", CaffeProcess(), 1)
@@ -81,19 +81,23 @@ def test_whatever_the_net_was_trained_with_is_found(
     alike = next(group for group in ALIKE if truth in group)
     for start in range(300, 600, IMAGES):
         numbers = range(start, min(start + IMAGES, 600))
-        found = check_transform(residual, weights, feed(photos, numbers, COLOR[truth]), OPENER, choose=True)
+        found = check_transform(
+            model_of(residual, weights), feed(photos, numbers, COLOR[truth]), OPENER, choose=True
+        )
         assert not found.doubtful, found.finding
         assert found.given is not None
         assert found.given.misfit < DOUBTFUL
         best = {COLOR.index(fit.values) for fit in found.best if fit.values is not None}
         assert truth in best
     for given in range(len(COLOR)):
-        found = check_transform(residual, weights, feed(photos, OTHERS, COLOR[given]), OPENER)
+        found = check_transform(model_of(residual, weights), feed(photos, OTHERS, COLOR[given]), OPENER)
         assert not (found.doubtful and given in alike), found.finding
         if found.doubtful:
             assert {COLOR.index(fit.values) for fit in found.better if fit.values} >= alike
     for wrong in mistakes(COLOR[truth]):
-        assert check_transform(residual, weights, feed(photos, OTHERS, wrong), OPENER).doubtful, str(wrong)
+        assert check_transform(model_of(residual, weights), feed(photos, OTHERS, wrong), OPENER).doubtful, (
+            str(wrong)
+        )
 
 
 def digits(values: Values, numbers: Sequence[int]) -> TransformCheck:
@@ -102,7 +106,7 @@ def digits(values: Values, numbers: Sequence[int]) -> TransformCheck:
     weights = Weights.read(DIGITS / "digits.caffemodel")
     own = Values((5.0,), 0.125, about="as the prototxt says")
     source = open_source(DIGITS / "calibration_lmdb")
-    return check_transform(net, weights, feed(source, numbers, values, 0), OPENER, [own])
+    return check_transform(model_of(net, weights), feed(source, numbers, values, 0), OPENER, [own])
 
 
 def test_the_digits_network() -> None:
@@ -125,7 +129,7 @@ def test_a_wrong_transform_that_no_usual_one_explains_is_only_doubted_if_it_is_h
     source = open_source(DIGITS / "calibration_lmdb")
 
     def check(values: Values) -> TransformCheck:
-        return check_transform(net, weights, feed(source, range(100), values, 0), OPENER)
+        return check_transform(model_of(net, weights), feed(source, range(100), values, 0), OPENER)
 
     hopeless = check(Values())
     assert (hopeless.doubtful, hopeless.better) == (True, [])
@@ -147,7 +151,9 @@ def test_images_unlike_those_of_training_are_not_held_against_the_transform(
             return Image(pixels.clip(0, 255), None)
 
     weights = trained(residual, photos, COLOR[0])
-    found = check_transform(residual, weights, feed(Changed(photos, OTHERS), range(300), COLOR[0]), OPENER)
+    found = check_transform(
+        model_of(residual, weights), feed(Changed(photos, OTHERS), range(300), COLOR[0]), OPENER
+    )
     assert found.given is not None
     assert found.given.misfit > DOUBTFUL
     assert not found.doubtful, found.finding
@@ -159,8 +165,10 @@ def test_swapped_channels_are_said_where_no_other_transform_fits(
     """One mean for all channels: those of the images tell their order."""
     right = Values((127.5,), 1 / 127.5, swapped=True)
     weights = trained(residual, photos, right)
-    assert not check_transform(residual, weights, feed(photos, OTHERS, right), OPENER).doubtful
-    found = check_transform(residual, weights, feed(photos, OTHERS, replace(right, swapped=False)), OPENER)
+    assert not check_transform(model_of(residual, weights), feed(photos, OTHERS, right), OPENER).doubtful
+    found = check_transform(
+        model_of(residual, weights), feed(photos, OTHERS, replace(right, swapped=False)), OPENER
+    )
     assert found.better[0].values == right
     assert "mean 127.5, scale 1/127.5, channels in the opposite order (RGB) fits better" in found.finding
     assert "reverse the input channels of the first layer's weights" in found.remedy
@@ -198,7 +206,7 @@ def test_the_figures_are_what_the_formulas_say(photos: Source) -> None:
     seen, spread = pixels.mean(axis=(0, 2, 3)), pixels.var(axis=(0, 2, 3), ddof=1)
     shift = (seen - mean) / np.sqrt(variance + 1e-3)
     ratio = (spread + 1e-3) / (variance + 1e-3)
-    found = check_transform(net, weights, Feed({"data": images}), OPENER)
+    found = check_transform(model_of(net, weights), Feed({"data": images}), OPENER)
     assert found.layers == ["data_bn"]
     assert found.images == 50
     assert found.given is not None
@@ -225,6 +233,6 @@ def test_what_cannot_be_checked_is_said(photos: Source, blobs: tuple[int, ...] |
     if blobs is not None:
         sizes = zip((3, 3, 1), blobs, strict=True)
         weights.replace("data_bn", [np.full(size, value, np.float32) for size, value in sizes])
-    found = check_transform(net, weights, feed(photos, range(9), Values()), OPENER)
+    found = check_transform(model_of(net, weights), feed(photos, range(9), Values()), OPENER)
     assert (found.given, found.doubtful, found.images) == (None, False, 0)
     assert why in found.finding

@@ -100,8 +100,8 @@ def check_fit(w: np.ndarray, grid: Grid) -> None:
         assert result.alpha.dtype == result.loss.dtype == np.float64
         assert result.Q.dtype == np.float32
         assert result.Q.shape == w.shape
-        assert result.variant in grid.variants
-        assert np.isin(result.Q, grid.levels(result.variant)).all()
+        tried = grid.variants if solver == "reference" else [grid.canonical]
+        assert any(np.isin(result.Q, grid.levels(variant)).all() for variant in tried)
         assert np.isfinite(result.alpha).all()
         zero = ~w.any(axis=1)
         assert not result.alpha[zero].any()

@@ -18,13 +18,14 @@ import pytest
 
 from quantize import cli
 from quantize.caffenet import InferenceNet, Weights, read_prototxt
+from quantize.caffenet.model import Model
+from quantize.caffenet.quantized import with_alpha_terms
 from quantize.commands.config import load
 from quantize.commands.terminal import Lines, rate_text
 from quantize.job.evaluation import evaluate_run, report_run
 from quantize.job.run import Run
 from quantize.measure.closeness import log_softmax
 from quantize.measure.sqnr import images_to_measure
-from quantize.progress import Progress
 from quantize.record import (
     Accuracy,
     ActivationsRecord,
@@ -47,9 +48,10 @@ from quantize.record import (
 from quantize.report import plots
 from quantize.report.advice import advise
 from quantize.report.facts import NormPlot, Row, rows_of
-from quantize.report.page import Caffemodels, render
+from quantize.report.page import render
 from tests.conftest import Job
-from tests.nets import RESIDUAL, parse
+from tests.heard import Heard
+from tests.nets import RESIDUAL, model_of, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = """</text></svg><img src=x onerror=alert(1)>$\\alpha_{$&quot;'</script>{{7*7}}"""
@@ -59,14 +61,6 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--v=0"),
     "--window-size=500,900",  # the narrowest that it makes
 )
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="session")
@@ -146,9 +140,9 @@ def test_hostile_names_stay_text(job: Job, browse: Callable[[Path], tuple[str, s
             new.add(layer, old[before])
     with open(weights, "wb") as file:
         new.write(file)
-    notes = Notes()
-    Run(job.config(), notes).quantize()
-    assert not any("report.html" in note for note in notes.notes), notes.notes
+    heard = Heard()
+    Run(job.config(), heard).quantize()
+    assert not any("report.html" in note for note in heard.notes), heard.notes
     page = page_of(job)
     assert "<img" not in page
     assert "{{7*7}}" in page
@@ -165,9 +159,9 @@ def test_a_page_that_fails_is_said_and_undoes_nothing(done: Job, monkeypatch: py
         raise RuntimeError("no fonts here")
 
     monkeypatch.setattr(plots, "depth_plot", broken)
-    notes = Notes()
-    Run(done.config(), notes).quantize(("activations",))
-    assert any("report.html could not be made (RuntimeError: no fonts here)" in note for note in notes.notes)
+    heard = Heard()
+    Run(done.config(), heard).quantize(("activations",))
+    assert any("report.html could not be made (RuntimeError: no fonts here)" in note for note in heard.notes)
     assert not (done.out / "report.html").exists()  # the old one showed other numbers
     assert (done.out / "residual_deploy.prototxt").exists()
     with pytest.raises(RuntimeError, match="no fonts"):
@@ -192,9 +186,9 @@ def test_resuming_a_finished_run_keeps_everything(done: Job) -> None:
 
 
 def test_the_first_stage_alone_has_a_page_that_says_so(job: Job) -> None:
-    notes = Notes()
-    Run(job.config(), notes).quantize(("weights",))
-    assert notes.notes == []
+    heard = Heard()
+    Run(job.config(), heard).quantize(("weights",))
+    assert heard.notes == []
     page = page_of(job)
     assert "Not run yet: renorm and activations" in page
     assert "BatchNorm before and after" not in page
@@ -203,9 +197,9 @@ def test_the_first_stage_alone_has_a_page_that_says_so(job: Job) -> None:
 def test_a_network_that_is_left_as_it_is_has_a_page(job: Job) -> None:
     layers = ("conv1", "left", "right_a", "right_b", "fc1", "fc2")
     skipping = ", ".join(f"{name}: {{skip: true}}" for name in layers)
-    notes = Notes()
-    Run(job.config(f"weights.layers={{{skipping}}}"), notes).quantize()
-    assert not any("report.html" in note for note in notes.notes), notes.notes
+    heard = Heard()
+    Run(job.config(f"weights.layers={{{skipping}}}"), heard).quantize()
+    assert not any("report.html" in note for note in heard.notes), heard.notes
     assert "fc2 keeps full precision" in page_of(job)
 
 
@@ -222,12 +216,12 @@ def test_norms_without_statistics_have_a_page_that_says_so(
         weights.replace(name, [blob * factor for blob, factor in zip(weights[name], factors, strict=True)])
     with open(path, "wb") as file:
         weights.write(file)
-    notes = Notes()
-    Run(job.config(), notes).quantize()
-    said = [note for note in notes.notes if words in note]
+    heard = Heard()
+    Run(job.config(), heard).quantize()
+    said = [note for note in heard.notes if words in note]
     assert len(said) == 1
     assert said[0].startswith(f"weights: BatchNorm {', '.join(norms[:5])}")
-    assert not any("report.html" in note for note in notes.notes), notes.notes
+    assert not any("report.html" in note for note in heard.notes), heard.notes
     assert words in page_of(job)
     assert "BatchNorm before and after" not in page_of(job)
     report_run(job.config())
@@ -268,11 +262,11 @@ def test_report_command(
 
 
 def test_held_out_images_are_those_behind_the_used_ones(done: Job) -> None:
-    notes = Notes()
+    heard = Heard()
     unlabeled = ("data.validation=null", "renorm.images=13", "activations.images=12")
-    found = evaluate_run(done.config(*unlabeled), progress=notes)
+    found = evaluate_run(done.config(*unlabeled), progress=heard)
     assert found.images == 7
-    assert any("from number 13 on" in note for note in notes.notes)
+    assert any("from number 13 on" in note for note in heard.notes)
     assert report_of(done)["evaluation"]["images_from"] == "held_out"
     close = found.closeness["quantized"]
     assert 0 < close.divergence < 10
@@ -300,7 +294,8 @@ def test_plots_are_only_imported_to_plot() -> None:
 def test_a_large_network_has_a_small_page() -> None:
     """ResNet-50: 54 layers with weights, 53 BatchNorms, 26,560 channels."""
     rng = np.random.default_rng(0)
-    net = InferenceNet.of(read_prototxt(ROOT / "configs/models/resnet50.prototxt")).net
+    given = read_prototxt(ROOT / "configs/models/resnet50.prototxt")
+    net = InferenceNet.of(given).net
     layers = [layer for layer in net.layer if layer.type in ("Convolution", "InnerProduct")]
     norms = [layer for layer in net.layer if layer.type == "BatchNorm"]
     relus = [layer for layer in net.layer if layer.type == "ReLU"]
@@ -337,7 +332,7 @@ def test_a_large_network_has_a_small_page() -> None:
         update={"output_sqnr": OutputSqnr(32, [LayerSqnr(w.name, {"quantized": 20.0}) for w in weights])}
     )
     began = time.monotonic()
-    page = render(record, net, Caffemodels(full, quantized, after))
+    page = render(record, *(Model(with_alpha_terms(given, each), each) for each in (full, quantized, after)))
     assert len(page) < 3e6
     assert time.monotonic() - began < 30
     assert len(rows_of(record, net)) == len(layers) + 16  # a ReLU behind each sum
@@ -618,11 +613,9 @@ def test_it_sorts_and_requests_nothing(done: Job, browse: Callable[[Path], tuple
 def test_the_page_says_what_is_in_float() -> None:
     coverage = Coverage(10**6, 1.0, 0.725, 0.7, {"stem": "reads the net's input <data>"})
     record = a_record().model_copy(update={"coverage": coverage})
-    page = render(
-        record,
-        parse('layer { name: "x" type: "ReLU" bottom: "d" top: "x" }'),
-        Caffemodels(Weights(), Weights(), None),
-    )
+    net = parse('layer { name: "x" type: "ReLU" bottom: "d" top: "x" }')
+    model = model_of(net, Weights())
+    page = render(record, model, model, None)
     assert "70.0 %" in page
     assert "inputs on codes 72.5 %" in page
     assert "reads the net&#39;s input &lt;data&gt;" in page

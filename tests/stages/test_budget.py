@@ -17,10 +17,10 @@ from quantize.caffenet import (
     Weights,
     infer_shapes,
     layer_index,
-    remove_layer,
     single_assignment,
 )
 from quantize.caffenet.kernels import from_kernels, to_kernels
+from quantize.caffenet.model import Model
 from quantize.commands.config import load
 from quantize.commands.summary import print_summary
 from quantize.data import Transform
@@ -33,37 +33,22 @@ from quantize.measure.outputs import Output
 from quantize.numerics.grids import make_grid
 from quantize.numerics.moments import moments_of
 from quantize.numerics.solvers import fit
-from quantize.progress import Progress
 from quantize.record import QuantizedLayer, RunRecord
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.budget import Sensitivities, allocate, bits_left, keep_budget, sensitivities
 from quantize.stages.data_aware import Calibration
 from quantize.sweep.plan import Costs
 from tests.conftest import Job
+from tests.heard import Heard
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
 ONNX = engine_opener("onnx", CaffeProcess(), 1)
 IMAGES = 21
+NET = InferenceNet.of(parse(RESIDUAL)).net
 SCORES = Output("fc2", class_axis=1)
 EPSILON = 1e-5
 """Caffe's default of BatchNorm."""
-
-
-class Heard(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.total = self.done = 0.0
-
-    def start(self, title: str, total: float) -> None:
-        if title == "budget":
-            self.total, self.done = total, 0.0
-
-    def advance(self, amount: float = 1.0) -> None:
-        self.done += amount
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 # ---- Which bits ----
@@ -181,12 +166,17 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     path = write_images(tmp_path_factory.mktemp("images") / "lmdb", IMAGES)
     images = images_of(path, Transform(crop_size=9, scale=0.02, mean_value=(100.0,)), phase=1)
     test = InferenceNet.of(parse(RESIDUAL))
-    return Calibration(test.net, Feed({test.blob: images}), ONNX, None)
+    return Calibration(Feed({test.blob: images}), ONNX, None)
 
 
 @pytest.fixture(scope="module")
-def weights(calibration: Calibration) -> Weights:
-    return random_weights(calibration.net, {"data": CROPPED})
+def weights() -> Weights:
+    return random_weights(NET, {"data": CROPPED})
+
+
+@pytest.fixture(scope="module")
+def model(weights: Weights) -> Model:
+    return Model(parse(RESIDUAL), weights)
 
 
 def run(net: NetParameter, weights: Weights, calibration: Calibration, blob: str) -> np.ndarray:
@@ -224,20 +214,19 @@ NORMS = {"left": "bn_left", "right_a": "bn_right_a", "right_b": "bn_right_b", "f
 
 @pytest.mark.parametrize("memory", [None, 40_000])
 def test_sensitivities_are_what_they_are_defined_to_be(
-    calibration: Calibration, weights: Weights, memory: int | None
+    calibration: Calibration, model: Model, weights: Weights, memory: int | None
 ) -> None:
     """Also where the memory is too little to keep what is before a layer, and micro-batches are small."""
-    bounded = Calibration(calibration.net, calibration.feed, ONNX, memory)
+    bounded = Calibration(calibration.feed, ONNX, memory)
     heard = Heard()
-    found, images = sensitivities(weights, list(NORMS), "power_of_two", bounded, SCORES, heard)
+    found, images = sensitivities(model, list(NORMS), "power_of_two", bounded, SCORES, heard)
     assert images == IMAGES
     assert list(found) == list(NORMS)
-    assert heard.done == pytest.approx(heard.total)
-    assert heard.total > 0
+    assert heard.done["budget"] == pytest.approx(heard.total["budget"])
     for name, norm in NORMS.items():
         assert list(found[name]) == [2, 3, 4, 5]
         for bits, value in found[name].items():
-            wanted = divergence_by_hand(calibration.net, weights, calibration, name, norm, bits)
+            wanted = divergence_by_hand(NET, weights, calibration, name, norm, bits)
             assert value == pytest.approx(wanted, rel=1e-2, abs=1e-7), (name, bits)
 
 
@@ -245,75 +234,71 @@ def test_without_a_batchnorm_or_with_another_reader_nothing_is_repaired(
     calibration: Calibration, weights: Weights
 ) -> None:
     net = NetParameter()
-    net.CopyFrom(calibration.net)
-    remove_layer(net, "bn_right_b")
+    net.CopyFrom(parse(RESIDUAL))
+    del net.layer[layer_index(net, "bn_right_b")]
     for layer in net.layer:
         if layer.name == "bn_right_a":
             layer.top[:] = ["beside"]  # right_b reads what is not normalized
-    bare = Calibration(net, calibration.feed, ONNX, None)
-    found, _ = sensitivities(weights, ["right_a", "right_b"], "power_of_two", bare, SCORES)
+    found, _ = sensitivities(Model(net, weights), ["right_a", "right_b"], "power_of_two", calibration, SCORES)
     for name in found:
-        wanted = divergence_by_hand(net, weights, calibration, name, None, 3)
+        wanted = divergence_by_hand(InferenceNet.of(net).net, weights, calibration, name, None, 3)
         assert found[name][3] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_net_that_costs_much_is_measured_on_fewer_images(
-    calibration: Calibration, weights: Weights, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("quantize.stages.budget.LEAST_IMAGES", 3)
-    _, images = sensitivities(weights, ["left"], "uniform", calibration, SCORES)
+def test_a_net_that_costs_much_is_measured_on_fewer_images(calibration: Calibration, model: Model) -> None:
+    _, images = sensitivities(model, ["left"], "uniform", calibration, SCORES)
     assert images == IMAGES
-    net = single_assignment(calibration.net)
+    net = single_assignment(NET)
     costs = Costs.of(net, infer_shapes(net, {"data": (1, *CROPPED)}), ["data"], ["fc2"])
     behind = costs.between(layer_index(net, "left"), len(net.layer))
-    monkeypatch.setattr("quantize.stages.budget.WORK", 7 * behind * 7.5)  # 2 to 8 bits
-    _, images = sensitivities(weights, ["left"], "uniform", calibration, SCORES)
-    assert images == 7
-    monkeypatch.setattr("quantize.stages.budget.WORK", 1.0)
-    _, images = sensitivities(weights, ["left"], "uniform", calibration, SCORES)
-    assert images == 3
+    work = 7 * behind * 7.5  # 2 to 8 bits
+    for most, wanted in ((work, 7), (1.0, 3)):
+        _, images = sensitivities(model, ["left"], "uniform", calibration, SCORES, work=most, least_images=3)
+        assert images == wanted
 
 
-def test_more_bits_of_the_uniform_grid_move_the_output_less(
-    calibration: Calibration, weights: Weights
-) -> None:
-    found, _ = sensitivities(weights, list(NORMS), "uniform", calibration, SCORES)
+def test_more_bits_of_the_uniform_grid_move_the_output_less(calibration: Calibration, model: Model) -> None:
+    found, _ = sensitivities(model, list(NORMS), "uniform", calibration, SCORES)
     for by_bits in found.values():
         assert list(by_bits) == list(range(2, 9))
         assert by_bits[2] > 4 * by_bits[4] > 16 * by_bits[6] > 0
 
 
-def test_a_layer_without_influence_on_the_scores_is_named(calibration: Calibration, weights: Weights) -> None:
+def test_a_layer_without_influence_on_the_scores_is_named(calibration: Calibration, model: Model) -> None:
     with pytest.raises(
         InputError, match=r"do not depend on layer right_b.*give weights\.layers\.right_b\.bits"
     ):
-        sensitivities(weights, ["left", "right_b"], "uniform", calibration, Output("left", class_axis=1))
+        sensitivities(model, ["left", "right_b"], "uniform", calibration, Output("left", class_axis=1))
     with pytest.raises(InputError, match="cannot be computed from the images alone"):
-        sensitivities(weights, ["left"], "uniform", calibration, Output("label", class_axis=1))
+        sensitivities(model, ["left"], "uniform", calibration, Output("label", class_axis=1))
 
 
-def test_scores_that_are_not_finite_are_one_line(calibration: Calibration, weights: Weights) -> None:
+def test_scores_that_are_not_finite_are_one_line(
+    calibration: Calibration, model: Model, weights: Weights
+) -> None:
     huge = weights.copy()
     huge.replace("scale1", [np.full(6, 3e38, np.float32), np.full(6, 3e38, np.float32)])
     with pytest.raises(LabelfreeError, match="not finite"):
-        sensitivities(huge, ["left"], "uniform", calibration, SCORES)
+        sensitivities(Model(model.net, huge), ["left"], "uniform", calibration, SCORES)
 
 
-def test_too_little_memory_says_how_much_would_do(calibration: Calibration, weights: Weights) -> None:
-    tight = Calibration(calibration.net, calibration.feed, ONNX, 1000)
+def test_too_little_memory_says_how_much_would_do(calibration: Calibration, model: Model) -> None:
+    tight = Calibration(calibration.feed, ONNX, 1000)
     with pytest.raises(
         InputError, match=r"renorm\.memory: 1000 bytes.*least that would do is (\d+)"
     ) as caught:
-        sensitivities(weights, ["left"], "uniform", tight, SCORES)
+        sensitivities(model, ["left"], "uniform", tight, SCORES)
     least = int(str(caught.value).split("least that would do is ")[1].split()[0])
-    enough = Calibration(calibration.net, calibration.feed, ONNX, least)
-    assert sensitivities(weights, ["left"], "power_of_two", enough, SCORES)
+    enough = Calibration(calibration.feed, ONNX, least)
+    assert sensitivities(model, ["left"], "power_of_two", enough, SCORES)
 
 
-def test_overrides_and_the_ends_keep_their_bits(calibration: Calibration, weights: Weights) -> None:
+def test_overrides_and_the_ends_keep_their_bits(
+    calibration: Calibration, model: Model, weights: Weights
+) -> None:
     layers = {"left": {"bits": 6, "grid": "uniform"}, "right_a": {"skip": True}}
     settings = WeightSettings.model_validate({"budget": 5, "layers": layers})
-    chosen, found = keep_budget(weights, settings, calibration, SCORES)
+    chosen, found = keep_budget(model, settings, calibration, SCORES)
     assert list(chosen) == ["conv1", "left", "right_b", "fc1", "fc2"]
     assert [chosen[name].bits for name in ("conv1", "left", "fc2")] == [8, 6, 8]
     assert chosen["left"].grid == "uniform"

@@ -17,6 +17,7 @@ from quantize.job.evaluation import evaluate_run
 from quantize.job.run import Run
 from quantize.numerics.grids import Grid, make_grid
 from quantize.numerics.rounding import (
+    BLOCK,
     DAMPINGS,
     Nearest,
     Problem,
@@ -30,13 +31,22 @@ from quantize.numerics.rounding import (
     start_alphas,
 )
 from quantize.numerics.solvers import fit
-from quantize.progress import Progress
 from quantize.settings import CaffeProcess, GridChoice, WeightSettings
 from quantize.stages.data_aware import Calibration, LayerMoments, data_aware
-from quantize.stages.renorm import renorm
-from quantize.stages.weights import choices, weights_quan
+from quantize.stages.weights import choices
 from tests.conftest import Job
-from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
+from tests.heard import Heard
+from tests.nets import (
+    CROPPED,
+    RESIDUAL,
+    images_of,
+    model_of,
+    parse,
+    quantized_weights,
+    random_weights,
+    renorm_weights,
+    write_images,
+)
 
 GRIDS = [
     *(("power_of_two", bits) for bits in range(2, 6)),
@@ -129,12 +139,9 @@ def test_few_images_are_not_believed() -> None:
 # ---- The steps ----
 
 
-@pytest.mark.parametrize(("k", "block"), [(7, 3), (12, 4), (5, 128)])
-def test_the_recursion_is_babais_and_optimal_brain_quantization(
-    monkeypatch: pytest.MonkeyPatch, k: int, block: int
-) -> None:
+@pytest.mark.parametrize("k", [5, BLOCK, 2 * BLOCK + 7])
+def test_the_recursion_is_babais_and_optimal_brain_quantization(k: int) -> None:
     """Blocked, over groups: the same as rounding one weight and solving for the others again, each time."""
-    monkeypatch.setattr("quantize.numerics.rounding.BLOCK", block)
     problem, nearest = problem_of(2, 3, k), Nearest(make_grid("power_of_two", 3))
     alpha = np.full((2, 3), 0.1)
     found = recursion(problem.target, factor_of(problem), alpha, nearest)
@@ -149,17 +156,16 @@ def test_the_recursion_is_babais_and_optimal_brain_quantization(
             w[i] -= error
 
 
-@pytest.mark.parametrize("block", [3, 128])
-def test_a_sweep_is_one_descent_over_the_coordinates(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr("quantize.numerics.rounding.BLOCK", block)
-    problem, nearest = problem_of(2, 2, 8), Nearest(make_grid("uniform", 3))
+@pytest.mark.parametrize("k", [8, 2 * BLOCK + 7])
+def test_a_sweep_is_one_descent_over_the_coordinates(k: int) -> None:
+    problem, nearest = problem_of(2, 2, k), Nearest(make_grid("uniform", 3))
     alpha = np.full((2, 2), 0.15)
     start = nearest(problem.target, alpha[:, :, None])
     loss = problem.loss(alpha[:, :, None] * start)
     found = coordinate_descent(problem, Rounding(alpha, start, start @ problem.H, loss), nearest)
     for group, n in product(range(2), range(2)):
         H, w, q = problem.H[group], problem.target[group, n], start[group, n].copy()
-        for i in reversed(range(8)):
+        for i in reversed(range(k)):
             tried = []
             for level in nearest.levels:
                 q[i] = level
@@ -330,8 +336,8 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[NetParameter, 
     )
     feed = Feed({test.blob: images})
     weights = random_weights(test.net, {test.blob: CROPPED})
-    weights, _ = renorm(test.net, weights, feed, ONNX, None)
-    return net, weights, Calibration(test.net, feed, ONNX, None)
+    weights, _ = renorm_weights(test.net, weights, feed, ONNX, None)
+    return net, weights, Calibration(feed, ONNX, None)
 
 
 def scores(net: NetParameter, weights: Weights, calibration: Calibration) -> np.ndarray:
@@ -347,13 +353,15 @@ def test_the_scores_come_nearer_to_full_precision(
     calibrated: tuple[NetParameter, Weights, Calibration], bits: int, grid: str
 ) -> None:
     net, weights, calibration = calibrated
-    chosen = choices(calibration.net, WeightSettings.model_validate({"bits": bits, "grid": grid}))
+    chosen = choices(InferenceNet.of(net).net, WeightSettings.model_validate({"bits": bits, "grid": grid}))
     wanted = scores(net, weights, calibration)
     errors = {}
     for solver in ("optimal", "data_aware"):
-        changed, quantized, findings = weights_quan(net, weights, chosen, solver, calibration=calibration)
+        changed, quantized, findings = quantized_weights(
+            net, weights, chosen, solver, calibration=calibration
+        )
         inference = InferenceNet.of(changed)
-        quantized, _ = renorm(inference.net, quantized, calibration.feed, ONNX, None)
+        quantized, _ = renorm_weights(inference.net, quantized, calibration.feed, ONNX, None)
         errors[solver] = np.square(scores(changed, quantized, calibration) - wanted).sum()
     assert errors["data_aware"] < 0.6 * errors["optimal"]
     assert [finding.name for finding in findings] == list(chosen)
@@ -370,7 +378,7 @@ def test_the_scores_come_nearer_to_full_precision(
 def test_the_statistics_of_the_norms_are_those_of_renorm(
     calibrated: tuple[NetParameter, Weights, Calibration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the layers see is the net quantized so far, renormed: so its statistics are those of stage 2."""
+    """What the layers see is the net quantized so far, renormed as the stage renorm does it."""
     net, weights, calibration = calibrated
     seen: dict[str, list[np.ndarray]] = {}
     engines = []
@@ -387,10 +395,10 @@ def test_the_statistics_of_the_norms_are_those_of_renorm(
         engines.append(engine)
         return engine
 
-    chosen = choices(calibration.net, WeightSettings())
-    recording = Calibration(calibration.net, calibration.feed, opened, None)  # type: ignore[arg-type]
-    changed, quantized, _ = weights_quan(net, weights, chosen, "data_aware", calibration=recording)
-    final, _ = renorm(InferenceNet.of(changed).net, quantized, calibration.feed, ONNX, None)
+    chosen = choices(InferenceNet.of(net).net, WeightSettings())
+    recording = Calibration(calibration.feed, opened, None)  # type: ignore[arg-type]
+    changed, quantized, _ = quantized_weights(net, weights, chosen, "data_aware", calibration=recording)
+    final, _ = renorm_weights(InferenceNet.of(changed).net, quantized, calibration.feed, ONNX, None)
     assert len(engines) == 1
     for name in ("bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"):
         np.testing.assert_allclose(seen[name][0], final[name][0], rtol=1e-3, atol=1e-4)
@@ -398,10 +406,10 @@ def test_the_statistics_of_the_norms_are_those_of_renorm(
 
 
 def test_less_memory_gives_the_same(calibrated: tuple[NetParameter, Weights, Calibration]) -> None:
-    _, weights, calibration = calibrated
-    chosen = choices(calibration.net, WeightSettings())
-    free = data_aware(weights, chosen, calibration)
-    tight = data_aware(weights, chosen, Calibration(calibration.net, calibration.feed, ONNX, memory=200_000))
+    net, weights, calibration = calibrated
+    chosen = choices(InferenceNet.of(net).net, WeightSettings())
+    free = data_aware(model_of(net, weights), chosen, calibration)
+    tight = data_aware(model_of(net, weights), chosen, Calibration(calibration.feed, ONNX, memory=200_000))
     # Smaller micro-batches round differently, and one weight at another level leads to others.
     apart = [abs((one.output_sqnr_db or 0) - (tight[name].output_sqnr_db or 0)) for name, one in free.items()]
     assert max(apart) < 1
@@ -426,9 +434,9 @@ def test_depthwise_transposed_and_layers_that_are_not_provided_for(tmp_path: Pat
     images = images_of(
         write_images(tmp_path / "lmdb", 30), Transform(crop_size=9, scale=0.02, mean_value=(100.0,)), 1
     )
-    calibration = Calibration(InferenceNet.of(net).net, Feed({"data": images}), ONNX, None)
+    calibration = Calibration(Feed({"data": images}), ONNX, None)
     chosen = {name: GridChoice(bits=3) for name in ("dw", "twice", "fc")}
-    found = data_aware(weights, chosen, calibration)
+    found = data_aware(model_of(net, weights), chosen, calibration)
     plain = fit(to_kernels(net.layer[2], weights["twice"][0]), make_grid("power_of_two", 3))
     np.testing.assert_array_equal(found["twice"].Q, plain.Q)
     assert found["twice"].output_sqnr_db is None
@@ -450,11 +458,11 @@ def test_depthwise_transposed_and_layers_that_are_not_provided_for(tmp_path: Pat
 def test_a_net_that_overflows_is_one_line(
     calibrated: tuple[NetParameter, Weights, Calibration],
 ) -> None:
-    _, weights, calibration = calibrated
+    net, weights, calibration = calibrated
     huge = weights.copy()
     huge.replace("scale1", [np.full(6, 3e38, np.float32), np.full(6, 3e38, np.float32)])
     with pytest.raises(LabelfreeError, match="not finite"):
-        data_aware(huge, choices(calibration.net, WeightSettings()), calibration)
+        data_aware(model_of(net, huge), choices(InferenceNet.of(net).net, WeightSettings()), calibration)
 
 
 # ---- The whole job ----
@@ -467,9 +475,9 @@ def test_the_whole_job(job: Job) -> None:
     assert record.stages.weights is not None
     layers = record.stages.weights.layers
     assert all(layer.output_sqnr_db > layer.nearest_sqnr_db - 1 for layer in layers)
-    notes = Notes()
-    Run(config, notes).quantize(resume=True)
-    assert sum("skipped" in note for note in notes.notes) == 3
+    heard = Heard()
+    Run(config, heard).quantize(resume=True)
+    assert sum("skipped" in note for note in heard.notes) == 3
     Run(config).quantize(force=True)
     assert (job.out / "residual_renorm.caffemodel").read_bytes() == first
     found = evaluate_run(config)
@@ -479,12 +487,12 @@ def test_the_whole_job(job: Job) -> None:
 
 def test_other_images_are_another_result(job: Job) -> None:
     Run(job.config("weights.solver=data_aware", "weights.images=20")).quantize(("weights",))
-    notes = Notes()
+    heard = Heard()
     before = (job.out / "residual_quantized.caffemodel").read_bytes()
-    Run(job.config("weights.solver=data_aware", "weights.images=19"), notes).quantize(
+    Run(job.config("weights.solver=data_aware", "weights.images=19"), heard).quantize(
         ("weights",), resume=True
     )
-    assert not any("skipped" in note for note in notes.notes)
+    assert not any("skipped" in note for note in heard.notes)
     assert (job.out / "residual_quantized.caffemodel").read_bytes() != before
 
 
@@ -494,11 +502,3 @@ def test_it_needs_images(job: Job) -> None:
     with pytest.raises(InputError, match=r"data\.calibration\.source is missing"):
         Run(job.config("weights.solver=data_aware")).quantize(("weights",))
     assert not job.out.exists() or not list(job.out.iterdir())
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)

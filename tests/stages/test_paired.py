@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from quantize.caffenet import TRAIN, InferenceNet, NetParameter, Weights, single_assignment
+from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import correctable
 from quantize.commands.config import load
 from quantize.data import Transform
@@ -15,9 +16,19 @@ from quantize.errors import InputError
 from quantize.numerics.moments import Moments, moments_of
 from quantize.settings import CaffeProcess, Config, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
-from quantize.stages.renorm import FullPrecision, Reference, renorm, stored_statistics, variance_ratio
-from quantize.stages.weights import choices, weights_quan
-from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
+from quantize.stages.renorm import Reference, stored_statistics, variance_ratio
+from quantize.stages.weights import choices
+from tests.nets import (
+    CROPPED,
+    RESIDUAL,
+    images_of,
+    model_of,
+    parse,
+    quantized_weights,
+    random_weights,
+    renorm_weights,
+    write_images,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 23
@@ -38,15 +49,14 @@ def net() -> NetParameter:
 
 
 @pytest.fixture(scope="module")
-def full(net: NetParameter) -> FullPrecision:
-    inference = InferenceNet.of(net).net
-    return FullPrecision(inference, random_weights(inference, {"data": CROPPED}))
+def full(net: NetParameter) -> Model:
+    return Model(net, random_weights(InferenceNet.of(net).net, {"data": CROPPED}))
 
 
 @pytest.fixture(scope="module")
-def quantized(net: NetParameter, full: FullPrecision) -> tuple[NetParameter, Weights]:
-    chosen = choices(full.net, WeightSettings(bits=3))
-    changed, weights, _ = weights_quan(net, full.weights, chosen, "optimal")
+def quantized(net: NetParameter, full: Model) -> tuple[NetParameter, Weights]:
+    chosen = choices(full.inference.net, WeightSettings(bits=3))
+    changed, weights, _ = quantized_weights(net, full.weights, chosen, "optimal")
     return InferenceNet.of(changed).net, weights
 
 
@@ -73,14 +83,14 @@ def normalized(moments: Moments, weights: Weights, name: str) -> tuple[np.ndarra
 @pytest.mark.parametrize("factor", [1.0, 0.75])
 @pytest.mark.parametrize("memory", [None, 60_000])
 def test_nothing_quantized_gives_back_what_is_stored(
-    full: FullPrecision, feed: Feed, memory: int | None, factor: float
+    full: Model, feed: Feed, memory: int | None, factor: float
 ) -> None:
     weights = full.weights.copy()
     for name in NORMS:
         mean, variance, _ = weights[name]
         weights.replace(name, [mean * factor, variance * factor, np.full(1, factor, np.float32)])
-    original = FullPrecision(full.net, weights)
-    renormed, shifts = renorm(full.net, weights, feed, OPEN, memory, full=original)
+    original = Model(full.net, weights)
+    renormed, shifts = renorm_weights(full.inference.net, weights, feed, OPEN, memory, full=original)
     for name in NORMS:
         mean, variance, one = renormed[name]
         wanted_mean, wanted_variance = stored_statistics(weights[name])
@@ -92,34 +102,34 @@ def test_nothing_quantized_gives_back_what_is_stored(
 
 
 def test_every_normalized_channel_has_full_precisions_mean_and_deviation(
-    full: FullPrecision, quantized: tuple[NetParameter, Weights], feed: Feed
+    full: Model, quantized: tuple[NetParameter, Weights], feed: Feed
 ) -> None:
     net, weights = quantized
-    renormed, _ = renorm(net, weights, feed, OPEN, None, full=full)
-    wanted, seen = inputs_of_norms(full.net, full.weights, feed), inputs_of_norms(net, renormed, feed)
+    renormed, _ = renorm_weights(net, weights, feed, OPEN, None, full=full)
+    wanted, seen = (
+        inputs_of_norms(full.inference.net, full.weights, feed),
+        inputs_of_norms(net, renormed, feed),
+    )
     for name in NORMS:
         for ours, theirs in zip(
             normalized(seen[name], renormed, name), normalized(wanted[name], full.weights, name), strict=True
         ):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    plain, _ = renorm(net, weights, feed, OPEN, None)
+    plain, _ = renorm_weights(net, weights, feed, OPEN, None)
     seen = inputs_of_norms(net, plain, feed)
     mean, _ = normalized(seen["bn_fc1"], plain, "bn_fc1")
     assert np.abs(mean - normalized(wanted["bn_fc1"], full.weights, "bn_fc1")[0]).max() > 0.1
 
 
 def test_the_result_does_not_depend_on_memory_micro_batch_or_threads(
-    full: FullPrecision,
-    quantized: tuple[NetParameter, Weights],
-    feed: Feed,
-    monkeypatch: pytest.MonkeyPatch,
+    full: Model, quantized: tuple[NetParameter, Weights], feed: Feed
 ) -> None:
-    expected, _ = renorm(*quantized, feed, OPEN, None, full=full)
-    for micro_batch_bytes, threads in ((64 << 20, 5), (20_000, 1), (1, 2)):
-        monkeypatch.setattr("quantize.sweep.plan.MICRO_BATCH_BYTES", micro_batch_bytes)
+    """The memory bounds micro-batches, too: to all images, 8, 2 or 1."""
+    expected, _ = renorm_weights(*quantized, feed, OPEN, None, full=full)
+    for threads in (5, 1, 2):
         opener = engine_opener("onnx", CaffeProcess(), threads)
         for memory in (None, 160_000, 40_000, 20_000):
-            found, _ = renorm(*quantized, feed, opener, memory, full=full)
+            found, _ = renorm_weights(*quantized, feed, opener, memory, full=full)
             for name in NORMS:
                 for got, wanted in zip(found[name], expected[name], strict=True):
                     np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
@@ -177,7 +187,7 @@ def test_it_is_the_formula(small: tuple[NetParameter, Weights, Weights], feed: F
     net, weights, changed = small
     pixels = next(feed.batches(COUNT)).feeds["data"]
     expected = by_hand(pixels, weights, changed, {"bn_a": 0.01, "bn_b": 1e-5})
-    renormed, _ = renorm(net, changed, feed, OPEN, None, full=FullPrecision(net, weights))
+    renormed, _ = renorm_weights(net, changed, feed, OPEN, None, full=model_of(net, weights))
     for name, (mean, variance) in expected.items():
         np.testing.assert_allclose(renormed[name][0], mean, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(renormed[name][1], variance, rtol=1e-5)
@@ -228,13 +238,13 @@ def test_nothing_becomes_a_nan(small: tuple[NetParameter, Weights, Weights], fee
         weights.replace("a", [kernels, bias])
         if case == "dead":
             changed.replace("a", [kernels, bias + 1])
-    renormed, shifts = renorm(net, changed, feed, OPEN, None, full=FullPrecision(net, weights))
+    renormed, shifts = renorm_weights(net, changed, feed, OPEN, None, full=model_of(net, weights))
     for name in ("bn_a", "bn_b"):
         assert all(np.isfinite(blob).all() for blob in renormed[name])
         assert (renormed[name][1] >= 0).all()
     assert all(np.isfinite([shift.mean_shift, shift.variance_ratio]).all() for shift in shifts)
     if case == "no statistics":
-        same, _ = renorm(net, weights, feed, OPEN, None, full=FullPrecision(net, weights))
+        same, _ = renorm_weights(net, weights, feed, OPEN, None, full=model_of(net, weights))
         np.testing.assert_allclose(same["bn_a"][0], 0, atol=1e-6)
         np.testing.assert_allclose(same["bn_a"][1], 0, atol=1e-6)
 
@@ -243,7 +253,7 @@ def test_errors_name_layers_as_the_files_do(feed: Feed) -> None:
     net = InferenceNet.of(parse(SMALL.replace('type: "ReLU"', 'type: "NobodyKnows"'))).net
     weights = random_weights(InferenceNet.of(parse(SMALL)).net, {"data": CROPPED})
     with pytest.raises(InputError, match=r"^layer 'relu' \(NobodyKnows\)"):
-        renorm(net, weights, feed, OPEN, None, full=FullPrecision(net, weights))
+        renorm_weights(net, weights, feed, OPEN, None, full=model_of(net, weights))
 
 
 # ---- Inside the data-aware solver ----
@@ -251,7 +261,7 @@ def test_errors_name_layers_as_the_files_do(feed: Feed) -> None:
 
 @pytest.mark.parametrize("statistics", ["paired", "measured"])
 def test_the_solver_fits_to_the_statistics_that_renorm_gives(
-    net: NetParameter, full: FullPrecision, feed: Feed, monkeypatch: pytest.MonkeyPatch, statistics: str
+    net: NetParameter, full: Model, feed: Feed, monkeypatch: pytest.MonkeyPatch, statistics: str
 ) -> None:
     seen: dict[str, list[np.ndarray]] = {}
 
@@ -266,21 +276,21 @@ def test_the_solver_fits_to_the_statistics_that_renorm_gives(
         monkeypatch.setattr(engine, "set_blobs", recorded)
         return engine
 
-    calibration = Calibration(full.net, feed, opened, None, statistics)  # type: ignore[arg-type]
-    chosen = choices(full.net, WeightSettings(bits=3))
-    changed, weights, _ = weights_quan(net, full.weights, chosen, "data_aware", calibration=calibration)
+    calibration = Calibration(feed, opened, None, statistics)  # type: ignore[arg-type]
+    chosen = choices(full.inference.net, WeightSettings(bits=3))
+    changed, weights, _ = quantized_weights(net, full.weights, chosen, "data_aware", calibration=calibration)
     reference = full if statistics == "paired" else None
-    final, _ = renorm(InferenceNet.of(changed).net, weights, feed, OPEN, None, full=reference)
+    final, _ = renorm_weights(InferenceNet.of(changed).net, weights, feed, OPEN, None, full=reference)
     biased = 1e-3 if statistics == "paired" else 2.5e-2
     for name in NORMS:
         np.testing.assert_allclose(seen[name][0], final[name][0], rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(seen[name][1], final[name][1], rtol=2 * biased)
 
 
-def test_nothing_to_round_leaves_the_solver_with_what_is_stored(full: FullPrecision, feed: Feed) -> None:
+def test_nothing_to_round_leaves_the_solver_with_what_is_stored(full: Model, feed: Feed) -> None:
     """8 bits of the first layer alone: the layers behind are fitted as if nothing had happened."""
     chosen = {"fc2": WeightSettings(bits=8, grid="uniform")}
-    found = data_aware(full.weights, chosen, Calibration(full.net, feed, OPEN, None))
+    found = data_aware(full, chosen, Calibration(feed, OPEN, None))
     assert found["fc2"].output_sqnr_db is not None
     assert found["fc2"].output_sqnr_db > 35
 
@@ -305,11 +315,13 @@ BARE = """
 @pytest.mark.parametrize("memory", [None, 20_000])
 def test_the_means_of_outputs_are_kept_by_biases(feed: Feed, memory: int | None) -> None:
     net = InferenceNet.of(parse(BARE)).net
-    full = FullPrecision(net, random_weights(net, {"data": CROPPED}))
-    changed, weights, _ = weights_quan(net, full.weights, choices(net, WeightSettings(bits=2)), "optimal")
+    full = model_of(net, random_weights(net, {"data": CROPPED}))
+    changed, weights, _ = quantized_weights(
+        net, full.weights, choices(net, WeightSettings(bits=2)), "optimal"
+    )
     biases = correctable(changed)
     assert biases == {name: f"{name}_alpha_term" for name in ("a", "c", "fc")}
-    corrected, _ = renorm(changed, weights, feed, OPEN, memory, full=full, biases=biases)
+    corrected, _ = renorm_weights(changed, weights, feed, OPEN, memory, full=full, biases=True)
 
     def means(net: NetParameter, weights: Weights, layer: str) -> np.ndarray:
         """Of the layer's output, behind its alpha."""
@@ -333,15 +345,15 @@ def test_the_means_of_outputs_are_kept_by_biases(feed: Feed, memory: int | None)
 
 def test_nothing_quantized_leaves_the_biases(feed: Feed) -> None:
     net = InferenceNet.of(parse(BARE)).net
-    full = FullPrecision(net, random_weights(net, {"data": CROPPED}))
+    full = model_of(net, random_weights(net, {"data": CROPPED}))
     chosen = choices(net, WeightSettings(bits=2))
-    changed, weights, _ = weights_quan(net, full.weights, chosen, "optimal")
+    changed, weights, _ = quantized_weights(net, full.weights, chosen, "optimal")
     for name in chosen:
         blob, *bias = full.weights[name]
         weights.replace(name, [blob, *bias])
         ones = np.ones(len(weights[f"{name}_alpha_term"][0]))
         weights.replace(f"{name}_alpha_term", [ones, *(0 * b for b in bias)])
-    corrected, _ = renorm(changed, weights, feed, OPEN, None, full=full, biases=correctable(changed))
+    corrected, _ = renorm_weights(changed, weights, feed, OPEN, None, full=full, biases=True)
     for name in ("a", "fc"):
         np.testing.assert_allclose(corrected[name][1], full.weights[name][1], rtol=1e-5, atol=1e-5)
 
@@ -369,24 +381,22 @@ SIAMESE = """
 
 
 @pytest.fixture(scope="module")
-def siamese() -> FullPrecision:
+def siamese() -> Model:
     net = InferenceNet.of(parse(SIAMESE)).net
     weights = random_weights(net, {"data": CROPPED})
     for one, two in (("one", "two"), ("norm_one", "norm_two"), ("again", "and_again")):
         weights.replace(two, weights[one])
-    return FullPrecision(net, weights)
+    return model_of(net, weights)
 
 
 @pytest.mark.parametrize("statistics", ["paired", "measured"])
-def test_shared_statistics_are_those_of_all_that_is_read(
-    siamese: FullPrecision, feed: Feed, statistics: str
-) -> None:
+def test_shared_statistics_are_those_of_all_that_is_read(siamese: Model, feed: Feed, statistics: str) -> None:
     changed = siamese.weights.copy()
     kernels, bias = siamese.weights["one"]
     for name in ("one", "two"):
         changed.replace(name, [1.5 * kernels, bias + 1])
     full = siamese if statistics == "paired" else None
-    renormed, _ = renorm(siamese.net, changed, feed, OPEN, None, full=full)
+    renormed, _ = renorm_weights(siamese.net, changed, feed, OPEN, None, full=full)
     seen, wanted = (inputs_of_norms(siamese.net, w, feed) for w in (changed, siamese.weights))
     together, reference = (m["norm_one"].merged(m["norm_two"]) for m in (seen, wanted))
     mean, variance = stored_statistics(siamese.weights["norm_one"])
@@ -399,17 +409,17 @@ def test_shared_statistics_are_those_of_all_that_is_read(
         np.testing.assert_allclose(renormed[name][1], variance, rtol=1e-4)
 
 
-def test_shared_statistics_of_nothing_quantized_stay(siamese: FullPrecision, feed: Feed) -> None:
-    renormed, _ = renorm(siamese.net, siamese.weights, feed, OPEN, None, full=siamese)
+def test_shared_statistics_of_nothing_quantized_stay(siamese: Model, feed: Feed) -> None:
+    renormed, _ = renorm_weights(siamese.net, siamese.weights, feed, OPEN, None, full=siamese)
     mean, variance = stored_statistics(siamese.weights["norm_one"])
     np.testing.assert_allclose(renormed["norm_two"][0], mean, atol=1e-6)
     np.testing.assert_allclose(renormed["norm_two"][1], variance, rtol=1e-6)
 
 
-def test_shared_weights_are_fitted_to_all_that_they_see(siamese: FullPrecision, feed: Feed) -> None:
+def test_shared_weights_are_fitted_to_all_that_they_see(siamese: Model, feed: Feed) -> None:
     """Side by side and one behind the other: one alpha and Q, a bias for each use."""
     chosen = {name: WeightSettings(bits=2) for name in ("one", "again")}
-    found = data_aware(siamese.weights, chosen, Calibration(siamese.net, feed, OPEN, None))
+    found = data_aware(siamese, chosen, Calibration(feed, OPEN, None))
     assert set(found) == {"one", "two", "again", "and_again"}
     for first, second in (("one", "two"), ("again", "and_again")):
         np.testing.assert_array_equal(found[first].Q, found[second].Q)
@@ -423,7 +433,9 @@ def test_shared_weights_are_fitted_to_all_that_they_see(siamese: FullPrecision, 
     alone.CopyFrom(siamese.net)
     for layer in alone.layer:
         del layer.param[:]
-    first = data_aware(siamese.weights, {"one": chosen["one"]}, Calibration(alone, feed, OPEN, None))["one"]
+    first = data_aware(
+        model_of(alone, siamese.weights), {"one": chosen["one"]}, Calibration(feed, OPEN, None)
+    )["one"]
     pixels = next(feed.batches(COUNT)).feeds["data"]
     kernels = siamese.weights["one"][0].reshape(4, -1)
     errors = []

@@ -10,11 +10,20 @@ from quantize.data import Transform
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.engines.base import Engine
-from quantize.progress import Progress
 from quantize.settings import CaffeProcess
-from quantize.stages.renorm import Tour, renorm
+from quantize.stages.renorm import Tour
 from quantize.sweep.run import Shard
-from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
+from tests.heard import Heard
+from tests.nets import (
+    CROPPED,
+    RESIDUAL,
+    images_of,
+    model_of,
+    parse,
+    random_weights,
+    renorm_weights,
+    write_images,
+)
 
 TRANSFORM = Transform(crop_size=9, mirror=True, scale=0.02, mean_value=(100.0,))
 COUNT = 23
@@ -64,7 +73,7 @@ def test_it_is_the_training_mode_batch(
     net: NetParameter, weights: Weights, feed: Feed, memory: int | None
 ) -> None:
     expected = training_mode_statistics(net, weights, feed)
-    renormed, shifts = renorm(net, weights, feed, OPEN, memory)
+    renormed, shifts = renorm_weights(net, weights, feed, OPEN, memory)
     assert [shift.name for shift in shifts] == ["bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"]
     for name, (mean, variance, count) in expected.items():
         stored_mean, stored_variance, factor = renormed[name]
@@ -76,14 +85,14 @@ def test_it_is_the_training_mode_batch(
 def test_memory_bounds_change_the_plan_but_not_the_result(
     net: NetParameter, weights: Weights, feed: Feed
 ) -> None:
-    whole, _ = renorm(net, weights, feed, OPEN, None)
-    tour = Tour.of(net, weights)
+    whole, _ = renorm_weights(net, weights, feed, OPEN, None)
+    tour = Tour.of(model_of(net, weights))
     plans = set()
     for memory in (20_000, 40_000, 80_000, 160_000, 320_000):
         shard = Shard(OPEN(tour.net, tour.weights, {"data": CROPPED}), feed, tour.steps, memory)
         plans.add(shard.plan)
         assert shard.plan.kept_bytes <= memory
-        bounded, _ = renorm(net, weights, feed, OPEN, memory)
+        bounded, _ = renorm_weights(net, weights, feed, OPEN, memory)
         for name in ("bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"):
             for got, wanted in zip(bounded[name], whole[name], strict=True):
                 np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
@@ -91,7 +100,7 @@ def test_memory_bounds_change_the_plan_but_not_the_result(
 
 
 def test_branches_of_one_depth_are_measured_together(net: NetParameter) -> None:
-    tour = Tour.of(net, Weights())
+    tour = Tour.of(model_of(net, Weights()))
     assert len(tour.steps) == 4
     assert {norm.name for norm in tour.repairs[1]} == {"bn_left", "bn_right_a"}
     assert set(tour.steps[1].measured) == {norm.bottom for norm in tour.repairs[1]}
@@ -101,7 +110,7 @@ def test_other_layers_and_the_input_weights_are_untouched(
     net: NetParameter, weights: Weights, feed: Feed
 ) -> None:
     before = {name: [blob.copy() for blob in weights[name]] for name in weights.layers()}
-    renormed, _ = renorm(net, weights, feed, OPEN, None)
+    renormed, _ = renorm_weights(net, weights, feed, OPEN, None)
     for name in weights.layers():
         for old, given in zip(before[name], weights[name], strict=True):
             np.testing.assert_array_equal(old, given)
@@ -120,12 +129,12 @@ def test_a_net_without_batch_norm_passes_through(feed: Feed) -> None:
     def never(_: NetParameter, __: Weights, ___: Mapping[str, tuple[int, ...]]) -> Engine:
         raise AssertionError("nothing to run")
 
-    assert renorm(net, weights, feed, never, None) == (weights, [])
+    assert renorm_weights(net, weights, feed, never, None) == (weights, [])
 
 
 def test_the_shift_says_how_far_the_statistics_moved(net: NetParameter, weights: Weights, feed: Feed) -> None:
-    once, _ = renorm(net, weights, feed, OPEN, None)
-    _, again = renorm(net, once, feed, OPEN, None)
+    once, _ = renorm_weights(net, weights, feed, OPEN, None)
+    _, again = renorm_weights(net, once, feed, OPEN, None)
     for shift in again:
         # The second time the statistics are those that are stored.
         assert shift.mean_shift < 1e-4
@@ -138,45 +147,37 @@ def test_only_layers_behind_the_last_batch_norm_may_be_unknown(
     strange = NetParameter()
     strange.CopyFrom(net)
     strange.layer.add(name="strange", type="NobodyKnows", bottom=["fc2"], top=["strange"])
-    renormed, _ = renorm(strange, weights, feed, OPEN, None)
+    renormed, _ = renorm_weights(strange, weights, feed, OPEN, None)
     assert "bn_fc1" in renormed
 
 
 def test_progress_ends_at_the_plans_work(net: NetParameter, weights: Weights, feed: Feed) -> None:
-    tour = Tour.of(net, weights)
+    tour = Tour.of(model_of(net, weights))
     engine = OPEN(tour.net, tour.weights, {"data": CROPPED})
     shard = Shard(engine, feed, tour.steps, 60_000)
-    done: list[float] = []
-
-    class Counting(Progress):
-        def advance(self, amount: float = 1.0) -> None:
-            done.append(amount)
-
+    heard = Heard()
     for step in tour.steps:
-        moments = shard.advance(progress=Counting())
+        moments = shard.advance(progress=heard)
         assert set(moments) == set(step.measured)
         assert all(found.count % COUNT == 0 for found in moments.values())
-    assert sum(done) == pytest.approx(shard.plan.work)
+    assert heard.done[""] == pytest.approx(shard.plan.work)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("micro_batch_bytes", [1, 20_000, 64 << 20])
+@pytest.mark.parametrize(
+    ("memory", "batch"), [(None, COUNT), (300_000, 16), (160_000, 8), (60_000, 2), (30_000, 1)]
+)
 def test_threads_and_micro_batches_do_not_change_the_result(
-    net: NetParameter,
-    weights: Weights,
-    feed: Feed,
-    threads: int,
-    micro_batch_bytes: int,
-    monkeypatch: pytest.MonkeyPatch,
+    net: NetParameter, weights: Weights, feed: Feed, threads: int, memory: int | None, batch: int
 ) -> None:
-    expected, _ = renorm(net, weights, feed, OPEN, None)
-    monkeypatch.setattr("quantize.sweep.plan.MICRO_BATCH_BYTES", micro_batch_bytes)
+    tour = Tour.of(model_of(net, weights))
+    assert Shard(OPEN(tour.net, weights, feed.shapes), feed, tour.steps, memory).plan.micro_batch == batch
+    expected, _ = renorm_weights(net, weights, feed, OPEN, None)
     opener = engine_opener("onnx", CaffeProcess(), threads)
-    for memory in (None, 60_000):
-        found, _ = renorm(net, weights, feed, opener, memory)
-        for name in ("bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"):
-            for got, wanted in zip(found[name], expected[name], strict=True):
-                np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
+    found, _ = renorm_weights(net, weights, feed, opener, memory)
+    for name in ("bn1", "bn_left", "bn_right_a", "bn_right_b", "bn_fc1"):
+        for got, wanted in zip(found[name], expected[name], strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory", [None, 60_000])
@@ -199,7 +200,7 @@ def test_a_large_mean_does_not_drown_the_deviation(feed: Feed, memory: int | Non
     weights.replace(
         "conv2", [np.eye(2, dtype=np.float32).reshape(2, 2, 1, 1), np.array([1e4, 0], np.float32)]
     )
-    renormed, _ = renorm(net, weights, feed, OPEN, memory)
+    renormed, _ = renorm_weights(net, weights, feed, OPEN, memory)
     channel = (pixels[:, 0].astype(np.float64) / deviation).reshape(-1)
     for name, first in (("bn", channel), ("bn2", (channel - channel.mean()) / channel.std())):
         mean, variance, _ = renormed[name]
@@ -227,7 +228,7 @@ def test_a_blob_that_no_image_changes_passes_a_cut(feed: Feed, memory: int | Non
     net = InferenceNet.of(parse(TABLE)).net
     weights = random_weights(net, {"data": CROPPED})
     expected = training_mode_statistics(net, weights, feed)
-    renormed, _ = renorm(net, weights, feed, OPEN, memory)
+    renormed, _ = renorm_weights(net, weights, feed, OPEN, memory)
     for name, (mean, variance, count) in expected.items():
         np.testing.assert_allclose(renormed[name][0], mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(renormed[name][1], variance * count / (count - 1), rtol=1e-4, atol=1e-6)

@@ -9,9 +9,9 @@ from quantize.caffenet import TRAIN, InferenceNet
 from quantize.data import Transform
 from quantize.data.feed import Feed
 from quantize.data.values import open_values
-from quantize.stages.renorm import FullPrecision, Tour, renorm
+from quantize.stages.renorm import Tour
 from quantize.sweep.run import Shard
-from tests.nets import CROPPED, images_of, parse, random_weights, write_images
+from tests.nets import CROPPED, images_of, model_of, parse, random_weights, renorm_weights, write_images
 from tests.stages.test_renorm import OPEN, training_mode_statistics
 
 NET = """
@@ -49,13 +49,13 @@ def test_it_is_the_training_mode_batch(feed: Feed, memory: int | None) -> None:
     net = InferenceNet.of(parse(NET)).net
     weights = random_weights(net, {"data": CROPPED, "state": (6, 7, 7), "info": (2,)})
     expected = training_mode_statistics(net, weights, feed)
-    renormed, _ = renorm(net, weights, feed, OPEN, memory)
+    renormed, _ = renorm_weights(net, weights, feed, OPEN, memory)
     assert len(expected) == 3
     for name, (mean, variance, count) in expected.items():
         stored_mean, stored_variance, _ = renormed[name]
         np.testing.assert_allclose(stored_mean, mean, rtol=1e-4, atol=1e-5 * np.sqrt(variance.max()))
         np.testing.assert_allclose(stored_variance, variance * count / (count - 1), rtol=1e-4)
-    same, _ = renorm(net, weights, feed, OPEN, memory, full=FullPrecision(net, weights))
+    same, _ = renorm_weights(net, weights, feed, OPEN, memory, full=model_of(net, weights))
     for name in expected:
         for given, found in zip(weights[name], same[name], strict=True):
             np.testing.assert_allclose(found, given, rtol=1e-3, atol=1e-4)
@@ -64,7 +64,7 @@ def test_it_is_the_training_mode_batch(feed: Feed, memory: int | None) -> None:
 def test_the_memory_is_kept(feed: Feed) -> None:
     net = InferenceNet.of(parse(NET)).net
     weights = random_weights(net, {"data": CROPPED, "state": (6, 7, 7), "info": (2,)})
-    tour = Tour.of(net, weights)
+    tour = Tour.of(model_of(net, weights))
     plans = set()
     for memory in (25_000, 60_000, 200_000):
         shard = Shard(OPEN(tour.net, tour.weights, feed.shapes), feed, tour.steps, memory)

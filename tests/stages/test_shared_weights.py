@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from quantize.caffenet import TEST, InferenceNet, NetParameter, Weights, filter_net, loaded
+from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import with_alpha_terms
 from quantize.commands.config import load
 from quantize.commands.inspect import inspect_net
@@ -17,8 +18,8 @@ from quantize.job.run import Run
 from quantize.record import RunRecord
 from quantize.settings import CaffeProcess, GridChoice, WeightSettings
 from quantize.stages.data_aware import Calibration, data_aware
-from quantize.stages.weights import check_unquantized, choices, free_layers, unquantizable, weights_quan
-from tests.nets import images_of, parse, random_weights, write_images
+from quantize.stages.weights import check_unquantized, choices, free_layers, unquantizable
+from tests.nets import images_of, parse, quantized_weights, random_weights, write_images
 
 OPEN = engine_opener("onnx", CaffeProcess(), 1)
 IMAGE = (3, 8, 8)
@@ -134,7 +135,7 @@ def quantized(text: str, **given: object) -> tuple[NetParameter, Weights, NetPar
     net = parse(text)
     test = InferenceNet.of(net).net
     weights = loaded(filter_net(net, TEST), random_weights(test, {"data": IMAGE}))
-    changed, found, layers = weights_quan(net, weights, choices(test, settings(**given)), "optimal")
+    changed, found, layers = quantized_weights(net, weights, choices(test, settings(**given)), "optimal")
     assert [layer.shared_by for layer in layers if layer.name == "c2"] in ([], [["c3"]])
     return net, weights, changed, found
 
@@ -228,7 +229,7 @@ def test_a_layer_behind_the_labels_that_has_the_weights_too() -> None:
     net = parse(text)
     drawn = random_weights(InferenceNet.of(net).net, {"data": IMAGE, "label": ()})
     weights = loaded(filter_net(net, TEST), drawn)
-    changed, found, layers = weights_quan(
+    changed, found, layers = quantized_weights(
         net, weights, choices(InferenceNet.of(net).net, settings()), "optimal"
     )
     assert next(layer for layer in layers if layer.name == "c2").shared_by == ["c3", "behind"]
@@ -250,10 +251,10 @@ def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) 
     test = InferenceNet.of(net).net
     weights = loaded(filter_net(net, TEST), random_weights(test, {"data": IMAGE}))
     images = images_of(write_images(tmp_path / "lmdb", 12, IMAGE), Transform(scale=0.01), TEST)
-    calibration = Calibration(test, Feed({"data": images}), OPEN, None)
+    calibration = Calibration(Feed({"data": images}), OPEN, None)
     found = choices(test, settings())
-    wanted = data_aware(weights, found, calibration)
-    _, quantized, _ = weights_quan(net, weights, found, "data_aware", calibration=calibration)
+    wanted = data_aware(Model(net, weights), found, calibration)
+    _, quantized, _ = quantized_weights(net, weights, found, "data_aware", calibration=calibration)
     for name in ("c2", "c5"):
         bias = wanted[name].bias
         assert bias is not None

@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 
 from quantize.arrays import FloatArray
-from quantize.caffenet import InferenceNet, NetParameter, Weights, infer_shapes, single_assignment
-from quantize.caffenet.quantized import QUANTIZED_TYPES, QUANTIZER_TYPES, alpha_terms
-from quantize.caffenet.quantizers import coded_by, with_quantizers
+from quantize.caffenet import InferenceNet, NetGraph, NetParameter, Weights, infer_shapes, single_assignment
+from quantize.caffenet.model import Model
+from quantize.caffenet.quantized import alpha_terms
+from quantize.caffenet.quantizers import with_quantizers
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.data.feed import Feed
 from quantize.data.values import Values
 from quantize.engines import engine_opener
 from quantize.errors import LabelfreeError
 from quantize.record import QuantizerLayer
 from quantize.settings import ActivationSettings, CaffeProcess, WeightSettings
-from quantize.stages.activations import activations_quan
+from quantize.stages.activations import activations_quan, fit_steps
 from quantize.stages.coverage import coverage
 from quantize.stages.sites import find_sites
 from quantize.stages.weights import (
@@ -86,14 +88,11 @@ def quantized_net(
     """A net with quantized weights and activations, its blobs, and images."""
     test = InferenceNet.of(net)
     weights = random_weights(test.net, INPUT)
-    with_terms, weights, _ = weights_quan(net, weights, choices(test.net, WeightSettings()), "optimal")
-    test = InferenceNet.of(with_terms)
+    model, _ = weights_quan(Model(net, weights), choices(test.net, WeightSettings()), "optimal")
     x = np.random.default_rng(seed).normal(0, 2, (4, *INPUT["data"])).astype(np.float32)
-    chosen = settings(**values)
-    sites = find_sites(test.net, test.inputs, alpha_terms(test.net), chosen)
     opener = engine_opener("onnx", CaffeProcess(), 1)
-    found = activations_quan(test.net, weights, values_feed(x), sites, chosen, opener)
-    return with_quantizers(with_terms, found), weights, {"data": x}
+    small, _ = activations_quan(model, values_feed(x), settings(**values), opener)
+    return small.net, small.weights, {"data": x}
 
 
 def run(
@@ -111,18 +110,16 @@ def run(
 def test_quantized_layers_read_codes(name: str, values: dict[str, object]) -> None:
     """Every value that a quantized layer reads is a step times a whole number within the codes."""
     net, weights, feeds = quantized_net(family(name), **values)
-    flat = single_assignment(InferenceNet.of(net).net)
-    layers = {each.name: each for each in flat.layer}
-    coded = coded_by(flat)
-    read = {
-        blob for each in flat.layer if each.type in QUANTIZED_TYPES for blob in each.bottom if blob != "data"
-    }
+    graph = NetGraph(InferenceNet.of(net).net)
+    flat = graph.net
+    kernels = [each for each in flat.layer if Trait.KERNELS in traits_of(each)]
+    read = {blob for each in kernels for blob in each.bottom if blob != "data"}
     if values.get("input"):
-        assert not any("data" in each.bottom for each in flat.layer if each.type in QUANTIZED_TYPES)
+        assert not any("data" in each.bottom for each in kernels)
     assert read
-    assert coded.keys() >= read
     for blob, x in zip(read, run(flat, weights, feeds, list(read)), strict=True):
-        quantizer = layers[coded[blob]]
+        quantizer = graph.coder(blob)
+        assert quantizer is not None
         threshold = quantizer.threshold_param.threshold
         codes = x.astype(np.float64) / np.float32(quantizer.relu_param.negative_slope)
         np.testing.assert_allclose(codes, np.rint(codes), atol=1e-4)
@@ -135,13 +132,13 @@ def test_quantized_layers_read_codes(name: str, values: dict[str, object]) -> No
 def test_only_the_readers_meant_see_codes(name: str) -> None:
     """Sums, gates, Concats and poolings read what they read before, but for plain ReLUs."""
     net, _, _ = quantized_net(family(name))
-    flat = single_assignment(InferenceNet.of(net).net)
-    coded = coded_by(flat)
-    for each in flat.layer:
+    graph = NetGraph(InferenceNet.of(net).net)
+    for each in graph.net.layer:
         for blob in each.bottom:
-            if each.type in ("Eltwise", "Scale") and blob in coded:
+            coder = graph.coder(blob)
+            if each.type in ("Eltwise", "Scale") and coder is not None:
                 assert each.type == "Eltwise"
-                assert coded[blob].endswith("relu")
+                assert coder.name.endswith("relu")
 
 
 def test_a_fit_behind_the_clip() -> None:
@@ -266,7 +263,7 @@ def test_an_activation_that_is_constant() -> None:
     opener = engine_opener("onnx", CaffeProcess(), 1)
     for bias, signed in ((3.0, False), (-3.0, True), (0.0, False)):
         weights.replace("c1", [weights["c1"][0], np.full(4, bias, np.float32)])
-        [found] = activations_quan(test.net, weights, values_feed(x), sites, settings(), opener)
+        [found] = fit_steps(Model(net, weights), values_feed(x), sites, settings(), opener)
         code = round(bias / found.step)
         assert found.step * code == pytest.approx(bias, rel=1e-6)
         assert (found.signed, found.dead) == (signed, bias == 0)
@@ -281,7 +278,7 @@ def test_values_that_overflow_are_named() -> None:
     sites = find_sites(test.net, test.inputs, ["fc"], settings())
     opener = engine_opener("onnx", CaffeProcess(), 1)
     with pytest.raises(LabelfreeError, match="blob 't': activations hold NaN or infinity"):
-        activations_quan(test.net, weights, values_feed(x), sites, settings(), opener)
+        fit_steps(Model(net, weights), values_feed(x), sites, settings(), opener)
 
 
 def test_settings_that_make_no_sense() -> None:
@@ -302,4 +299,4 @@ def test_a_quantizer_for_no_relu_changes_nothing() -> None:
     names = [each.name for each in net.layer]
     written = with_quantizers(net, [QuantizerLayer("q", 0.5, 7, True, [])])
     assert [each.name for each in written.layer] == names  # no ReLU of that name
-    assert not any(each.type in QUANTIZER_TYPES for each in written.layer)
+    assert not any(Trait.CODES in traits_of(each) for each in written.layer)

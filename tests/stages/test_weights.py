@@ -13,8 +13,8 @@ from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.numerics.grids import make_grid
 from quantize.settings import CaffeProcess, GridChoice, WeightSettings
-from quantize.stages.weights import check_kernels, choices, weights_quan
-from tests.nets import CROPPED, RESIDUAL, parse, random_weights
+from quantize.stages.weights import check_kernels, choices
+from tests.nets import CROPPED, RESIDUAL, parse, quantized_weights, random_weights
 
 OPEN = engine_opener("onnx", CaffeProcess(), 2)
 QUANTIZED = ["conv1", "left", "right_a", "right_b", "fc1", "fc2"]
@@ -25,7 +25,7 @@ def quantized_residual(**settings: object) -> tuple[NetParameter, Weights, NetPa
     test = InferenceNet.of(net).net
     weights = random_weights(test, {"data": CROPPED})
     chosen = choices(test, WeightSettings(**settings))  # type: ignore[arg-type]
-    changed, quantized, layers = weights_quan(net, weights, chosen, "optimal")
+    changed, quantized, layers = quantized_weights(net, weights, chosen, "optimal")
     return net, weights, changed, quantized, [layer.name for layer in layers]
 
 
@@ -130,7 +130,7 @@ def test_everything_else_is_carried_over_byte_for_byte(tmp_path: Path) -> None:
     strange.MergeFromString(b"\xfa\x3f\x03abc")  # an unknown field
     weights.add(strange, [np.arange(6, dtype=np.float32).reshape(2, 3)])
     given = serialized(weights)
-    _, quantized, _ = weights_quan(net, weights, choices(test, WeightSettings()), "optimal")
+    _, quantized, _ = quantized_weights(net, weights, choices(test, WeightSettings()), "optimal")
     assert serialized(weights) == given
     (tmp_path / "out.caffemodel").write_bytes(serialized(quantized))
     reread = Weights.read(tmp_path / "out.caffemodel")
@@ -164,7 +164,7 @@ def test_a_transposed_inner_product_has_its_kernels_in_columns() -> None:
     weights = random_weights(net, {"data": (5,)})
     w = to_kernels(net.layer[0], weights["fc"][0])
     assert w.shape == (3, 5)
-    _, quantized, _ = weights_quan(net, weights, {"fc": GridChoice(bits=4)}, "optimal")
+    _, quantized, _ = quantized_weights(net, weights, {"fc": GridChoice(bits=4)}, "optimal")
     q, alpha = quantized["fc"][0], quantized["fc_alpha_term"][0]
     assert q.shape == (5, 3)
     assert np.square(alpha * q - weights["fc"][0]).sum() < 0.02 * np.square(weights["fc"][0]).sum()

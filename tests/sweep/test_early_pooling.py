@@ -13,9 +13,8 @@ from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.settings import CaffeProcess
-from quantize.stages.renorm import renorm
 from quantize.sweep.early_pooling import with_early_pooling
-from tests.nets import images_of, parse, random_weights, write_images
+from tests.nets import images_of, parse, random_weights, renorm_weights, write_images
 
 OPEN = engine_opener("onnx", CaffeProcess(), 2)
 SHAPE = (3, 9, 9)
@@ -71,6 +70,36 @@ def test_it_computes_the_same(kernel: int, pad: int, negative: bool, seed: int) 
     )
 
 
+@pytest.mark.parametrize(
+    ("between", "moves"),
+    [
+        ('type: "TanH"', True),
+        ('type: "Clip" clip_param { min: -0.5 max: 1 }', True),
+        ('type: "ActQuantize" relu_param { negative_slope: 0.25 } threshold_param { threshold: -7 }', True),
+        ('type: "ELU" elu_param { alpha: 0.5 }', True),
+        ('type: "Dropout"', True),
+        ('type: "ELU" elu_param { alpha: -0.5 }', False),
+        ('type: "ReLU" relu_param { negative_slope: -0.1 }', False),
+        ('type: "AbsVal"', False),
+        ('type: "Swish"', False),
+        ('type: "Power" power_param { power: 2 }', False),
+        ('type: "PReLU"', False),
+        ('type: "LRN"', False),
+        ('type: "Softmax"', False),
+    ],
+)
+def test_pooling_moves_over_what_rises(between: str, moves: bool) -> None:
+    own = f'layer {{ name: "own" {between} bottom: "conv" top: "conv" }}\n'
+    flat = single_assignment(of(HALVING, CHAIN + own))
+    weights = random_weights(flat, {"data": SHAPE})
+    pooled, pooled_weights = with_early_pooling(flat, weights)
+    assert (order(pooled).index("pool") < order(pooled).index("bn")) == moves
+    images = np.random.default_rng(0).normal(0, 1, (3, *SHAPE)).astype(np.float32)
+    np.testing.assert_allclose(
+        outputs(pooled, pooled_weights, images), outputs(flat, weights, images), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_names_that_are_taken_are_left_alone() -> None:
     taken = CHAIN + 'layer { name: "pool_signs" type: "ReLU" bottom: "conv" top: "conv" }\n'
     flat = single_assignment(of(HALVING, taken))
@@ -110,9 +139,9 @@ def test_the_statistics_are_those_of_all_values(tmp_path: Path, monkeypatch: pyt
     net = of(HALVING)
     weights = random_weights(single_assignment(net), {"data": SHAPE})
     assert (weights["scale"][0] < 0).any()
-    found, shifts = renorm(net, weights, feed, OPEN, None)
+    found, shifts = renorm_weights(net, weights, feed, OPEN, None)
     monkeypatch.setattr("quantize.stages.renorm.with_early_pooling", lambda *net_and_weights: net_and_weights)
-    expected, expected_shifts = renorm(net, weights, feed, OPEN, None)
+    expected, expected_shifts = renorm_weights(net, weights, feed, OPEN, None)
     assert [shift.values for shift in shifts] == [shift.values for shift in expected_shifts]
     for name in ("bn", "bn2"):
         for got, wanted in zip(found[name], expected[name], strict=True):
@@ -131,4 +160,4 @@ def test_scales_that_do_not_fit_are_one_line(tmp_path: Path, blobs: list[np.ndar
         if layer.name in good:
             bad.add(layer, blobs if layer.name == "scale2" else good[layer.name])
     with pytest.raises(InputError, match="scale2"):
-        renorm(net, bad, feed, OPEN, None)
+        renorm_weights(net, bad, feed, OPEN, None)

@@ -11,11 +11,11 @@ from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.engines.base import Engine
 from quantize.numerics.moments import moments_of
-from quantize.progress import Progress
 from quantize.settings import CaffeProcess, parse_size
 from quantize.sweep.pair import beside, both_weights, full_layers, of_layers
 from quantize.sweep.plan import Costs, Step
 from quantize.sweep.run import Shard
+from tests.heard import Heard
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
 COUNT = 23
@@ -45,14 +45,6 @@ def in_one_batch(net: NetParameter, weights: Weights, feed: Feed, blob: str) -> 
     return engine.compile(0, len(net.layer), [blob]).run({"data": pixels}).blobs[blob]
 
 
-class Counting(Progress):
-    def __init__(self) -> None:
-        self.done = 0.0
-
-    def advance(self, amount: float = 1.0) -> None:
-        self.done += amount
-
-
 @pytest.mark.parametrize("memory", [None, 80_000, 30_000])
 def test_every_image_is_shown_once_at_every_step(
     net: NetParameter, weights: Weights, feed: Feed, memory: int | None
@@ -67,7 +59,7 @@ def test_every_image_is_shown_once_at_every_step(
         Step(scores, (), ("fc2",)),
     ]
     shard = Shard(OPEN(net, weights, {"data": CROPPED}), feed, steps, memory)
-    progress = Counting()
+    heard = Heard()
     for step in steps:
         shown = {name: np.full((COUNT, *shape_of(shard.engine, name)), np.nan) for name in step.outputs}
 
@@ -77,14 +69,14 @@ def test_every_image_is_shown_once_at_every_step(
                 assert np.isnan(shown[name][images.start : images.stop]).all()
                 shown[name][images.start : images.stop] = blob
 
-        moments = shard.advance(visit=visit, progress=progress)
+        moments = shard.advance(visit=visit, progress=heard)
         for name in step.outputs:
             wanted = in_one_batch(net, weights, feed, name)
             np.testing.assert_allclose(shown[name], wanted, rtol=1e-4, atol=1e-4)
         for name in step.measured:
             exact = moments_of(in_one_batch(net, weights, feed, name))
             np.testing.assert_allclose(moments[name].mean, exact.mean, rtol=1e-4, atol=1e-5)
-    assert progress.done == pytest.approx(shard.plan.work)
+    assert heard.done[""] == pytest.approx(shard.plan.work)
     assert (shard.plan.work > shard.plan.plain_work) == (memory is not None)
 
 

@@ -470,7 +470,7 @@ class _CaffeRange(Range):
     def run(
         self, feeds: Mapping[str, FloatArray], into: Mapping[str, FloatArray] | None = None
     ) -> RangeResult:
-        """Run on one micro-batch; see ``Range``. The moments are taken here, in float64."""
+        """Run on one micro-batch; see ``Range``. The moments are taken here."""
         into = into or {}
         values = {name: feeds[name] for name in self._passed}
         if self._computed:

@@ -44,6 +44,7 @@ class OnnxEngine(Engine):
         net, weights, inputs: see ``Engine``.
         threads: that run parts of a micro-batch at the same time; default: as `available_threads` says. An
             image's results do not depend on them.
+        part_bytes: what the bottoms and tops of the widest layer may take; see ``CACHE_BYTES``.
 
     Raises:
         InputError: a layer's parameters are impossible, a blob is missing or has the wrong shape, or a layer
@@ -56,10 +57,12 @@ class OnnxEngine(Engine):
         weights: Weights,
         inputs: Mapping[str, Shape],
         threads: int | None = None,
+        part_bytes: int = CACHE_BYTES,
     ) -> None:
         super().__init__(net, weights, inputs)
         check_weights(net, self.weights, self.shapes)
         self.threads = threads or available_threads()
+        self.part_bytes = part_bytes
         self.per_image = _values_per_image(net, inputs, self.shapes)
         self.pool = pool(self.threads, "labelfree-onnx")
 
@@ -183,7 +186,7 @@ class _OnnxRange(Range):
                 raise LabelfreeError(f"{self._doing}: {' '.join(str(error).split())}") from error
         self._feeds = [blob for blob in translation.inputs.values() if blob.tensor in used]
         self.inputs = tuple(dict.fromkeys(blob.name for blob in (*self._feeds, *self._passed)))
-        self._part = max(1, CACHE_BYTES // max(1, _widest(engine, layers)))
+        self._part = max(1, engine.part_bytes // max(1, _widest(engine, layers)))
         self._threads, self._pool = engine.threads, engine.pool
 
     def run(
@@ -220,9 +223,9 @@ class _OnnxRange(Range):
         running = [self._pool.submit(self._run_part, part, feeds, blobs) for part in parts]
 
         def finish() -> RangeResult:
-            found = [part.result() for part in running]
+            parts = [part.result() for part in running]
             moments = {
-                name: reduce(Moments.merged, (part[name] for part in found if name in part))
+                name: reduce(Moments.merged, (part[name] for part in parts if name in part))
                 for name in self._moments
             }
             return RangeResult(blobs, moments)
