@@ -22,7 +22,8 @@ from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import Image, Selection
 from quantize.engines import engine_opener
-from quantize.job.feeds import calibration_feed, calibration_images, read_model_prototxt
+from quantize.job.feeds import calibration_feed, calibration_images
+from quantize.job.given import Given
 from quantize.job.transforms import has_data_layer
 from quantize.measure.transform_check import IMAGES, TransformCheck, Values, check_transform
 
@@ -57,9 +58,10 @@ def mistakes(right: Values) -> Iterator[tuple[str, Values]]:
 def main(config: Path, draws: int, count: int) -> None:
     """Print the table."""
     settings = load(config)
-    net = read_model_prototxt(settings)
+    net = Given(settings).net
     model = Model.of(net, settings.model.weights)
-    feed = calibration_feed(settings, net, calibration_images(settings))
+    given = Given(settings, net)
+    feed = calibration_feed(given, calibration_images(given))
     (blob, images), *_ = feed.inputs.items()
     open_engine = engine_opener(settings.engine, settings.caffe, settings.threads)
     right = Values(images.transform.mean_value, images.transform.scale)

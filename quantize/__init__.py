@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         renorm,
     )
     from quantize.caffenet.model import Layer, Model
+    from quantize.data.feed import Input
     from quantize.errors import InputError, LabelfreeError
     from quantize.progress import Progress
 
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Comparison",
     "Images",
+    "Input",
     "InputError",
     "LabelfreeError",
     "Layer",
@@ -48,6 +50,7 @@ __all__ = [
     "renorm",
 ]
 _HOMES = {
+    "Input": "data.feed",
     "InputError": "errors",
     "LabelfreeError": "errors",
     "Layer": "caffenet.model",

@@ -533,7 +533,7 @@ def doctor(**given: Any) -> None:
 @STATE[1]
 @click.option("--plan", "show_plan", is_flag=True, help="Show how renorm would go through the net.")
 @click.option("--images", type=click.IntRange(1), help="For --plan (default: renorm.images).")
-@click.option("--memory", help="For --plan (default: renorm.memory).")
+@click.option("--memory", help="For --plan (default: memory).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
     prototxt: Path | None,
@@ -555,16 +555,15 @@ def inspect(
     Bits within a weights.budget are measured, on the calibration images.
     """
     from quantize.commands import inspect as inspection
-    from quantize.settings import RenormSettings
 
-    renorm = RenormSettings()
+    config = None
     if (prototxt is None) == (path is None):
         raise click.UsageError("give either a prototxt or --config FILE")
     if path is not None:
         from quantize.commands.config import load
 
         config = load(path, {"data.input_shape": parse_shapes(shapes)}, assignments)
-        inspected, renorm = inspection.Inspection.of_config(config), config.renorm
+        inspected = inspection.Inspection.of_config(config)
         if not show_plan:
             with showing_progress() as progress:
                 inspected = inspected.configured_by(config, progress)
@@ -575,7 +574,7 @@ def inspect(
     for note in inspected.notes:
         click.echo(f"note: {note}", err=True)
     if show_plan:
-        click.echo(inspection.plan_text(inspected, renorm, images, memory, as_json))
+        click.echo(inspection.plan_text(inspected, config, images, memory, as_json))
     else:
         click.echo(inspection.layers_text(inspected, as_json))
 
@@ -685,7 +684,7 @@ def main() -> None:
     except MemoryError:
         if loudness.verbose:
             raise
-        fail("out of memory; lower renorm.memory or use a machine with more", 1)
+        fail("out of memory; lower `memory` or use a machine with more", 1)
     except OSError as error:  # files that vanished after they were checked, failing disks
         if loudness.verbose:
             raise

@@ -60,7 +60,7 @@ def test_examples(example: doctest.DocTest) -> None:
 
 def test_everything_public_has_an_example() -> None:
     names = {example.name.rsplit(".", 1)[1] for example in EXAMPLES}
-    shown_by_others = {"Comparison", "InputError", "LabelfreeError", "Layer", "Model", "Progress"}
+    shown_by_others = {"Comparison", "Input", "InputError", "LabelfreeError", "Layer", "Model", "Progress"}
     assert set(quantize.__all__) - shown_by_others <= names
     assert {"load", "save"} <= names
 
@@ -182,7 +182,7 @@ def feed_of(images: quantize.Images, fed: Any) -> Feed:
     """What goes into the net, calibrating or evaluating."""
     config = api._configuration(images.model, images, quantize.Runtime(), "test", {}, fed)
     if fed == "validation":
-        return images._evaluation_feed(config, Progress())
+        return images._feed(config, "validation", Progress())
     return images._stage_feed(config, "renorm", Progress())
 
 

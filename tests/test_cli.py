@@ -459,8 +459,8 @@ def test_a_net_without_a_kind_of_layer_says_so(
 
 
 def test_too_little_memory_names_the_least(job: Job, labelfree: Labelfree) -> None:
-    outcome = labelfree("quantize", "--config", job.yaml, "--set", "renorm.memory=1kB")
-    assert_one_line(outcome, "renorm.memory", "the least that would do")
+    outcome = labelfree("quantize", "--config", job.yaml, "--set", "memory=1kB")
+    assert_one_line(outcome, "memory: 1000 bytes", "the least that would do")
 
 
 def test_ctrl_c_is_exit_code_130_and_leaves_nothing(job: Job) -> None:

@@ -329,7 +329,6 @@ def test_every_command_and_option_is_in_the_help() -> None:
         "report",
         "renorm",
         "layers",
-        "export",
         "unpack",
     )
     helps = "".join(

@@ -15,6 +15,7 @@ import pytest
 
 from quantize import cli
 from quantize.caffenet import BlobProto, Weights
+from quantize.job.export import export_run
 from quantize.job.output import OutputFolder
 from quantize.job.run import Run
 from tests.conftest import Job
@@ -203,7 +204,7 @@ def fork_arithmetic(job: Job) -> None:
 
 @mistake
 def unknown_layer(job: Job) -> None:
-    replace(job.folder / "net.prototxt", 'type: "Eltwise"', 'type: "ShuffleChannel"')
+    replace(job.folder / "net.prototxt", 'type: "Eltwise"', 'type: "WeightedSum"')
 
 
 @mistake
@@ -361,6 +362,20 @@ def two_runs(job: Job) -> OutputFolder:
 @mistake
 def config_is_there(_job: Job) -> None:
     """The job has a config.yaml."""
+
+
+@mistake
+def codes_of_a_full_byte(job: Job) -> None:
+    replace(job.yaml, "activations: {", "activations: {levels: 255, ")
+    Run(job.config()).quantize()
+
+
+@mistake
+def damaged_packed_net(job: Job) -> None:
+    Run(job.config()).quantize()
+    export_run(job.config(), "caffe")
+    packed = job.out / "residual.lfq"
+    packed.write_bytes(packed.read_bytes()[:-2000])
 
 
 def test_the_page_has_all_mistakes() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from quantize.caffenet import (
     NetParameter,
     read_net,
 )
-from quantize.caffenet.model import Model
 from quantize.caffenet.phases import takes_images
 from quantize.data.sources import Source, open_source
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
 from quantize.job.feeds import effective_transform, resized_before_crop
+from quantize.job.given import Given
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.output import OutputFolder
 from quantize.job.transforms import ARITHMETIC, has_data_layer, with_chosen_transform, with_transform
@@ -43,6 +44,7 @@ data:
   calibration: {{source: {calibration}, images: {images}{inputs}}}  # unlabeled; {kept}
   # validation: {{source: /path/to/labeled_lmdb, batch_size: 50}}    # for evaluate and `caffe test`
 {transform}{shapes}
+  augment: train                      # random crops and mirrors as in training; test: centre crops
   seed: 0                             # of random crops and mirrors
 weights:
   bits: 4                             # 2 to 5 on the power_of_two grid; or `budget: 3.5`, on average
@@ -51,13 +53,13 @@ weights:
   first_last: {{bits: 8, grid: fixed_point}}
   # layers: {{some_layer: {{bits: 8, grid: fixed_point}}, other_layer: {{skip: true}}}}
 renorm:
+  statistics: paired                  # to full precision's; measured: the images' own, as published
   # images: {renorm_images}                        # of calibration; the default
-  augment: train                      # random crops and mirrors as in training; test: centre crops
-  memory: 2GiB                        # bound on what the sweep keeps
 activations:
   bits: 8                             # codes 0..127, -127..127 with negative values; `levels: 255`: full byte
   scope: inputs                       # what quantized layers read; relu: the outputs of ReLUs, as published
   # images: {activation_images}
+memory: 2GiB                          # bound on what is kept between two layers
 output: {output}
 """
 
@@ -114,7 +116,8 @@ def initial_config(
     kept = f"{count - images} are kept for evaluate" if count > images else "none are left for evaluate"
     guesses.append(f"data.calibration.images {images} of {count}: {kept}")
     config = with_transform(config, TransformKeys.model_validate(keys))
-    config, why = with_chosen_transform(config, Model.of(net, model.weights))
+    with closing(Given(config, net)) as given:
+        config, why = with_chosen_transform(given)
     guesses.append(f"data.transform: {why}")
     shown = json.dumps({**keys, **_arithmetic(config.data.transform)}).replace('"', "")
     comment = "  # overrides of the prototxt's transform_param" if has_data_layer(net) else ""
@@ -188,8 +191,7 @@ def write_initial(
         raise InputError(f"{target}: there already; choose another --config or give --force")
     output = OutputFolder(target.parent)
     try:
-        with output.writing(target.name) as file:
-            file.write(initial.yaml.encode())
+        output.write(target.name, initial.yaml.encode())
     finally:
         output.close()
     return target, initial.guesses

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from io import BytesIO
 
 from quantize.arrays import Shape
-from quantize.caffenet import NetParameter, Weights, empty_like, format_prototxt
+from quantize.caffenet import NetParameter, Shapes, Weights, empty_like, format_prototxt, infer_shapes
 from quantize.caffenet.model import Model
 from quantize.caffenet.norms import with_stored_statistics
 from quantize.caffenet.quantized import Quantizer, read_quantizer
@@ -24,7 +24,7 @@ from quantize.exports.scales import scales_json
 from quantize.exports.target import Exported
 
 FORKS_DEPTHWISE = ("DepthwiseConvolution", "ConvolutionDepthwise")
-"""Types of forks for what Caffe 1.0 does with a Convolution of as many groups as channels."""
+"""Types of forks: a Convolution with as many groups as channels, where its ``group`` is not given."""
 
 
 def export_caffe(model: Model, net: IntegerNet, name: str, fold: bool = True) -> Exported:
@@ -39,8 +39,13 @@ def export_caffe(model: Model, net: IntegerNet, name: str, fold: bool = True) ->
     Raises:
         LabelfreeError: a caffemodel would be larger than Caffe can read.
     """
-    quantized = with_inputs(with_stored_statistics(model.inference.net), net.inputs)
-    plain, _ = plain_net(net) if fold else without_quantizers(quantized)
+    given = with_stored_statistics(model.inference.net)
+    quantized = with_inputs(given, net.inputs)
+    if fold:
+        plain, _ = plain_net(net)
+    else:
+        shapes = infer_shapes(given, {blob: (1, *shape) for blob, shape in net.inputs.items()})
+        plain, _ = without_quantizers(quantized, shapes)
     weights = net.weights if fold else model.weights
     files = {
         f"{name}_plain.prototxt": to_bytes(format_prototxt(plain)),
@@ -83,12 +88,16 @@ def with_inputs(net: NetParameter, inputs: Mapping[str, Shape]) -> NetParameter:
 
 def plain_net(net: IntegerNet) -> tuple[NetParameter, dict[str, Quantizer]]:
     """The folded net with its Input layers and without quantizers, and by blob the codes that it is on."""
-    plain, renamed = without_quantizers(with_inputs(net.net, net.inputs))
+    plain, renamed = without_quantizers(with_inputs(net.net, net.inputs), net.shapes)
     return plain, {renamed.get(blob, blob): quantizer for blob, quantizer in net.quantizers.items()}
 
 
-def without_quantizers(net: NetParameter) -> tuple[NetParameter, dict[str, str]]:
+def without_quantizers(net: NetParameter, shapes: Shapes) -> tuple[NetParameter, dict[str, str]]:
     """A copy without ActQuantize layers and without the depthwise types of forks.
+
+    Args:
+        net: the net.
+        shapes: of its blobs.
 
     Returns:
         The net, and of the blobs that are gone those that hold the same values.
@@ -115,7 +124,8 @@ def without_quantizers(net: NetParameter) -> tuple[NetParameter, dict[str, str]]
             layer.ClearField("threshold_param")
         elif layer.type in FORKS_DEPTHWISE:
             layer.type = "Convolution"
-            layer.convolution_param.group = layer.convolution_param.num_output
+            if not layer.convolution_param.HasField("group"):
+                layer.convolution_param.group = shapes.blobs[given.bottom[0]][1]
         relus.difference_update(layer.top)
         is_relu = layer.type == "ReLU" and not layer.relu_param.negative_slope
         if is_relu or (layer.type == "Clip" and layer.clip_param.min >= 0):

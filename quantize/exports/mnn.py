@@ -43,8 +43,8 @@ def export_mnn(net: IntegerNet, name: str) -> Exported:
         name: of the files.
 
     Raises:
-        InputError: MNN has no such codes.
-        LabelfreeError: MNN's converter fails.
+        InputError: MNN has no such codes, or its converter refuses the net.
+        LabelfreeError: the converter does not come to an end.
     """
     plain, quantizers = plain_net(net)
     for blob, quantizer in quantizers.items():
@@ -119,7 +119,8 @@ def _converted(files: Mapping[str, bytes]) -> bytes:
     """What MNN's converter makes of prototxt, caffemodel and parameters.
 
     Raises:
-        LabelfreeError: it fails.
+        InputError: it refuses the net.
+        LabelfreeError: it does not come to an end.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -136,7 +137,7 @@ def _converted(files: Mapping[str, bytes]) -> bytes:
             raise LabelfreeError(f"MNN's converter took more than {LONGEST_CONVERSION} seconds") from None
         if done.returncode or not (folder / "net.mnn").is_file():
             said = "; ".join(_complaints(done.stdout + done.stderr)) or f"exit code {done.returncode}"
-            raise LabelfreeError(f"MNN's converter cannot convert this net: {said}; export to onnx or ncnn")
+            raise InputError(f"MNN's converter cannot convert this net: {said}; export to onnx or ncnn")
         return (folder / "net.mnn").read_bytes()
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from quantize.arrays import Floats
 from quantize.caffenet import LayerParameter
 from quantize.caffenet.quantized import Quantizer, read_quantizer
 from quantize.caffenet.strings import to_bytes
@@ -126,7 +125,7 @@ class _Writer:
         elif not -_HIGHEST_CODE - 1 <= found.codes.min() <= found.codes.max() <= _HIGHEST_CODE:
             self.in_float[layer.name] = f"its weights reach {abs(found.codes).max():.0f}, int8 ends at 127"
         else:
-            self.integers[layer.name] = found
+            self.integers[layer.name] = _without_vanishing(found)
 
     def write(self) -> None:
         """Write all layers.
@@ -181,7 +180,7 @@ class _Writer:
         if found.groups in (1, len(integers.codes)):
             op = seen.op(found.type, {**found.params, found.bias_id: 1})
             op.params[_SCALE_TERM] = _SEPARATE if found.groups == 1 else _ONE_PER_GROUP
-            op.weights = [codes, bias, raw(_inverse(integers.scale)), step]
+            op.weights = [codes, bias, raw(1 / integers.scale), step]
             self.ops.append(op)
             return
         self.grouped.append(layer.name)
@@ -263,8 +262,15 @@ class _Writer:
     # ---- Files ----
 
     def files(self) -> tuple[bytes, bytes]:
-        """NAME.param and NAME.bin."""
+        """NAME.param and NAME.bin.
+
+        Raises:
+            InputError: a blob has the name of one that is added.
+        """
         ops = list(_with_splits(self.ops))
+        for blob, makers in Counter(top for op in ops for top in op.tops).items():
+            if makers > 1:
+                raise InputError(f"blob {blob!r}: labelfree needs this name; rename the blob in the prototxt")
         blobs = sum(len(op.tops) for op in ops)
         lines = [_MAGIC, f"{len(ops)} {blobs}", *(op.line() for op in ops)]
         weights = b"".join(piece for op in ops for piece in op.weights)
@@ -302,9 +308,11 @@ def _finite(limit: float) -> float:
     return float(np.clip(limit, -_MOST, _MOST))
 
 
-def _inverse(scale: Floats) -> Floats:
-    """1 / scale; of kernels of zeros, whose scale may be 0 too, 1."""
-    return 1 / np.where(scale == 0, 1, scale)
+def _without_vanishing(layer: IntegerLayer) -> IntegerLayer:
+    """The same layer with kernels of zeros where the scale is so small that ncnn's 1 / scale is infinite."""
+    vanishes = abs(layer.scale) < 1 / _MOST
+    codes = np.where(vanishes[:, None], np.float32(0), layer.codes)
+    return replace(layer, codes=codes, scale=np.where(vanishes, 1.0, layer.scale))
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -339,7 +347,7 @@ def _table(writer: _Writer) -> str:
     weights, reads = [], []
     for layer in writer.net.net.layer:
         if layer.name in writer.integers and layer.name not in writer.grouped:
-            scales = abs(_inverse(writer.integers[layer.name].scale))
+            scales = abs(1 / writer.integers[layer.name].scale)
             step = writer.net.quantizers[layer.bottom[0]].step
             weights.append(" ".join([f"{word(layer.name)}_param_0", *(f"{scale:.9e}" for scale in scales)]))
             reads.append(f"{word(layer.name)} {1 / step:.9e}")

@@ -67,7 +67,8 @@ def export_ranges(net: IntegerNet, name: str) -> Exported:
     heads = (TPU_MLIR, TENSORRT, AMCT, QNN)
     lines = [about, *(f"{file}\n{head}\n" for file, head in zip(files, heads, strict=True))]
     files[f"{name}_ranges.txt"] = "\n".join(lines)
-    return Exported({file: to_bytes(text) for file, text in files.items()}, net.floats)
+    content = {file: to_bytes(text) for file, text in files.items()}
+    return Exported(content, net.floats, ("names are those of the plain pair: labelfree export --to caffe",))
 
 
 def _range(quantizer: Quantizer) -> tuple[float, float]:

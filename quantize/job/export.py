@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from quantize.arrays import FloatArray
-from quantize.caffenet import TEST, NetParameter, Weights, read_prototxt, schema_of
+from quantize.caffenet import TEST, read_prototxt, schema_of
 from quantize.caffenet.model import Model
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
@@ -30,11 +30,12 @@ from quantize.job.feeds import (
     effective_transform,
     evaluation_images,
     input_shapes,
-    read_model_prototxt,
     validation_feed,
 )
+from quantize.job.given import Given
 from quantize.job.labels import with_labels_that_fit
 from quantize.job.output import Files, OutputFolder
+from quantize.job.results import Results
 from quantize.job.store import read_record
 from quantize.measure.evaluate import evaluate
 from quantize.measure.exported import FileComparison, compare_file
@@ -94,29 +95,29 @@ def export_run(
     Raises:
         InputError: nothing has been quantized, or a target cannot express it; nothing is written.
     """
-    model, missing = _result(config)
-    full = model.full
-    assert full is not None
-    shapes = input_shapes(config, full.net)
-    if takes_pixels:
-        options = replace(options, pixels=pixels_of(config, full.net))
-    kind, net = TARGETS[target], IntegerNet.of(model, shapes)
-    exported = kind.write(Order(model, net, config.name, options, fold))
-    whole = IntegerNet.folded(full, shapes)
-    plain = kind.write(Order(full, whole, config.name, replace(options, pixels=None), fold))
-    folder = config.output if folder is None else folder
-    with closing(OutputFolder(folder)):
-        paths = exported.write(folder)
-    notes = [*exported.notes, *(f"not finished: {stage} has not run" for stage in missing)]
-    runtime, comparison = _runtime(target, options), None
-    if runtime is not None and not is_installed(runtime):
-        notes.append(f"not compared: {runtime} is not installed (pip install 'labelfree[{runtime}]')")
-    elif runtime is not None and (feed := _some_images(config, full.net, images)) is None:
-        notes.append("not compared: no images (data.calibration)")
-    elif runtime is not None and feed is not None:
-        path = folder / f"{config.name}{kind.model[0]}"
-        with using_threads(config.threads):
-            comparison = _compared(config, net, model, path, plain, runtime, feed)
+    given = Given(config)
+    with closing(given):
+        model, missing = _result(given)
+        shapes = input_shapes(given)
+        if takes_pixels:
+            options = replace(options, pixels=pixels_of(given))
+        kind, net = TARGETS[target], IntegerNet.of(model, shapes)
+        exported = kind.write(Order(model, net, config.name, options, fold))
+        whole = IntegerNet.folded(given.model, shapes)
+        plain = kind.write(Order(given.model, whole, config.name, replace(options, pixels=None), fold))
+        folder = config.output if folder is None else folder
+        with closing(OutputFolder(folder)):
+            paths = exported.write(folder)
+        notes = [*exported.notes, *(f"not finished: {stage} has not run" for stage in missing)]
+        runtime, comparison = _runtime(target, options), None
+        if runtime is not None and not is_installed(runtime):
+            notes.append(f"not compared: {runtime} is not installed (pip install 'labelfree[{runtime}]')")
+        elif runtime is not None and (feed := _some_images(given, images)) is None:
+            notes.append("not compared: no images (data.calibration)")
+        elif runtime is not None and feed is not None:
+            path = folder / f"{config.name}{kind.model[0]}"
+            with using_threads(config.threads):
+                comparison = _compared(given, net, model, path, plain, runtime, feed)
     del progress
     names = {f"{config.name}{ending}" for ending in kind.model} & set(exported.files)
     return Outcome(
@@ -164,31 +165,31 @@ def evaluate_exported(
         InputError: there is no such file, it does not fit the results, or the runtime is not installed.
     """
     check_installed(runtime)
-    model, missing = _result(config)
-    full = model.full
-    assert full is not None
-    ending = next(target.model[0] for target in TARGETS.values() if runtime in target.runtimes)
-    path = config.output / f"{config.name}{ending}" if path is None else path
-    if not path.exists():
-        raise InputError(f"{path}: not there; run `labelfree export` first, or give --file")
-    net, outputs = IntegerNet.of(model, input_shapes(config, full.net)), net_outputs(full.net)
-    names = [net.blob_of(output) for output in outputs]
-    feed = with_labels_that_fit(validation_feed(config, full.net, images, progress), full.net, progress)
-    candidates = {"fp32": full, "quantized": model}
-    with using_threads(config.threads):
-        file = open_exported(runtime, path, names, config.threads or available_threads())
-        opener = engine_opener(config.engine, config.caffe, config.threads)
-        found = evaluate(candidates, outputs, feed, opener, progress, {runtime: file})
-    return replace(found, missing=missing, images_from=evaluation_images(config))
+    given = Given(config)
+    with closing(given):
+        model, missing = _result(given)
+        ending = next(target.model[0] for target in TARGETS.values() if runtime in target.runtimes)
+        path = config.output / f"{config.name}{ending}" if path is None else path
+        if not path.exists():
+            raise InputError(f"{path}: not there; run `labelfree export` first, or give --file")
+        net, outputs = IntegerNet.of(model, input_shapes(given)), net_outputs(given.net)
+        names = [net.blob_of(output) for output in outputs]
+        feed = with_labels_that_fit(validation_feed(given, images, progress), given.net, progress)
+        candidates = {"fp32": given.model, "quantized": model}
+        with using_threads(config.threads):
+            file = open_exported(runtime, path, names, config.threads or available_threads())
+            opener = engine_opener(config.engine, config.caffe, config.threads)
+            found = evaluate(candidates, outputs, feed, opener, progress, {runtime: file})
+        return replace(found, missing=missing, images_from=evaluation_images(given))
 
 
-def pixels_of(config: Config, net: NetParameter) -> Pixels:
+def pixels_of(given: Given) -> Pixels:
     """What the net's transform makes of pixels.
 
     Raises:
         InputError: it is not the same for all pixels of a channel.
     """
-    transform = effective_transform(net, TEST, config)
+    transform = effective_transform(given.net, TEST, given.config)
     if transform.mean_file is not None:
         raise InputError(
             f"--input pixels: the transform has a mean for each pixel ({transform.mean_file}), not for each "
@@ -196,41 +197,39 @@ def pixels_of(config: Config, net: NetParameter) -> Pixels:
         )
     if not transform.scale > 0:
         raise InputError(f"--input pixels: data.transform.scale is {transform.scale}; it must be positive")
-    channels = next(iter(input_shapes(config, net).values()))[0]
+    channels = next(iter(input_shapes(given).values()))[0]
     mean = transform.mean_value or (0.0,)
     return Pixels(np.array(mean * (channels if len(mean) == 1 else 1), np.float64), transform.scale)
 
 
-def _result(config: Config) -> tuple[Model, list[StageName]]:
+def _result(given: Given) -> tuple[Model, list[StageName]]:
     """The quantized model in the output folder, with the one that it was made from; the stages it lacks."""
-    given, record = read_model_prototxt(config), read_record(config.output)
-    check_results(config, record)
-    files = Files.of(config.name)
+    config, record = given.config, read_record(given.config.output)
+    check_results(given, record)
     check_files(config, record)
-    name = files.renorm if record.stages.renorm is not None else files.quantized
-    net = read_prototxt(config.output / files.val, schema_of(given))
-    full = Model.of(given, config.model.weights, config.model.prototxt)
+    path = config.output / Files.of(config.name).val
+    net = read_prototxt(path, schema_of(given.net))
     stage = record.stages.weights
     grids = {
         layer.name: GridChoice(bits=layer.bits, grid=layer.grid)
         for layer in (stage.layers if stage is not None else ())
     }
-    weights = Weights.read(config.output / name)
-    return Model(net, weights, config.output / files.val, grids, full=full), record.stages.missing
+    weights = Results(given, record.stages).final.weights
+    return Model(net, weights, path, grids, full=given.model), record.stages.missing
 
 
-def _some_images(config: Config, net: NetParameter, count: int) -> Feed | None:
+def _some_images(given: Given, count: int) -> Feed | None:
     """Calibration images, or validation images where there are no others."""
-    if config.data.calibration is not None:
-        return calibration_feed(config, net, min(count, calibration_images(config)))
-    if config.data.validation is not None:
-        feed = validation_feed(config, net, None)
-        return feed.selected(range(min(count, len(feed))))
+    if given.config.data.calibration is not None:
+        return calibration_feed(given, min(count, calibration_images(given)))
+    if given.config.data.validation is not None:
+        feed = validation_feed(given)
+        return feed.subset(range(min(count, len(feed))))
     return None
 
 
 def _compared(
-    config: Config,
+    given: Given,
     net: IntegerNet,
     model: Model,
     path: Path,
@@ -239,8 +238,7 @@ def _compared(
     feed: Feed,
 ) -> FileComparison:
     """The file at ``path`` against the quantized net in our engine and the plain file in full precision."""
-    assert model.full is not None
-    outputs = net_outputs(model.full.net)
+    config, outputs = given.config, net_outputs(given.net)
     output = next((each for each in outputs if each.is_main), outputs[-1])
     blob, threads = net.blob_of(output), config.threads or available_threads()
     [images] = feed.unlabeled().batches(len(feed))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantize.arrays import Shape
 from quantize.caffenet import InferenceNet, NetParameter, declared_shape, dependent_layers
-from quantize.data.sources import Source, open_source
+from quantize.data.sources import Source
 from quantize.data.transform import shape_text
 from quantize.data.values import ENDLESS, Values, open_values
 from quantize.errors import InputError
+from quantize.job.given import Given
 from quantize.settings import Config, Fed
 
 GivenShapes = list[int] | dict[str, list[int]] | None
@@ -101,9 +103,8 @@ def _check_name(name: str, inputs: Sequence[str], key: str) -> None:
         raise InputError(f"{key}: the net has no such input; it has {', '.join(inputs)}")
 
 
-def check_counts(values: Mapping[str, Values], fed: Fed, key: str) -> None:
-    """Check that there are as many values for each input as there are images."""
-    present = images_present(fed, key)
+def check_counts(values: Mapping[str, Values], fed: Fed, present: int) -> None:
+    """Check that there are as many values for each input as there are images: ``present``."""
     for given in values.values():
         if len(given) not in (present, ENDLESS):
             what = f"{fed.source} holds {present} images" if fed.source else f"another input has {present}"
@@ -122,15 +123,18 @@ def check_order(source: Source, values: Mapping[str, Values]) -> None:
             )
 
 
-def images_present(fed: Fed, key: str) -> int:
+def images_present(given: Given, fed: Fed, key: str) -> int:
     """How many images there are: in the source, else as there are values of the first input that has many."""
     if fed.source is not None:
-        source = open_source(fed.source)
-        try:
-            return len(source)
-        finally:
-            source.close()
-    for name, given in fed.inputs.items():
-        if isinstance(given, Path):
-            return len(open_values(given, name, None, f"{key}.inputs.{name}"))
+        return len(given.source(fed.source))
+    for name, values in fed.inputs.items():
+        if isinstance(values, Path):
+            return len(values_of(given, values, name, None, f"{key}.inputs.{name}"))
     raise InputError(f"{key}.inputs: constants alone do not say how many images there are; give source too")
+
+
+def values_of(
+    given: Given, values: float | list[Any] | Path, name: str, expected: Shape | None, key: str
+) -> Values:
+    """What goes into an input that takes no images; see `open_values`."""
+    return given.once(("values", key, expected), lambda: open_values(values, name, expected, key))

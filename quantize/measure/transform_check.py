@@ -27,7 +27,7 @@ from quantize.caffenet import (
     stored_statistics,
 )
 from quantize.caffenet.model import Model
-from quantize.caffenet.norms import NORM_BLOBS
+from quantize.caffenet.norms import epsilon, norm_places
 from quantize.data.feed import Feed, thinned
 from quantize.data.loader import Images
 from quantize.engines.base import Engine, OpenEngine
@@ -293,7 +293,7 @@ def first_norms(net: NetParameter) -> list[LayerParameter]:
     Args:
         net: with every blob name assigned once.
     """
-    norms = [layer for layer in net.layer if layer.type == "BatchNorm"]
+    norms = [layer for layer in net.layer if norm_places(layer) is not None]
     normed = {layer.name for layer in dependent_layers(net.layer, [norm.top[0] for norm in norms])}
     return [norm for norm in norms if norm.name not in normed]
 
@@ -314,13 +314,13 @@ class _Norm:
 
         That is where its third blob is 0, and where all means are 0 and all variances equal: as it was made.
         """
-        if layer.name not in weights or len(weights[layer.name]) != NORM_BLOBS:
+        places = norm_places(layer)
+        if places is None or layer.name not in weights or len(weights[layer.name]) != places.blobs:
             return None
-        mean, variance = stored_statistics(weights[layer.name])
+        mean, variance = stored_statistics(weights[layer.name], places)
         if not variance.any() or (not mean.any() and np.ptp(variance) == 0):
             return None
-        eps = layer.batch_norm_param.eps
-        return cls(layer.name, layer.bottom[0], mean, np.maximum(variance, 0), eps)
+        return cls(layer.name, layer.bottom[0], mean, np.maximum(variance, 0), epsilon(layer))
 
 
 class _Probe:

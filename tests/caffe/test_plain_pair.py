@@ -14,16 +14,38 @@ from quantize.exports.caffe import FORKS_DEPTHWISE, export_caffe
 from quantize.exports.integers import IntegerNet
 from quantize.exports.packed import unpack
 from quantize.settings import CaffeProcess
-from tests.families import FAMILIES, INPUT, family
+from tests.families import FAMILIES, HEAD, INPUT, act, conv, dense, family, layer
+from tests.nets import parse
 from tests.stages.test_sites import quantized_net
+
+FORKS = (
+    HEAD
+    + conv("stem", "data", 4)
+    + act("stem")
+    + layer(
+        "all", "DepthwiseConvolution", "stem", "all", "convolution_param { num_output: 8 kernel_size: 3 }"
+    )
+    + act("all")
+    + layer(
+        "two",
+        "ConvolutionDepthwise",
+        "all",
+        "two",
+        "convolution_param { num_output: 4 kernel_size: 3 group: 2 }",
+    )
+    + act("two")
+    + dense("fc", "two", 7)
+)
+"""Two outputs for each channel; and a group that is given counts."""
 
 
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "kept"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "depthwise of forks"])
 def test_caffe_computes_what_the_weights_are(
     name: str, fold: bool, tmp_path: Path, caffe_forward: Callable[..., list[np.ndarray]]
 ) -> None:
-    net, weights, feeds = quantized_net(family(name))
+    given = family(name) if name in FAMILIES else parse(FORKS)
+    net, weights, feeds = quantized_net(given)
     model = Model(net, weights)
     integers = IntegerNet.of(model)
     export_caffe(model, integers, "net", fold).write(tmp_path)
@@ -31,7 +53,7 @@ def test_caffe_computes_what_the_weights_are(
     assert not {layer.type for layer in plain.layer} & {*QUANTIZER_TYPES, *FORKS_DEPTHWISE}
     assert fold != any(layer.name.endswith(ALPHA_SUFFIX) for layer in plain.layer)
 
-    before = InferenceNet.of(with_alpha_terms(family(name), weights)).net
+    before = InferenceNet.of(with_alpha_terms(given, weights)).net
     outputs = list(integers.outputs)
     engine = engine_opener("onnx", CaffeProcess(), 1)(before, weights, INPUT)
     ours = engine.compile(0, len(before.layer), outputs).run(feeds).blobs

@@ -12,7 +12,7 @@ import pytest
 
 from quantize.caffenet.model import Model
 from quantize.engines.onnx.engine import OnnxEngine
-from quantize.errors import InputError, LabelfreeError
+from quantize.errors import InputError
 from quantize.exports import mnn
 from quantize.exports.integers import IntegerNet, whole_codes
 from quantize.exports.mnn import export_mnn
@@ -98,9 +98,7 @@ def test_the_weights_are_ours() -> None:
 
 def test_what_mnn_lacks_is_told_in_its_words() -> None:
     _, net, _ = made("lite")
-    with pytest.raises(
-        LabelfreeError, match=r"MNN's converter cannot convert this net: .*Caffe::Clip.*; exp"
-    ):
+    with pytest.raises(InputError, match=r"MNN's converter cannot convert this net: .*Caffe::Clip.*; exp"):
         export_mnn(net, "net")
 
 

@@ -8,11 +8,14 @@ import pytest
 
 import quantize
 from quantize.caffenet import InferenceNet, format_prototxt
+from quantize.commands.config import load
+from quantize.data import open_source
 from quantize.engines.onnx.engine import OnnxEngine
 from quantize.errors import InputError
 from quantize.exports.integers import IntegerNet, whole_codes
 from quantize.exports.ncnn import export_ncnn
 from quantize.exports.target import Exported
+from quantize.job.run import Run
 from tests.exports.test_ncnn_layers import run
 from tests.families import FAMILIES, family
 from tests.nets import parse, random_weights
@@ -20,6 +23,7 @@ from tests.stages.test_sites import quantized_net
 
 ncnn = pytest.importorskip("ncnn")
 
+ROOT = Path(__file__).parents[2]
 IMAGE = (3, 17, 15)
 NET = """
 name: "all kinds"
@@ -107,6 +111,38 @@ def test_codes_layer_by_layer(model: quantize.Model, tmp_path: Path) -> None:
     assert np.abs(prob - wanted["prob"]).max() < 0.02
 
 
+def test_a_trained_net(tmp_path: Path) -> None:
+    """The network for digits: every layer's codes within 1 of labelfree's, and the same classes."""
+    config = load(ROOT / "configs/digits.yaml", {"output": str(tmp_path / "out")})
+    Run(config).quantize()
+    pair = (tmp_path / "out/digits_deploy.prototxt", tmp_path / "out/digits_renorm.caffemodel")
+    net = IntegerNet.of(quantize.Model.load(*pair))
+    images = digits(40)
+    sites = [layer.top[0] for layer in net.net.layer if layer.type == "ActQuantize"]
+    assert len(sites) >= 9
+    engine = OnnxEngine(net.net, net.weights, {"data": images.shape[1:]}, threads=1)
+    wanted = engine.compile(0, len(net.net.layer), [*sites, "fc"]).run({"data": images}).blobs
+    files = export_ncnn(net, "net").files
+    away = []
+    for number, image in enumerate(images):
+        *codes, fc = run(files, tmp_path, {"data": image}, [*(f"{blob}_codes" for blob in sites), "fc"])
+        for blob, found in zip(sites, codes, strict=True):
+            own = np.rint(wanted[blob][number] / net.quantizers[blob].step)
+            away.append(np.abs(found.reshape(-1) - own.reshape(-1)))
+        assert fc.argmax() == wanted["fc"][number].argmax()
+    assert max(each.max() for each in away) <= 1
+    assert np.mean(np.concatenate(away)) < 5e-4
+
+
+def digits(count: int) -> np.ndarray:
+    """Test images as the network takes them."""
+    config = load(ROOT / "configs/digits.yaml")
+    assert config.data.validation is not None
+    source = open_source(config.data.validation.source)
+    pixels = np.stack([source.read(number).pixels for number in range(count)])
+    return (pixels.astype(np.float32) - 5) * np.float32(0.125)
+
+
 @pytest.mark.parametrize("values", [{}, {"input": True, "sums": True}], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str, values: dict[str, object], tmp_path: Path) -> None:
@@ -154,6 +190,27 @@ def test_negative_scales_and_the_lowest_code(tmp_path: Path) -> None:
     lowest = [layer.scale[layer.codes.min(axis=1) == -128].min(initial=0) for layer in codes.values()]
     assert min(lowest) < 0
     test_codes_layer_by_layer(model, tmp_path)
+
+
+def test_kernels_that_count_for_nothing(tmp_path: Path) -> None:
+    """A BatchNorm's scale of 0 leaves the bias; of Q, which is not 0, nothing."""
+    net = parse(NET)
+    weights = random_weights(InferenceNet.of(net).net, {"data": IMAGE})
+    for name in ("scale1", "scale2"):
+        scale, shift = (blob.copy() for blob in weights[name])
+        scale[[1, 4]] = 0, 1e-42
+        weights.replace(name, [scale, shift])
+    given = quantize.Model(net, weights)
+    images = np.random.default_rng(1).normal(size=(16, *IMAGE))
+    model = quantize.quantize(given, quantize.Images(images, given))
+    assert whole_codes(IntegerNet.of(model).layers["deep"]).codes[1].any()
+    test_codes_layer_by_layer(model, tmp_path)
+
+
+def test_a_name_that_is_added_is_taken() -> None:
+    text = NET.replace('"wide"', '"conv1_codes"')
+    with pytest.raises(InputError, match="blob 'conv1_codes': labelfree needs this name; rename the blob"):
+        export_ncnn(IntegerNet.of(model_of(text)), "net")
 
 
 def test_the_table(model: quantize.Model) -> None:

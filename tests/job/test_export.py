@@ -15,7 +15,7 @@ from quantize.errors import InputError
 from quantize.exports.onnx import OnnxOptions
 from quantize.job.evaluation import evaluate_run
 from quantize.job.export import evaluate_exported, export_run, pixels_of
-from quantize.job.feeds import read_model_prototxt
+from quantize.job.given import Given
 from quantize.job.run import Run
 from tests.conftest import Job
 
@@ -84,7 +84,7 @@ def test_pixels_of_a_mean_image_are_refused(done: Job, tmp_path: Path) -> None:
     mean.write_bytes(proto.SerializeToString())
     config = done.config(*SETTINGS, f"data.transform.mean_file={mean}")
     with pytest.raises(InputError, match=r"a mean for each pixel .*mean\.binaryproto"):
-        pixels_of(config, read_model_prototxt(config))
+        pixels_of(Given(config))
 
 
 def test_the_python_api_writes_the_same_file(done: Job) -> None:

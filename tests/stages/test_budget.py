@@ -284,9 +284,7 @@ def test_scores_that_are_not_finite_are_one_line(
 
 def test_too_little_memory_says_how_much_would_do(calibration: Calibration, model: Model) -> None:
     tight = Calibration(calibration.feed, ONNX, 1000)
-    with pytest.raises(
-        InputError, match=r"renorm\.memory: 1000 bytes.*least that would do is (\d+)"
-    ) as caught:
+    with pytest.raises(InputError, match=r"^memory: 1000 bytes.*least that would do is (\d+)") as caught:
         sensitivities(model, ["left"], "uniform", tight, SCORES)
     least = int(str(caught.value).split("least that would do is ")[1].split()[0])
     enough = Calibration(calibration.feed, ONNX, least)
