@@ -22,8 +22,11 @@ import pytest
 import yaml
 
 from quantize import cli
-from quantize.caffenet import Weights
+from quantize.caffenet import Weights, read_net
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.errors import InputError
+from quantize.numerics.grids import make_grid
+from quantize.numerics.solvers import fit
 from tests.conftest import Job
 
 
@@ -593,6 +596,17 @@ def test_what_caffe_test_needs_is_said(job: Job, labelfree: Labelfree) -> None:
     assert "caffe test -model residual_val.prototxt -weights residual_renorm.caffemodel -iterations 3" in page
 
 
+def median_sqnr(job: Job, grid: str) -> float:
+    """Of the layers that are neither the first nor the last, in decibels."""
+    net, weights = read_net(job.folder / "net.prototxt"), Weights.read(job.folder / "net.caffemodel")
+    names = [layer.name for layer in net.layer if Trait.KERNELS in traits_of(layer)][1:-1]
+    found = []
+    for name in names:
+        w = weights[name][0].reshape(len(weights[name][0]), -1).astype(np.float64)
+        found.append(10 * np.log10(np.square(w).sum() / fit(w, make_grid(grid, 4)).loss.sum()))
+    return float(np.median(found))
+
+
 def test_init_writes_a_configuration_that_runs(job: Job, labelfree: Labelfree) -> None:
     path = job.folder / "new.yaml"
     arguments = [
@@ -606,6 +620,11 @@ def test_init_writes_a_configuration_that_runs(job: Job, labelfree: Labelfree) -
     assert done.code == 0, done.err
     assert "guessed: data.transform: as the prototxt says; mean 100, scale 1/50: means" in done.out
     assert "guessed: data.calibration.images 16 of 20: 4 are kept for evaluate" in done.out
+    said = r"weights.grid power_of_two, .* SQNR of ([\d.]+) dB on it, of ([\d.]+) dB on uniform"
+    found = re.search(said, done.out)
+    assert found is not None
+    for grid, decibels in zip(("power_of_two", "uniform"), found.groups(), strict=True):
+        assert median_sqnr(job, grid) == pytest.approx(float(decibels), abs=0.06)
     assert labelfree("quantize", "--config", path).code == 0
     assert_one_line(labelfree(*arguments), "there already")
 
@@ -636,3 +655,45 @@ def test_a_norm_whose_statistics_are_ignored_is_named(job: Job, labelfree: Label
     assert (ill.code, ill.out.count(line)) == (1, 1)
     done = labelfree("quantize", "--config", job.yaml)
     assert (done.code, done.err.count(line)) == (0, 1)
+
+
+def test_export_prints_what_the_file_is_worth(labelfree: Labelfree, job: Job) -> None:
+    settings = ("--set", "activations.levels=255", "--set", "activations.sums=true")
+    assert labelfree("-q", "quantize", "-c", job.yaml, *settings).code == 0
+    done = labelfree("-q", "export", "-c", job.yaml, *settings, "--to", "onnx", "--images", "4")
+    assert (done.code, done.err) == (0, "")
+    assert "residual.onnx" in done.out
+    assert "in float: conv1: reads the input data, which is not on codes (activations.input)" in done.out
+    folder = job.folder / "files"
+    words = ("export", "-c", job.yaml, *settings, "--to", "onnx", "--input", "pixels", "--images", "4")
+    done = labelfree("-q", *words, "--output", folder, "--json")
+    assert json.loads(done.out)["files"].keys() == {str(folder / "residual.onnx")}
+    assert json.loads(done.out)["float_layers"] == {}
+    scored = labelfree("-q", "evaluate", "-c", job.yaml, "--runtime", "onnx", "--json")
+    assert scored.code == 0
+    assert json.loads(scored.out).keys() >= {"fp32", "quantized", "onnx"}
+    scored = labelfree(
+        *("-q", "evaluate", "-c", job.yaml, "--runtime", "onnx", "--file", folder / "residual.onnx")
+    )
+    assert re.search(r"^onnx +\d+\.\d", scored.out, re.MULTILINE)
+    assert "evaluation" not in json.loads((job.out / "report.json").read_text())
+
+
+def test_export_without_a_yaml_file_writes_beside_the_results(labelfree: Labelfree, job: Job) -> None:
+    files = ("--prototxt", job.folder / "net.prototxt", "--weights", job.folder / "net.caffemodel")
+    words = (*files, "--calibration", job.folder / "train_lmdb", "--output", job.folder / "results")
+    assert labelfree("-q", "quantize", *words).code == 0
+    done = labelfree("-q", "export", *words, "--to", "onnx", "--images", "4")
+    assert done.code == 0
+    assert (job.folder / "results/net.onnx").exists()
+
+
+def test_what_export_refuses_is_one_line(labelfree: Labelfree, job: Job) -> None:
+    assert_one_line(labelfree("export", "-c", job.yaml, "--to", "onnx"), "nothing quantized here yet")
+    assert_one_line(labelfree("export", "-c", job.yaml, "--to", "tflite"), "--to", "onnx")
+    assert_one_line(labelfree("evaluate", "-c", job.yaml, "--file", "x.onnx"), "--file needs --runtime")
+    assert_one_line(labelfree("evaluate", "-c", job.yaml, "--runtime", "onnx"), "nothing quantized here yet")
+    assert labelfree("-q", "quantize", "-c", job.yaml, "--stages", "weights").code == 0
+    assert_one_line(
+        labelfree("evaluate", "-c", job.yaml, "--runtime", "onnx"), "run `labelfree export` first"
+    )
