@@ -356,7 +356,7 @@ def _stretch(
     endings, works = list(ending), np.array(list(ending.values()))
     if not endings:
         return None
-    many = _shares(np.array([costs.held(held) for held in endings]), images, batch, memory)
+    many = _shares(np.array([costs.held(each) for each in endings]), images, batch, memory)
     work = many * works + (images - many) * works[:, None]
     work[(many < 0) | (works > works[:, None])] = np.inf
     small, large = np.unravel_index(work.argmin(), work.shape)

@@ -14,10 +14,11 @@ from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.numerics.moments import Moments, moments_of
-from quantize.settings import CaffeProcess, Config, WeightSettings
+from quantize.settings import CaffeProcess, Config, RenormSettings, WeightSettings
 from quantize.stages.data_aware import CalibrationSweep, data_aware
-from quantize.stages.renorm import Reference, stored_statistics, variance_ratio
+from quantize.stages.renorm import Reference, renorm, stored_statistics, variance_ratio
 from quantize.stages.weights import choices
+from tests.heard import Heard
 from tests.nets import (
     CROPPED,
     RESIDUAL,
@@ -341,6 +342,22 @@ def test_the_means_of_outputs_are_kept_by_biases(feed: Feed, memory: int | None)
     for name in ("c", "c_alpha_term", "no_bias", "no_bias_alpha_term"):
         for old, new in zip(weights[name], corrected[name], strict=True):
             np.testing.assert_array_equal(old, new)
+
+
+def test_it_says_whose_mean_cannot_be_kept(feed: Feed) -> None:
+    net = InferenceNet.of(parse(BARE)).net
+    full = model_of(net, random_weights(net, {"data": CROPPED}))
+    settings = WeightSettings(bits=2)
+    changed, weights, _ = quantized_weights(net, full.weights, choices(net, settings), "optimal")
+    for asked in (True, False):
+        heard = Heard()
+        renorm(
+            model_of(changed, weights), feed, RenormSettings(bias_correction=asked), OPEN, None, heard, full
+        )
+        said = [note for note in heard.notes if "is not kept" in note]
+        assert len(said) == asked
+        # Not of c, which a BatchNorm follows, and not of those that have a bias.
+        assert all("the mean of what no_bias puts out" in note for note in said)
 
 
 def test_nothing_quantized_leaves_the_biases(feed: Feed) -> None:
