@@ -30,12 +30,12 @@ from onnx import helper, numpy_helper
 from benchmarks.accuracy import Subject, checked_settings
 from quantize.arrays import FloatArray
 from quantize.caffenet import NetParameter, single_assignment
+from quantize.caffenet.model import Model
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines.onnx.engine import OnnxEngine, Translation
 from quantize.engines.onnx.graph import Graph
 from quantize.measure.closeness import divergences
-from quantize.measure.evaluate import Candidate
 from quantize.measure.outputs import net_outputs, tapped
 from quantize.settings import WeightSettings
 
@@ -96,10 +96,10 @@ def scores_of(subject: Subject, net: NetParameter | None = None) -> tuple[NetPar
     return flat, flat.layer[place].top[list(with_taps.layer[place].top).index(blob)]
 
 
-def scores(subject: Subject, candidate: Candidate) -> FloatArray:
+def scores(subject: Subject, model: Model) -> FloatArray:
     """The class scores of a net for all test images."""
-    net, blob = scores_of(subject, candidate.net)
-    with closing(subject.open_engine(net, candidate.weights, subject.validation.shapes)) as engine:
+    net, blob = scores_of(subject, model.inference.net)
+    with closing(subject.open_engine(net, model.weights, subject.validation.shapes)) as engine:
         runner = engine.compile(0, len(net.layer), [blob])
         found = [runner.run(batch.feeds).blobs[blob] for batch in subject.validation.batches(BATCH)]
     return np.concatenate([made.reshape(len(made), -1) for made in found])

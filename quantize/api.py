@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantize.arrays import FloatArray, Shape
-from quantize.caffenet.model import Model
+from quantize.caffenet.model import NAME, Model
 from quantize.caffenet.phases import IMAGE_AXES
 from quantize.commands.config import checked
 from quantize.data.feed import Batch, Feed, Input
@@ -29,9 +29,14 @@ from quantize.data.transform import shape_text
 from quantize.data.values import Values as FedValues
 from quantize.engines import engine_opener
 from quantize.errors import InputError
+from quantize.exports.integers import IntegerNet
+from quantize.exports.onnx import OnnxOptions
+from quantize.exports.targets import TARGETS, Order
 from quantize.host import using_threads
+from quantize.job.export import pixels_of
 from quantize.job.feeds import calibration_feed, calibration_images, stage_feed, validation_feed
 from quantize.job.given import Given
+from quantize.job.inputs import told_shapes
 from quantize.job.labels import with_labels_that_fit
 from quantize.job.transforms import transform_check
 from quantize.job.work import Work
@@ -588,6 +593,59 @@ def evaluate(model: Model, small: Model, images: Images, *, runtime: Runtime = D
         full_top5=other.top5,
         p_value=None if paired is None else paired.p_value,
     )
+
+
+def export(
+    model: Model,
+    folder: str | Path,
+    to: Literal["onnx", "caffe", "ncnn", "mnn", "ranges"] = "onnx",
+    *,
+    name: str | None = None,
+    runtime: Literal["ort", "openvino"] = "ort",
+    codes: Literal["packed", "int8"] = "packed",
+    pixels: bool = False,
+    keep_layers: bool = False,
+    transform: Settings | None = None,
+    input_shape: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+) -> list[Path]:
+    """Write a quantized model as files that are small and run in integers, as `labelfree export` does.
+
+    >>> import quantize
+    >>> model = quantize.Model.load("digits.prototxt", "digits.caffemodel")
+    >>> images = quantize.Images("calibration_lmdb", model)
+    >>> small = quantize.quantize(model, images, activations={"levels": 255, "sums": True})
+    >>> [path] = quantize.export(small, "out")
+    >>> path.name, path.stat().st_size < 60_000
+    ('digits.onnx', True)
+
+    Args:
+        model: with quantized weights and activations.
+        folder: made where it is not there.
+        to: the kind of files.
+        name: that theirs begin with; None: the net's.
+        runtime: the one that an ONNX file is to be fast in.
+        codes: of an ONNX file: weights of 4 bits two in a byte, or each in one, for onnxruntime before 1.23.
+        pixels: an ONNX file takes pixels of 8 bits, of which the transform makes the net's values.
+        keep_layers: a plain Caffe pair keeps alpha, BatchNorm and Scale as layers.
+        transform: replaces what the prototxt says (``data.transform``).
+        input_shape: of the net's inputs, where the prototxt does not say it (``data.input_shape``).
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        InputError: nothing is quantized, or the target cannot express it; nothing is written.
+        LabelfreeError: a file could not be written.
+    """
+    name = (model.net.name or "model") if name is None else name
+    if not NAME.fullmatch(name):
+        raise InputError(f"{name!r} cannot be a file's name: use letters, digits and . + - _")
+    data = {"transform": dict(transform or {}), "input_shape": _plain(input_shape)}
+    given = Given(_configuration(model, None, DEFAULT_RUNTIME, "export", {"data": data}), model.net)
+    taken = pixels_of(given) if pixels else None
+    net = IntegerNet.of(model, told_shapes(given))
+    order = Order(model, net, name, OnnxOptions(runtime, codes, taken), fold=not keep_layers)
+    return TARGETS[to].write(order).write(folder)
 
 
 @dataclass(frozen=True)

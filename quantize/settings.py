@@ -369,7 +369,8 @@ class ActivationSettings(Section):
     )
     sums: bool = Field(
         False,
-        description="the branches of Eltwise sums too, with scope inputs: for runtimes that add codes",
+        description="what Eltwise sums and average poolings read too, with scope inputs: for runtimes "
+        "that add codes",
     )
     images: Whole = Field(
         64, ge=1, description=f"calibration images; {PUBLISHED_IMAGES} with solver reference"

@@ -49,6 +49,7 @@ _BLOB_RAW_TYPE = 10
 _RAW_TYPES = {BlobProto.DOUBLE: "<f8", BlobProto.FLOAT: "<f4", BlobProto.FLOAT16: "<f2"}
 _LEGACY_SHAPE = ("num", "channels", "height", "width")
 Parsed = TypeVar("Parsed", bound=Message)
+_NAME_AND_BLOBS = {_NET_LAYER: (_LAYER_NAME, _LAYER_BLOBS), _NET_LAYERS: (_V1_NAME, _V1_BLOBS)}
 
 
 class _DamagedError(Exception):
@@ -268,6 +269,26 @@ def _named(layer: LayerParameter, name: str) -> memoryview:
 
 def _blobs(arrays: Iterable[npt.ArrayLike]) -> tuple[_Blob, ...]:
     return tuple(_Blob(np.asarray(array, np.float32, order="C")) for array in arrays)
+
+
+def float_records(caffemodel: bytes) -> list[tuple[int, int]]:
+    """Where in the content of a caffemodel the float32 data of blobs begin and end, in order.
+
+    Blobs whose data are not in one packed record of floats are left out.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    buffer = memoryview(caffemodel)
+    found = []
+    with _told("the caffemodel", buffer):
+        for layer in _fields(buffer, 0, len(buffer)):
+            if layer.number in _NAME_AND_BLOBS:
+                for blob in _split(buffer, layer, *_NAME_AND_BLOBS[layer.number])[2]:
+                    data = _only_data(buffer, blob)
+                    if data is not None and data.number == _BLOB_DATA:
+                        found.append((data.start, data.start + _view(buffer, data, "<f4").nbytes))
+    return found
 
 
 # ---- Writing ----

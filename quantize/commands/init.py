@@ -140,9 +140,9 @@ def initial_config(
     config = with_transform(config, TransformKeys.model_validate(keys))
     with closing(Given(config, net)) as given:
         config, why = with_chosen_transform(given)
-        trained = given.model
+        grid_guesses = _better_grid(given.inference.net, given.model.weights)
     guesses.append(f"data.transform: {why}")
-    guesses += _better_grid(InferenceNet.of(net).net, trained.weights)
+    guesses += grid_guesses
     shown = json.dumps({**keys, **_arithmetic(config.data.transform)}).replace('"', "")
     comment = "  # overrides of the prototxt's transform_param" if has_data_layer(net) else ""
     text = TEMPLATE.format(

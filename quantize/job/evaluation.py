@@ -89,7 +89,7 @@ def report_run(config: Config) -> Path:
     given, record = Given(config), read_record(config.output)
     check_results(given, record)
     with closing(OutputFolder(config.output)) as folder:
-        _check_files(config, record)
+        check_files(config, record)
         write_page(folder, Results(given, record.stages), record)
     return config.output / PAGE
 
@@ -145,9 +145,9 @@ def _checked_candidates(results: Results, record: RunRecord) -> dict[str, Model]
     try:
         found = _candidates(results)
     except InputError:
-        _check_files(config, record)
+        check_files(config, record)
         raise
-    _check_files(config, record)  # last: what becomes of files that have been read is no matter
+    check_files(config, record)  # last: what becomes of files that have been read is no matter
     return found
 
 
@@ -164,7 +164,7 @@ def _candidates(results: Results) -> dict[str, Model]:
     return {"fp32": given.model, "without_renorm": results.after("weights"), "quantized": final}
 
 
-def _check_files(config: Config, record: RunRecord) -> None:
+def check_files(config: Config, record: RunRecord) -> None:
     """Check that the files are those that the record tells of (InputError if not)."""
     for name, digest in record.outputs.items():
         path = config.output / name

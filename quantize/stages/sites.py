@@ -174,4 +174,7 @@ def _clips_from_zero(layer: LayerParameter) -> bool:
 
 
 def _is_sum(layer: LayerParameter) -> bool:
+    """Whether the layer adds values: those of several blobs, or of a window."""
+    if layer.type == "Pooling":
+        return layer.pooling_param.pool == layer.pooling_param.AVE
     return layer.type == "Eltwise" and layer.eltwise_param.operation == layer.eltwise_param.SUM

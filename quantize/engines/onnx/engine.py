@@ -304,6 +304,10 @@ class Translation:
             self.inputs[name] = _Blob(name, self._tensors[name], shape, grows)
         return _Blob(name, self._tensors[name], shape, grows)
 
+    def define(self, name: str, tensor: str) -> None:
+        """Have a blob's name stand for a tensor from here on."""
+        self._tensors[name] = tensor
+
     def output(self, blob: _Blob) -> _Blob:
         """Make a blob an output of the graph."""
         return replace(blob, tensor=self.graph.output(blob.tensor))
