@@ -73,7 +73,7 @@ class Subject:
             of_weights,  # type: ignore[arg-type]
             calibration=CalibrationSweep(feed, self.open_engine, memory, statistics),
         )
-        settings_of_renorm = RenormSettings(statistics=statistics, bias_correction=False)
+        settings_of_renorm = RenormSettings(statistics=statistics)
         model, _ = renorm(model, feed, settings_of_renorm, self.open_engine, memory)
         scope = "relu" if solver == "published" else activation_settings.scope
         steps = activation_settings.model_copy(update={"solver": of_activations, "scope": scope})

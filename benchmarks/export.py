@@ -34,7 +34,8 @@ from quantize.engines.exported import ExportedFile, Pixels, is_installed, open_e
 from quantize.exports.integers import IntegerNet
 from quantize.exports.onnx import OnnxOptions, export_onnx
 from quantize.job.export import evaluate_exported, export_run
-from quantize.job.feeds import calibration_feed, calibration_images, input_shapes, read_model_prototxt
+from quantize.job.feeds import calibration_feed, calibration_images, input_shapes
+from quantize.job.given import Given
 from quantize.job.run import Run
 from quantize.settings import CaffeProcess
 
@@ -184,11 +185,12 @@ class Calibration(CalibrationDataReader):  # type: ignore[misc]
 def print_alternative(path: Path, folder: Path) -> None:
     """What onnxruntime's own tool makes of full precision: 8-bit weights per channel, 8-bit activations."""
     config = load(path, {"output": str(folder / "alternative")}, [])
-    net = read_model_prototxt(config)
+    given = Given(config)
+    net = given.net
     full = Model.of(net, config.model.weights, config.model.prototxt)
-    shapes = input_shapes(config, net)
+    shapes = input_shapes(given)
     [plain] = export_onnx(IntegerNet.folded(full, shapes), "plain", OnnxOptions()).write(folder)
-    feed = calibration_feed(config, net, min(calibration_images(config), config.renorm.images))
+    feed = calibration_feed(given, min(calibration_images(given), config.renorm.images))
     quantize_static(
         *(plain, folder / "alternative.onnx", Calibration(feed.batches(1))),
         quant_format=QuantFormat.QDQ,

@@ -63,7 +63,7 @@ class Result:
 def as_onnx(subject: Subject) -> onnx.ModelProto:
     """The net in full precision: input ``images``, output ``scores``, any batch, no external data."""
     net, blob = scores_of(subject)
-    with closing(OnnxEngine(net, subject.weights, subject.calibration.shapes, 1)) as engine:
+    with closing(OnnxEngine(net, subject.model.weights, subject.calibration.shapes, 1)) as engine:
         translation = Translation(engine, Graph())
         for layer in net.layer:
             if layer.bottom:
@@ -89,8 +89,8 @@ def as_onnx(subject: Subject) -> onnx.ModelProto:
 
 def scores_of(subject: Subject, net: NetParameter | None = None) -> tuple[NetParameter, str]:
     """The net in full precision, or what became of it, and the name of its class scores in there."""
-    main = next(output for output in net_outputs(subject.net) if output.is_main)
-    with_taps, [blob] = tapped(net or subject.inference.net, [main])
+    main = next(output for output in net_outputs(subject.model.net) if output.is_main)
+    with_taps, [blob] = tapped(net or subject.model.inference.net, [main])
     flat = single_assignment(with_taps)
     place = max(i for i, layer in enumerate(with_taps.layer) if blob in layer.top)
     return flat, flat.layer[place].top[list(with_taps.layer[place].top).index(blob)]
@@ -162,7 +162,7 @@ def main(
             onnx.save(as_onnx(subject), folder / "full.onnx")
             np.save(folder / "calibration.npy", images_of(subject.calibration))
             np.save(folder / "test.npy", images_of(subject.validation))
-            full = scores(subject, subject.candidate(subject.net, subject.weights))
+            full = scores(subject, subject.model)
             for setting in settings:
                 numbers = list(range(len(subject.calibration)))
                 for result in (*theirs(python, folder, setting), *ours(subject, setting, numbers)):
