@@ -186,10 +186,8 @@ def print_alternative(path: Path, folder: Path) -> None:
     """What onnxruntime's own tool makes of full precision: 8-bit weights per channel, 8-bit activations."""
     config = load(path, {"output": str(folder / "alternative")}, [])
     given = Given(config)
-    net = given.net
-    full = Model.of(net, config.model.weights, config.model.prototxt)
-    shapes = input_shapes(given)
-    [plain] = export_onnx(IntegerNet.folded(full, shapes), "plain", OnnxOptions()).write(folder)
+    net = IntegerNet.folded(given.model, input_shapes(given))
+    [plain] = export_onnx(net, "plain", OnnxOptions()).write(folder)
     feed = calibration_feed(given, min(calibration_images(given), config.renorm.images))
     quantize_static(
         *(plain, folder / "alternative.onnx", Calibration(feed.batches(1))),

@@ -34,6 +34,7 @@ from quantize.arrays import FloatArray, Floats
 from quantize.caffenet import LayerParameter
 from quantize.caffenet.kernels import from_kernels
 from quantize.caffenet.quantized import Quantizer, read_quantizer
+from quantize.caffenet.quantizers import MOST_SIGNED_LEVELS
 from quantize.caffenet.shape_rules import Window, canonical_axis, convolution_window
 from quantize.engines.exported import Pixels
 from quantize.engines.onnx.engine import OnnxEngine, Translation
@@ -211,10 +212,12 @@ class _Writer:
 
     def _narrow(self, blob: str, codes: _Codes, lowest: int, highest: int) -> None:
         """Cut codes to a range; -128, which is nearer to what was there than -127 is, may stay."""
-        lowest, highest = max(lowest, codes.lowest), min(highest, codes.highest)
         signed = codes.quantizer.lowest < 0
+        if signed and lowest == -MOST_SIGNED_LEVELS:
+            lowest = codes.lowest
+        lowest, highest = max(lowest, codes.lowest), min(highest, codes.highest)
         tensor, zero = codes.tensor, SIGNED_ZERO if signed else 0
-        if (max(lowest, -127) if signed else lowest) > max(codes.lowest, -127) or highest < codes.highest:
+        if (lowest, highest) != (codes.lowest, codes.highest):
             limits = (self.graph.constant(np.array(code + zero, np.uint8)) for code in (lowest, highest))
             tensor = self.graph.op("Clip", tensor, *limits)
         self._define(blob, _Codes(tensor, codes.quantizer, lowest, highest))
@@ -259,14 +262,12 @@ class _Writer:
         if limits is None or layer.bottom[0] not in self.demanded:
             return False
         codes = self.codes[layer.bottom[0]]
-        step, quantizer = np.float32(codes.quantizer.step), codes.quantizer
+        step = np.float32(codes.quantizer.step)
         lowest, highest = (
             int(np.clip(np.floor(np.float32(limit) / step + np.float32(0.5)), codes.lowest, codes.highest))
             for limit in limits
         )
-        self._narrow(
-            layer.top[0], _Codes(codes.tensor, quantizer, codes.lowest, codes.highest), lowest, highest
-        )
+        self._narrow(layer.top[0], codes, lowest, highest)
         return True
 
     # ---- Weights ----
@@ -274,24 +275,24 @@ class _Writer:
     def _add_quantized(self, layer: LayerParameter, given: IntegerLayer) -> None:
         """A layer whose weights are quantized, in integers where the runtime can."""
         on_pixels = self._is_on_pixels(layer)
+        given = _whole(given)
         why = None if on_pixels else self.floats.get(layer.name)
         why, integers = why or self._why_float(layer), given
-        if why is None:
-            integers = self._with_mean(layer, given) if on_pixels else given
-            integers, why = self._within_int32(layer, integers)
-        if why is None and not _fit(_whole(integers.codes)[0], INT8):
+        if why is None and not _fit(given.codes, INT8):
             why = f"{given.bits}-bit {given.grid} weights are no bytes (weights.bits)"
+        if why is None:
+            integers, why = self._within_int32(layer, self._with_mean(layer, given) if on_pixels else given)
         if why is not None:
             self.floats[layer.name] = why
             x = self._values(layer.bottom[0])
             self._add_linear(layer, x, self._floats(layer, given), given, is_integer=False)
             return
         self.floats.pop(layer.name, None)
-        codes, unit = _whole(integers.codes)
-        scale = self.graph.floats(integers.scale * unit)
-        w = self.graph.op("DequantizeLinear", self._bytes(layer, codes), scale, axis=_kernel_axis(layer))
+        scale = self.graph.floats(integers.scale)
+        weights = self._bytes(layer, integers.codes)
+        w = self.graph.op("DequantizeLinear", weights, scale, axis=_kernel_axis(layer))
         x = self._padded_pixels(layer) if on_pixels else self.translation.blob(layer.bottom[0]).tensor
-        self._add_linear(layer, x, w, replace(integers, scale=integers.scale * unit), is_integer=True)
+        self._add_linear(layer, x, w, integers, is_integer=True)
 
     def _why_float(self, layer: LayerParameter) -> str | None:
         """Why a layer on codes cannot run in integers in the runtime; None where it can."""
@@ -389,8 +390,7 @@ class _Writer:
 
     def _floats(self, layer: LayerParameter, integers: IntegerLayer) -> str:
         """scale * Q as floats, which the runtime computes when it loads the file; what is in there is Q."""
-        codes, unit = _whole(integers.codes)
-        blob = self._in_blob(layer, codes)
+        codes, blob = integers.codes, self._in_blob(layer, integers.codes)
         levels = np.unique(codes)
         packed = self.options.weights == "packed"
         if len(levels) <= FEW_LEVELS and packed:
@@ -402,7 +402,7 @@ class _Writer:
             w = self.graph.op(
                 "Gather", self.graph.floats(levels), self.graph.op("Cast", bytes_, to=TensorProto.INT32)
             )
-        return self.graph.op("Mul", w, self.graph.floats(_spread(layer, integers.scale * unit, blob.shape)))
+        return self.graph.op("Mul", w, self.graph.floats(_spread(layer, integers.scale, blob.shape)))
 
     def _in_blob(self, layer: LayerParameter, codes: FloatArray) -> FloatArray:
         """Kernels as the operator has them: those of an InnerProduct as columns."""
@@ -543,19 +543,20 @@ def _limits(layer: LayerParameter) -> tuple[float, float] | None:
 
 
 def _fills_byte(lowest: int, highest: int) -> bool:
-    return (lowest, highest) in ((0, 255), (-127, 127))
+    return (lowest, highest) in ((0, 255), (-MOST_SIGNED_LEVELS, MOST_SIGNED_LEVELS))
 
 
-def _whole(codes: FloatArray) -> tuple[FloatArray, float]:
-    """Codes as whole numbers without a common power of two, and that power; levels are sums of few such."""
-    values = np.unique(np.abs(codes))
+def _whole(integers: IntegerLayer) -> IntegerLayer:
+    """The layer with whole numbers as codes, which have no power of two in common."""
+    values = np.unique(np.abs(integers.codes))
     values = values[values > 0]
     if not len(values):
-        return codes, 1.0
+        return integers
     mantissas, exponents = np.frexp(values.astype(np.float64))
     whole = (mantissas * 2.0**24).astype(np.int64)
     unit = float(2.0 ** np.min(exponents - 24 + np.log2(whole & -whole)))
-    return (codes / np.float32(unit)).astype(np.float32), unit
+    codes = (integers.codes / np.float32(unit)).astype(np.float32)
+    return replace(integers, codes=codes, scale=integers.scale * unit)
 
 
 def _fit(codes: FloatArray, allowed: range) -> bool:
