@@ -641,9 +641,9 @@ def export(
     if not NAME.fullmatch(name):
         raise InputError(f"{name!r} cannot be a file's name: use letters, digits and . + - _")
     data = {"transform": dict(transform or {}), "input_shape": _plain(input_shape)}
-    config = _configuration(model, None, DEFAULT_RUNTIME, "export", {"data": data})
-    taken = pixels_of(Given(config, model.net)) if pixels else None
-    net = IntegerNet.of(model, told_shapes(config, model.net))
+    given = Given(_configuration(model, None, DEFAULT_RUNTIME, "export", {"data": data}), model.net)
+    taken = pixels_of(given) if pixels else None
+    net = IntegerNet.of(model, told_shapes(given))
     order = Order(model, net, name, OnnxOptions(runtime, codes, taken), fold=not keep_layers)
     return TARGETS[to].write(order).write(folder)
 
@@ -688,18 +688,18 @@ class _Stages:
             yield model
 
     def weights(self, model: Model) -> Model:
-        """Stage 1."""
+        """The stage weights."""
         check_unquantized(model.inference.net)
         _check_activations(model)
         return self.work.weights(model)[0]
 
     def renorm(self, model: Model, full: Model | None = None) -> Model:
-        """Stage 2."""
+        """The stage renorm."""
         _check_activations(model)
         return self.work.renorm(model, full)[0]
 
     def activations(self, model: Model) -> Model:
-        """Stage 3."""
+        """The stage activations."""
         _check_activations(model)
         small, found, _ = self.work.activations(model)
         if not found:

@@ -425,17 +425,15 @@ def export(
     from quantize.job.export import export_run
 
     options = OnnxOptions(runtime, codes)
-    with showing_progress() as progress:
-        outcome = export_run(
-            config,
-            target,
-            None if folder is None else Path(folder),
-            options,
-            taken == "pixels",
-            not keep_layers,
-            images,
-            progress,
-        )
+    outcome = export_run(
+        config,
+        target,
+        None if folder is None else Path(folder),
+        options,
+        taken == "pixels",
+        not keep_layers,
+        images,
+    )
     click.echo(export_json(outcome) if as_json else export_text(outcome))
 
 

@@ -451,10 +451,8 @@ class Config(Section):
                     f"{MOVED[name]} and renorm.{name}, its earlier place, are both given: keep the former"
                 )
         if moved.get("augment") is not None:
-            self.__dict__["data"] = self.data.model_copy(update={"augment": moved["augment"]})
+            self.__dict__["data"] = self.data.model_copy()  # the default is everybody's
+            self.data.__dict__["augment"] = moved["augment"]
         if "memory" in moved:
             self.__dict__["memory"] = moved["memory"]
-        if moved:  # they are where they belong: read again, they are not given twice
-            self.__dict__["renorm"] = self.renorm.model_copy(update=dict.fromkeys(moved))
-            self.renorm.model_fields_set.difference_update(moved)
-        return self
+        return self  # as before, neither counts as set: settings in a record are looked at again

@@ -15,7 +15,7 @@ from quantize.engines import engine_opener
 from quantize.engines.base import OpenEngine
 from quantize.record import BatchNormShift, QuantizedLayer
 from quantize.settings import CaffeProcess, GridChoice, RenormSettings, SolverName
-from quantize.stages.data_aware import Calibration
+from quantize.stages.data_aware import CalibrationSweep
 from quantize.stages.renorm import renorm
 from quantize.stages.weights import weights_quan
 
@@ -204,7 +204,7 @@ def quantized_weights(
     weights: Weights,
     chosen: dict[str, GridChoice],
     solver: SolverName = "optimal",
-    calibration: Calibration | None = None,
+    calibration: CalibrationSweep | None = None,
 ) -> tuple[NetParameter, Weights, list[QuantizedLayer]]:
     """`weights_quan` on a net and its blobs."""
     model, layers = weights_quan(Model(net, weights), chosen, solver, calibration=calibration)

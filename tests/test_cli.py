@@ -22,8 +22,11 @@ import pytest
 import yaml
 
 from quantize import cli
-from quantize.caffenet import Weights
+from quantize.caffenet import Weights, read_net
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.errors import InputError
+from quantize.numerics.grids import make_grid
+from quantize.numerics.solvers import fit
 from tests.conftest import Job
 
 
@@ -593,6 +596,17 @@ def test_what_caffe_test_needs_is_said(job: Job, labelfree: Labelfree) -> None:
     assert "caffe test -model residual_val.prototxt -weights residual_renorm.caffemodel -iterations 3" in page
 
 
+def median_sqnr(job: Job, grid: str) -> float:
+    """Of the layers that are neither the first nor the last, in decibels."""
+    net, weights = read_net(job.folder / "net.prototxt"), Weights.read(job.folder / "net.caffemodel")
+    names = [layer.name for layer in net.layer if Trait.KERNELS in traits_of(layer)][1:-1]
+    found = []
+    for name in names:
+        w = weights[name][0].reshape(len(weights[name][0]), -1).astype(np.float64)
+        found.append(10 * np.log10(np.square(w).sum() / fit(w, make_grid(grid, 4)).loss.sum()))
+    return float(np.median(found))
+
+
 def test_init_writes_a_configuration_that_runs(job: Job, labelfree: Labelfree) -> None:
     path = job.folder / "new.yaml"
     arguments = [
@@ -606,6 +620,11 @@ def test_init_writes_a_configuration_that_runs(job: Job, labelfree: Labelfree) -
     assert done.code == 0, done.err
     assert "guessed: data.transform: as the prototxt says; mean 100, scale 1/50: means" in done.out
     assert "guessed: data.calibration.images 16 of 20: 4 are kept for evaluate" in done.out
+    said = r"weights.grid power_of_two, .* SQNR of ([\d.]+) dB on it, of ([\d.]+) dB on uniform"
+    found = re.search(said, done.out)
+    assert found is not None
+    for grid, decibels in zip(("power_of_two", "uniform"), found.groups(), strict=True):
+        assert median_sqnr(job, grid) == pytest.approx(float(decibels), abs=0.06)
     assert labelfree("quantize", "--config", path).code == 0
     assert_one_line(labelfree(*arguments), "there already")
 

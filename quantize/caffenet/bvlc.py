@@ -13,6 +13,7 @@ import numpy as np
 
 from quantize.arrays import FloatArray
 from quantize.caffenet.fork import without_effectless
+from quantize.caffenet.graph import unused_name
 from quantize.caffenet.norms import CAFFE_PLACES, NormPlaces, epsilon, norm_places, places_with_affine
 from quantize.caffenet.schema import LayerParameter, NetParameter
 from quantize.caffenet.weights import Weights
@@ -47,9 +48,7 @@ def _batch_norm_and_scale(
     eps = epsilon(layer)
     if eps != norm.batch_norm_param.eps:
         norm.batch_norm_param.eps = eps
-    name = layer.name + SCALE_SUFFIX
-    while name in taken:
-        name += "_"
+    name = unused_name(layer.name + SCALE_SUFFIX, taken)
     taken.add(name)
     return norm, _scale(layer, name, layer.top[0], places.affine)
 

@@ -188,10 +188,10 @@ def _drop_effectless(message: Message, ours: Any) -> None:
     for field, value in message.ListFields():
         known = None if ours is None else ours.fields_by_name.get(field.name)
         own = known if known is not None and known.number == field.number else None
-        if field.name in WITHOUT_EFFECT and (own is None or _has_foreign_value(value, own)):
+        if _has_no_effect(field, value) and (own is None or _has_foreign_value(value, own)):
             message.ClearField(field.name)
         elif field.message_type is not None and own is not None:
-            for each in [value] if isinstance(value, Message) else value:
+            for each in _each(value):
                 _drop_effectless(each, own.message_type)
 
 
@@ -213,16 +213,32 @@ def _foreign(message: Message, ours: Any) -> Iterator[str]:
     for field, value in message.ListFields():
         known = ours.fields_by_name.get(field.name)
         if known is None or known.number != field.number:
-            is_default = field.message_type is None and value == field.default_value
-            if field.name not in WITHOUT_EFFECT and not is_default:
+            if not (
+                _has_no_effect(field, value) or (field.message_type is None and value == field.default_value)
+            ):
                 yield field.name
         elif field.message_type is not None:
-            for each in [value] if isinstance(value, Message) else value:
+            for each in _each(value):
                 yield from (f"{field.name}.{inner}" for inner in _foreign(each, known.message_type))
         elif field.enum_type is not None and field.name not in WITHOUT_EFFECT:
             for each in [value] if isinstance(value, int) else value:
                 if each not in known.enum_type.values_by_number:
                     yield f"{field.name}: {field.enum_type.values_by_number[each].name}"
+
+
+def _has_no_effect(field: Any, value: Any) -> bool:
+    """Whether a field is one of ``WITHOUT_EFFECT``, or holds such fields and no others."""
+    if field.name in WITHOUT_EFFECT:
+        return True
+    if field.message_type is None:
+        return False
+    held = [pair for each in _each(value) for pair in each.ListFields()]
+    return bool(held) and all(_has_no_effect(*pair) for pair in held)
+
+
+def _each(value: Any) -> Sequence[Any]:
+    """A message, or the messages of a repeated field."""
+    return [value] if isinstance(value, Message) else value
 
 
 def _own_parameters(layer: LayerParameter) -> str | None:
@@ -256,7 +272,7 @@ def _has_unknown(message: Message) -> bool:
         each
         for field, value in message.ListFields()
         if field.message_type is not None
-        for each in ([value] if isinstance(value, Message) else value)
+        for each in _each(value)
     ]
     return len(UnknownFieldSet(message)) > 0 or any(map(_has_unknown, inner))
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from quantize.arrays import FloatArray, Shape
+from quantize.caffenet.bvlc import LayerForms
 from quantize.caffenet.norms import with_stored_statistics
 from quantize.caffenet.phases import InferenceNet, declared_shape
 from quantize.caffenet.prototxt import format_prototxt, read_net
@@ -110,6 +111,7 @@ class Model:
         caffe_proto: str | Path | None = None,
         stages: Sequence[str] = (),
         level: int = 0,
+        write: LayerForms = "as_read",
     ) -> Model:
         """Read a model from Caffe's files.
 
@@ -126,11 +128,13 @@ class Model:
             caffe_proto: the schema of the fork of Caffe that it is for, if any.
             stages: the stages that are set, for include and exclude rules that name them.
             level: the level, for rules with min_level and max_level.
+            write: the forms of a fork's layers that are run and written: its own, or ``bvlc``, those of Caffe
+                1.0 where they say the same.
 
         Raises:
             InputError: a file cannot be read or is damaged, or the two do not fit each other.
         """
-        model = cls.of(read_net(prototxt, caffe_proto, stages, level), caffemodel, Path(prototxt))
+        model = cls.of(read_net(prototxt, caffe_proto, stages, level, write), caffemodel, Path(prototxt))
         return model.checked(model.declared_shapes)
 
     @classmethod

@@ -133,7 +133,8 @@ def _parse_unknown(
         raise InputError(f"{path}: field {mixed}; correct it, or give the fork's {SCHEMA}") from None
     except (text_format.ParseError, TypeError):  # the second where the schema itself became impossible
         raise InputError(explain(path, text, error, message)) from None
-    matter = [each for each in found.unknown if _matters(each, parsed)]
+    matter = [each for each in found.unknown if not found.holds_only(each, WITHOUT_EFFECT)]
+    matter = [each for each in matter if _matters(each, parsed)]
     if matter:
         raise InputError(explain_unknown(path, text, matter, message))
     return parsed, extended
@@ -141,8 +142,6 @@ def _parse_unknown(
 
 def _matters(unknown: Unknown, net: NetParameter) -> bool:
     """Whether something unknown stands where it may change what is computed, or is a slip of the pen."""
-    if unknown.field in WITHOUT_EFFECT:
-        return False
     if unknown.layer is None or unknown.owner in ("caffe.Phase", "caffe.NetStateRule"):
         return True
     layer = net.layer[unknown.layer]

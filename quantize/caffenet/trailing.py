@@ -10,9 +10,6 @@ from quantize.caffenet.schema import LayerParameter, NetParameter
 from quantize.caffenet.shape_rules import has_rule
 from quantize.caffenet.traits import Trait, traits_of
 
-SCORING = ("Accuracy", "SoftmaxWithLoss")
-"""Types that read class scores: what they read is wanted, whoever makes it."""
-
 
 def trailing_layers(net: NetParameter, computed: Collection[str]) -> set[str]:
     """The names of the layers that no stage needs and that are carried over as they are.
@@ -36,7 +33,7 @@ def trailing_layers(net: NetParameter, computed: Collection[str]) -> set[str]:
             made.update(layer.top)
     wanted: set[str] = set()
     for layer in reversed(flat.layer):
-        if layer.type in SCORING:
+        if Trait.SCORES in traits_of(layer):
             wanted.update(layer.bottom[:1])
         elif layer.name in computed and (_has_blobs(layer) or wanted.intersection(layer.top)):
             wanted.update(layer.bottom)

@@ -39,6 +39,8 @@ class Trait(Flag):
     """It feeds the net with what is the same for all images."""
     COMPARES = auto()
     """It compares with labels: a loss, Accuracy, or what has a weight as a loss."""
+    SCORES = auto()
+    """Its first bottom holds class scores, whoever makes them."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,10 @@ _ROWS = {
     "RNN": _Row(Trait.BLOBS),
     "Recurrent": _Row(Trait.BLOBS),
     "Parameter": _Row(Trait.BLOBS),
+    # Measures
+    "Accuracy": _Row(Trait.SCORES),
+    "SoftmaxWithLoss": _Row(Trait.SCORES),
+    "InfogainLoss": _Row(Trait.SCORES),
     # Sources
     "Data": _Row(Trait.IMAGES),
     "ImageData": _Row(Trait.IMAGES),

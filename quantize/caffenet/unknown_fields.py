@@ -8,7 +8,7 @@ what a text has besides. Of what such fields mean nothing is known; who runs a l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -90,6 +90,12 @@ class Findings:
     unknown: list[Unknown] = field(default_factory=list)
     uses: dict[str, dict[str, _Use]] = field(default_factory=dict)
     values: dict[str, dict[str, None]] = field(default_factory=dict)
+
+    def holds_only(self, unknown: Unknown, names: Container[str]) -> bool:
+        """Whether an unknown field has one of some names, or holds fields of such names and no others."""
+        use = self.uses.get(unknown.owner, {}).get(unknown.field)
+        inner = [] if use is None or unknown.value is not None else list(use.fields)
+        return unknown.field in names or (bool(inner) and all(name in names for name in inner))
 
 
 @dataclass

@@ -170,7 +170,7 @@ def _transform(run: Run) -> Check:
     """What is not at its default, and how the images then fit the net's statistics of training."""
     try:
         run.choose_transform()
-        transform = effective_transform(run.net, TRAIN, run.config)
+        transform = effective_transform(run.given, TRAIN)
         check = run.transform_check()
     except LabelfreeError as error:
         return Check("transform", "FAIL", str(error))

@@ -78,7 +78,6 @@ def export_run(
     takes_pixels: bool = False,
     fold: bool = True,
     images: int = IMAGES,
-    progress: Progress = SILENT,
 ) -> Outcome:
     """Export what is in the output folder.
 
@@ -90,7 +89,6 @@ def export_run(
         takes_pixels: an ONNX file takes pixels of 8 bits, transformed as the configuration says.
         fold: alpha, BatchNorm and Scale into the weights of a plain Caffe pair.
         images: so many calibration images are compared, or all where there are fewer.
-        progress: what hears how far it is.
 
     Raises:
         InputError: nothing has been quantized, or a target cannot express it; nothing is written.
@@ -119,7 +117,6 @@ def export_run(
             path = folder / f"{config.name}{kind.model[0]}"
             with using_threads(config.threads):
                 comparison = _compared(given, net, model, path, plain, runtime, feed)
-    del progress
     names = {f"{config.name}{ending}" for ending in kind.model} & set(exported.files)
     return Outcome(
         {path: path.stat().st_size for path in paths},
@@ -198,7 +195,7 @@ def pixels_of(given: Given) -> Pixels:
     Raises:
         InputError: it is not the same for all pixels of a channel.
     """
-    transform = effective_transform(given.net, TEST, given.config)
+    transform = effective_transform(given, TEST)
     if transform.mean_file is not None:
         raise InputError(
             f"--input pixels: the transform has a mean for each pixel ({transform.mean_file}), not for each "

@@ -11,8 +11,6 @@ from quantize.arrays import Shape
 from quantize.caffenet import (
     TEST,
     TRAIN,
-    InferenceNet,
-    NetParameter,
     TransformationParameter,
     data_layer,
     foreign_fields,
@@ -155,9 +153,8 @@ def evaluation_images(given: Given) -> ImagesFrom:
 
 def input_shapes(given: Given) -> dict[str, Shape]:
     """By input the shape of one image's values, as far as net, configuration and images tell."""
-    config, net = given.config, given.net
-    told = told_shapes(config, net)
-    if told.keys() >= set(InferenceNet.of(net).inputs):
+    config, told = given.config, told_shapes(given)
+    if told.keys() >= set(given.inference.inputs):
         return told
     if config.data.calibration is not None:
         return calibration_feed(given, 1).shapes
@@ -175,14 +172,14 @@ def _feed(
     first: int = 0,
 ) -> Feed:
     """What one section of the data feeds, from image ``first`` on; ``images`` of them, None: all."""
-    config, net = given.config, given.net
+    config = given.config
     fed: Fed | None = getattr(config.data, section)
     assert fed is not None
     key = f"data.{section}"
-    blob = image_input(config, net) if fed.source is not None else None
-    test = InferenceNet.of(net)
+    blob = image_input(given) if fed.source is not None else None
+    test = given.inference
     check_inputs(test, fed, blob, key)
-    told = told_shapes(config, net)
+    told = told_shapes(given)
     values = {
         name: values_of(given, each, name, told.get(name), f"{key}.inputs.{name}")
         for name, each in fed.inputs.items()
@@ -206,8 +203,8 @@ def _feed(
 def _images(given: Given, path: Path, phase: int, progress: Progress) -> Images:
     """The images of a source, transformed: the first is seen now, any can be `subset`."""
     config, net, source = given.config, given.net, given.source(path)
-    blob = image_input(config, net)
-    transform = effective_transform(net, phase, config)
+    blob = image_input(given)
+    transform = effective_transform(given, phase)
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
         if Trait.IMAGES in traits_of(layer) and foreign is not None:
             progress.note(
@@ -222,7 +219,7 @@ def _images(given: Given, path: Path, phase: int, progress: Progress) -> Images:
         ("images", path, transform, phase),
         lambda: Images(source, transform, phase, 1, config.data.seed, config.threads),
     )
-    expected = told_shapes(config, net).get(blob or "")
+    expected = told_shapes(given).get(blob or "")
     if expected is not None and expected != images.shape:
         raise InputError(
             f"{path}: images are {shape_text(images.shape)} when transformed but input {blob} "
@@ -270,12 +267,13 @@ def resized_before_crop(source: Source, transform: Transform) -> tuple[Transform
     return replace(transform, resize_short=short), how
 
 
-def effective_transform(net: NetParameter, phase: int, config: Config) -> Transform:
+def effective_transform(given: Given, phase: int) -> Transform:
     """The transform of a phase: the prototxt's (of the other phase if need be), then ``data.transform``.
 
     A net with an Input layer and no crop_size anywhere gets the crop that its input's shape needs, and gray
     images where that has one channel.
     """
+    config, net = given.config, given.net
     layer = data_layer(net, phase) or data_layer(net, TRAIN + TEST - phase)
     base = config.model.prototxt.parent
     param = layer.transform_param if layer is not None else TransformationParameter()
@@ -287,23 +285,23 @@ def effective_transform(net: NetParameter, phase: int, config: Config) -> Transf
     if layer is not None and layer.type == "ImageData" and layer.image_data_param.new_height:
         size = (layer.image_data_param.new_height, layer.image_data_param.new_width)
         transform = replace(transform, resize=size)
-    given = config.data.transform.model_dump(exclude_none=True)
-    if "mean_value" in given:
-        given |= {"mean_value": tuple(given["mean_value"]), "mean_file": given.get("mean_file")}
-    elif "mean_file" in given:
-        given["mean_value"] = ()
+    keys = config.data.transform.model_dump(exclude_none=True)
+    if "mean_value" in keys:
+        keys |= {"mean_value": tuple(keys["mean_value"]), "mean_file": keys.get("mean_file")}
+    elif "mean_file" in keys:
+        keys["mean_value"] = ()
     # What data.transform says replaces also what it excludes.
-    if "resize_short" in given:
+    if "resize_short" in keys:
         transform = replace(transform, resize=None)
-    if given.get("force_color") or given.get("force_gray"):
+    if keys.get("force_color") or keys.get("force_gray"):
         transform = replace(transform, force_color=False, force_gray=False)
-    shape = told_shapes(config, net).get(image_input(config, net) or "")
-    if not (transform.crop_size or "crop_size" in given or "resize" in given) and shape is not None:
-        given["crop_size"] = shape[-1] if len(shape) == 3 and shape[1] == shape[2] else 0
-    if not (transform.force_color or {"force_color", "force_gray"} & given.keys()):
-        given["force_gray"] = transform.force_gray or (shape is not None and shape[0] == 1)
+    shape = told_shapes(given).get(image_input(given) or "")
+    if not (transform.crop_size or "crop_size" in keys or "resize" in keys) and shape is not None:
+        keys["crop_size"] = shape[-1] if len(shape) == 3 and shape[1] == shape[2] else 0
+    if not (transform.force_color or {"force_color", "force_gray"} & keys.keys()):
+        keys["force_gray"] = transform.force_gray or (shape is not None and shape[0] == 1)
     try:
-        transform = replace(transform, **given)
+        transform = replace(transform, **keys)
     except InputError as error:
         raise InputError(f"data.transform: {error}") from error
     if transform.scale == 0:

@@ -8,7 +8,7 @@ from copy import copy
 from pathlib import Path
 from typing import TypeVar
 
-from quantize.caffenet import NetParameter, read_net
+from quantize.caffenet import InferenceNet, NetParameter, read_net
 from quantize.caffenet.model import Model
 from quantize.data.sources import Source, open_source
 from quantize.files import sha256
@@ -52,6 +52,15 @@ class Given:
             self._made[what] = make()
         made: Made = self._made[what]  # type: ignore[assignment]
         return made
+
+    @property
+    def inference(self) -> InferenceNet:
+        """The net as it runs in the TEST phase.
+
+        Raises:
+            InputError: nothing feeds the net.
+        """
+        return self.once("inference", lambda: InferenceNet.of(self.net))
 
     @property
     def model(self) -> Model:

@@ -13,7 +13,7 @@ from quantize.data.transform import shape_text
 from quantize.data.values import ENDLESS, Values, open_values
 from quantize.errors import InputError
 from quantize.job.given import Given
-from quantize.settings import Config, Fed
+from quantize.settings import Fed
 
 GivenShapes = list[int] | dict[str, list[int]] | None
 SHOWN = 5
@@ -22,36 +22,46 @@ SMALL = 32
 """Inputs of fewer pixels are often placeholders for a size that is set at run time."""
 
 
-def image_input(config: Config, net: NetParameter) -> str | None:
+def image_input(given: Given) -> str | None:
     """The input that images go into: the first that ``inputs`` does not name; None where it names all."""
-    sections = (config.data.calibration, config.data.validation)
+    sections = (given.config.data.calibration, given.config.data.validation)
     named = {name for section in sections if section is not None for name in section.inputs}
-    return next((name for name in InferenceNet.of(net).inputs if name not in named), None)
+    return next((name for name in given.inference.inputs if name not in named), None)
 
 
-def told_shapes(config: Config, net: NetParameter) -> dict[str, Shape]:
+def told_shapes(given: Given) -> dict[str, Shape]:
     """By input the shape of one image's values, as ``data.input_shape`` says, else as the net declares it.
 
     Raises:
         InputError: ``data.input_shape`` names what is no input.
     """
-    return shapes_of_inputs(net, config.data.input_shape, "data.input_shape", image_input(config, net))
+    declared = given.once("declared", lambda: _declared(given.net, given.inference.inputs))
+    key = "data.input_shape"
+    return _told(declared, given.inference.inputs, given.config.data.input_shape, key, image_input(given))
 
 
-def shapes_of_inputs(
-    net: NetParameter, given: GivenShapes, key: str, images: str | None = None
-) -> dict[str, Shape]:
+def shapes_of_inputs(net: NetParameter, given: GivenShapes, key: str) -> dict[str, Shape]:
     """The same without a configuration.
 
     Args:
         net: with all its phases.
-        given: the shape of the images' input, or shapes by input; they win over what the net declares.
+        given: the shape of the first input, or shapes by input; they win over what the net declares.
         key: where they were given, for messages.
-        images: the images' input; None: the first.
     """
     inputs = InferenceNet.of(net).inputs
-    declared = {name: declared_shape(net, name) for name in inputs}
-    told = {name: shape for name, shape in declared.items() if shape is not None}
+    return _told(_declared(net, inputs), inputs, given, key, None)
+
+
+def _declared(net: NetParameter, inputs: Sequence[str]) -> dict[str, Shape]:
+    shapes = {name: declared_shape(net, name) for name in inputs}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _told(
+    declared: Mapping[str, Shape], inputs: Sequence[str], given: GivenShapes, key: str, images: str | None
+) -> dict[str, Shape]:
+    """The shapes that are declared, with those given in their place."""
+    told = dict(declared)
     by_name = {images or inputs[0]: given} if isinstance(given, list) else given or {}
     for name, axes in by_name.items():
         _check_name(name, inputs, f"{key}: {name}")

@@ -66,7 +66,7 @@ def validation_prototxt(net: NetParameter, given: Given, scores: ImageScores) ->
     data = LayerParameter(name=name, type="Data")
     data.top.extend([test.blob, label])
     data.include.add().phase = TEST
-    data.transform_param.CopyFrom(to_proto(effective_transform(net, TEST, config)))
+    data.transform_param.CopyFrom(to_proto(effective_transform(given, TEST)))
     data.data_param.source = from_path(source)
     data.data_param.batch_size = config.data.validation.batch_size if config.data.validation else 1
     data.data_param.backend = DataParameter.LMDB
@@ -84,11 +84,11 @@ def caffe_test(job: Given) -> CaffeTest:
 
     Its Data layer reads labeled images from an LMDB and resizes nothing.
     """
-    net, config = job.net, job.config
-    others = [name for name in InferenceNet.of(net).inputs if name != image_input(config, net)]
+    config = job.config
+    others = [name for name in job.inference.inputs if name != image_input(job)]
     if others:
         return CaffeTest(None, f"a layer that feeds the input {others[0]}, which a Data layer does not")
-    transform = effective_transform(net, TEST, config)
+    transform = effective_transform(job, TEST)
     data = config.data.validation
     given = data.source if data is not None and not data.inputs else None
     if data is not None and given is not None:

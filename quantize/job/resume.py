@@ -142,7 +142,7 @@ def _value(given: Given, stage: StageName, what: str) -> JsonValue:
     if what in MODEL_FILES:
         return given.hashes.get(what.removeprefix("model."))
     if what == IMAGES_INPUT:
-        return image_input(config, given.net)
+        return image_input(given)
     setting: object = reduce(getattr, what.split("."), config)
     if what == "data.calibration":
         return {"setting": _json(setting), "files": _fingerprint(given, stage)}
@@ -172,7 +172,7 @@ def _json(setting: object) -> JsonValue:
 
 def _mean_files(given: Given) -> JsonValue:
     """Hashes of the mean images that are subtracted, which the prototxt may name too."""
-    found = {effective_transform(given.net, phase, given.config).mean_file for phase in (TRAIN, TEST)}
+    found = {effective_transform(given, phase).mean_file for phase in (TRAIN, TEST)}
     paths = sorted(path for path in found if path is not None)
     return [given.once(path, partial(sha256, path)) for path in paths]
 
@@ -182,7 +182,7 @@ def _resized(given: Given) -> JsonValue:
     calibration = given.config.data.calibration
     if calibration is None or calibration.source is None:
         return None
-    transform = effective_transform(given.net, calibration_phase(given.config), given.config)
+    transform = effective_transform(given, calibration_phase(given.config))
     found = resizing(given, calibration.source, transform)
     return found[1] if found is not None else None
 

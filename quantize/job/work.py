@@ -18,14 +18,14 @@ from quantize.record import BatchNormShift, Budget, QuantizedActivation, Quantiz
 from quantize.settings import Config, GridChoice
 from quantize.stages.activations import activations_quan
 from quantize.stages.budget import keep_budget
-from quantize.stages.data_aware import Calibration
+from quantize.stages.data_aware import CalibrationSweep
 from quantize.stages.renorm import renorm
 from quantize.stages.weights import check_kernels, check_unquantized, choices, unquantizable, weights_quan
 
 
 @dataclass(frozen=True)
 class WeightsFindings:
-    """What stage 1 has found; the attributes are those of `record.WeightsRecord`."""
+    """What the stage weights has found; the attributes are those of `record.WeightsRecord`."""
 
     layers: list[QuantizedLayer]
     skipped: list[str]
@@ -70,7 +70,7 @@ class Work:
         return keep_budget(model, settings, self._calibration(), scores, self.progress)
 
     def weights(self, model: Model) -> tuple[Model, WeightsFindings]:
-        """Stage 1."""
+        """The stage weights."""
         net, solver = model.inference.net, self.config.weights.solver
         check_unquantized(net)
         kept, doubtful = unquantizable(net), doubtful_norms(net, model.weights)
@@ -90,7 +90,7 @@ class Work:
         return quantized, WeightsFindings(layers, skipped, kept, doubtful, budget)
 
     def renorm(self, model: Model, full: Model | None = None) -> tuple[Model, list[BatchNormShift], int]:
-        """Stage 2; the model, the shifts, and the number of images."""
+        """The stage renorm: the model, the shifts, and the number of images."""
         feed, settings = self.feed("renorm"), self.config.renorm
         memory = self.config.memory
         renormed, shifts = renorm(model, feed, settings, self.open_engine, memory, self.progress, full)
@@ -99,7 +99,7 @@ class Work:
         return renormed, shifts, len(feed)
 
     def activations(self, model: Model) -> tuple[Model, list[QuantizedActivation], int]:
-        """Stage 3; the model, what has been found, and the number of images."""
+        """The stage activations: the model, what has been found, and the number of images."""
         feed = self.feed("activations")
         small, found = activations_quan(model, feed, self.config.activations, self.open_engine, self.progress)
         if not found:
@@ -108,7 +108,7 @@ class Work:
             self.progress.note(f"activations: {activation.name} is dead: 0 on every calibration image")
         return small, found, len(feed)
 
-    def _calibration(self) -> Calibration:
+    def _calibration(self) -> CalibrationSweep:
         """What the data-aware solver and a budget need."""
         statistics = self.config.renorm.statistics
-        return Calibration(self.feed("weights"), self.open_engine, self.config.memory, statistics)
+        return CalibrationSweep(self.feed("weights"), self.open_engine, self.config.memory, statistics)

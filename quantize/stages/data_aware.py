@@ -8,9 +8,9 @@ and the kernels rounded with them (see `rounding`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ from quantize.engines.base import Engine, OpenEngine
 from quantize.errors import LabelfreeError
 from quantize.numerics.decibels import decibels
 from quantize.numerics.grids import make_grid
-from quantize.numerics.rounding import Problem, Statistics, round_kernels
+from quantize.numerics.rounding import DAMPINGS, Problem, Statistics, chosen_damping, round_kernels
 from quantize.numerics.solvers import fit
 from quantize.progress import SILENT, Progress
 from quantize.settings import GridChoice, StatisticsName
@@ -38,14 +38,16 @@ from quantize.sweep.run import Shard
 
 PATCHES = 1 << 16
 """Patches per layer, about: of each image the same number, at random places."""
-ROWS = 4096
+ROWS = 2048
 """Patches that are added to the sums at once: adding a large H costs as much as multiplying a few patches."""
-MAX_COLUMNS = 10240
-"""Layers with longer kernels are rounded to the nearest level: their H would take more than 800 MB."""
+FOLDS = 2
+"""Of the images: what is fitted to one is tested on the other (`rounding.chosen_damping`)."""
+MAX_COLUMNS = 7168
+"""Layers with longer kernels are rounded to the nearest level: H of two folds would take more than 800 MB."""
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationSweep:
     """Images for the stage weights, and how they are run through a net.
 
     Attributes:
@@ -83,7 +85,7 @@ class DataAwareFit:
 def data_aware(
     model: Model,
     chosen: Mapping[str, GridChoice],
-    calibration: Calibration,
+    calibration: CalibrationSweep,
     progress: Progress = SILENT,
 ) -> dict[str, DataAwareFit]:
     """Quantize the layers in ``chosen``.
@@ -184,7 +186,7 @@ class _Tour:
     stops: list[_Stop]
 
     @classmethod
-    def of(cls, model: Model, calibration: Calibration, chosen: Collection[str]) -> _Tour:
+    def of(cls, model: Model, calibration: CalibrationSweep, chosen: Collection[str]) -> _Tour:
         """For a model, its images and the layers to quantize."""
         inputs = list(calibration.feed.shapes)
         net = single_assignment(model.inference.net)
@@ -247,60 +249,97 @@ class LayerMoments:
         self.patches = patches
         self.per_image = -(-max(PATCHES, 8 * patches.columns) // images)
         self.centered = centered
-        self.count = 0
-        self._waiting: list[tuple[FloatArray, FloatArray]] = []
         groups, n, k = patches.groups, outputs(layer) // patches.groups, patches.columns
-        self._xx: Floats = np.zeros((groups, k, k))
-        self._yx: Floats = np.zeros((groups, n, k))
-        self._yy: Floats = np.zeros((groups, n))
-        self._x: Floats = np.zeros((groups, k))
-        self._y: Floats = np.zeros((groups, n))
+        self.folds = [_Sums.zeros(groups, n, k) for _ in range(FOLDS)]
 
     def update(self, bottom: FloatArray, top: FloatArray, images: range, seed: int) -> None:
-        """Add a micro-batch."""
-        places = self.patches.sample(images, self.per_image, seed)
-        x = self.patches.inputs(bottom, places)
-        y = self.patches.outputs(top, places)
-        self._waiting.append((x, y))
-        if sum(inputs.shape[1] for inputs, _ in self._waiting) >= ROWS:
-            self._add()
+        """Add a micro-batch: every other image to the same fold."""
+        for number, sums in enumerate(self.folds):
+            own = slice((number - images.start) % FOLDS, None, FOLDS)
+            if images[own]:
+                places = self.patches.sample(images[own], self.per_image, seed)
+                sums.add(self.patches.inputs(bottom[own], places), self.patches.outputs(top[own], places))
 
-    def _add(self) -> None:
-        """Add what waits to the sums."""
-        if not self._waiting:
-            return
-        x, y = (np.concatenate(arrays, axis=1) for arrays in zip(*self._waiting, strict=True))
-        self._waiting.clear()
-        self.count += x.shape[1]
-        for group, (inputs, wanted) in enumerate(zip(x, y, strict=True)):
-            # numpy computes half of a product of a matrix with its own transpose.
-            self._xx[group] += inputs.T @ inputs
-            self._yx[group] += wanted.T @ inputs
-        self._yy += np.square(y, dtype=np.float64).sum(axis=1)
-        self._x += x.sum(axis=1, dtype=np.float64)
-        self._y += y.sum(axis=1, dtype=np.float64)
+    def count(self, folds: Iterable[int] = range(FOLDS)) -> int:
+        """Patches seen, of some folds."""
+        return sum(self.folds[fold].count for fold in folds)
 
-    @property
-    def means(self) -> tuple[Floats, Floats]:
-        """E x (G, k) and E y (G, n)."""
-        self._add()
-        return self._x / self.count, self._y / self.count
+    def statistics(self, folds: Iterable[int] = range(FOLDS)) -> Statistics:
+        """The second moments over the images of some folds; around the means if those are free."""
+        return _Sums.together([self.folds[fold] for fold in folds]).statistics(self.centered)
 
     def bias(self, kernels: Floats) -> FloatArray:
         """The bias with which ``kernels`` (G, n, k) keep the mean of the output: float32 (G * n,)."""
-        x, y = self.means
+        whole = _Sums.together(self.folds)
+        x, y = whole.x / whole.count, whole.y / whole.count
         bias: FloatArray = (y - np.einsum("gnk,gk->gn", kernels, x)).reshape(-1).astype(np.float32)
         return bias
 
-    @property
-    def statistics(self) -> Statistics:
+
+@dataclass
+class _Sums:
+    """Of patches x and outputs y over some images.
+
+    Attributes:
+        xx, yx, yy: float64 (G, k, k), (G, n, k), (G, n): sums of x x^T, y x^T and y^2.
+        x, y: float64 (G, k), (G, n).
+        count: patches.
+        waiting: what is not added yet.
+    """
+
+    xx: Floats
+    yx: Floats
+    yy: Floats
+    x: Floats
+    y: Floats
+    count: int = 0
+    waiting: list[tuple[FloatArray, FloatArray]] = field(default_factory=list)
+
+    @classmethod
+    def zeros(cls, groups: int, n: int, k: int) -> _Sums:
+        xx, yx = np.zeros((groups, k, k)), np.zeros((groups, n, k))
+        return cls(xx, yx, np.zeros((groups, n)), np.zeros((groups, k)), np.zeros((groups, n)))
+
+    @classmethod
+    def together(cls, parts: Sequence[_Sums]) -> _Sums:
+        """The sums over all images of several."""
+        for part in parts:
+            part.flush()
+        names = ("xx", "yx", "yy", "x", "y", "count")
+        return cls(*(sum(getattr(part, name) for part in parts) for name in names))
+
+    def add(self, x: FloatArray, y: FloatArray) -> None:
+        """Add patches (G, p, k) and outputs (G, p, n)."""
+        self.count += x.shape[1]
+        self.waiting.append((x, y))
+        if sum(inputs.shape[1] for inputs, _ in self.waiting) >= ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what waits to the sums."""
+        if not self.waiting:
+            return
+        one = len(self.waiting) == 1
+        x, y = (
+            self.waiting[0] if one else (np.concatenate(a, axis=1) for a in zip(*self.waiting, strict=True))
+        )
+        self.waiting.clear()
+        for group, (inputs, wanted) in enumerate(zip(x, y, strict=True)):
+            # numpy computes half of a product of a matrix with its own transpose.
+            self.xx[group] += inputs.T @ inputs
+            self.yx[group] += wanted.T @ inputs
+        self.yy += np.square(y, dtype=np.float64).sum(axis=1)
+        self.x += x.sum(axis=1, dtype=np.float64)
+        self.y += y.sum(axis=1, dtype=np.float64)
+
+    def statistics(self, centered: bool) -> Statistics:
         """The second moments; around the means if those are free."""
-        self._add()
-        H, B, energy = (sums / self.count for sums in (self._xx, self._yx, self._yy))
-        if self.centered:
-            x, y = self.means
-            H = H - x[:, :, None] * x[:, None, :]
-            B = B - y[:, :, None] * x[:, None, :]
+        self.flush()
+        H, B, energy = (sums / self.count for sums in (self.xx, self.yx, self.yy))
+        if centered:
+            x, y = self.x / self.count, self.y / self.count
+            H -= x[:, :, None] * x[:, None, :]
+            B -= y[:, :, None] * x[:, None, :]
             energy = np.maximum(energy - y * y, 0)
         return Statistics(H, B, energy)
 
@@ -329,15 +368,17 @@ def _rounded(
     nearest = fit(w, grid)
     if not seen:
         return {use.name: DataAwareFit(nearest.alpha, nearest.Q, None, None, None) for use in uses}
-    statistics = _together(list(seen.values()))
-    groups, n, k = statistics.B.shape
-    problem = Problem.of(w.reshape(groups, n, k).astype(np.float64), statistics)
-    best = round_kernels(problem, grid)
+    moments = list(seen.values())
+    groups, columns = moments[0].patches.groups, moments[0].patches.columns
+    grouped = w.reshape(groups, -1, columns).astype(np.float64)
+    damping = _damping(grouped, moments)
+    statistics = _together(moments, range(FOLDS))
+    best = round_kernels(Problem.of(grouped, statistics, damping), grid)
     kernels = best.alpha[:, :, None] * best.Q
-    before = (nearest.alpha[:, None] * nearest.Q).reshape(groups, n, k)
+    before = (nearest.alpha[:, None] * nearest.Q).reshape(grouped.shape)
     whole = DataAwareFit(
         best.alpha.reshape(-1),
-        best.Q.reshape(-1, k).astype(np.float32),
+        best.Q.reshape(-1, columns).astype(np.float32),
         None,
         _sqnr(statistics, kernels),
         _sqnr(statistics, before),
@@ -350,9 +391,18 @@ def _rounded(
     }
 
 
-def _together(seen: Sequence[LayerMoments]) -> Statistics:
-    """The second moments over several uses of the same weights."""
-    parts = [(moments.statistics, moments.count) for moments in seen]
+def _damping(weights: Floats, seen: Sequence[LayerMoments]) -> float:
+    """What is fitted to half of the images and best on the others; the largest where there is one image."""
+    if not all(moments.count([fold]) for moments in seen for fold in range(FOLDS)):
+        return DAMPINGS[-1]
+    return chosen_damping(weights, *(_together(seen, [fold]) for fold in range(FOLDS)))
+
+
+def _together(seen: Sequence[LayerMoments], folds: Collection[int]) -> Statistics:
+    """The second moments over several uses of the same weights, over the images of some folds."""
+    parts = [(moments.statistics(folds), moments.count(folds)) for moments in seen]
+    if len(parts) == 1:
+        return parts[0][0]
     total = sum(count for _, count in parts)
     H, B, energy = (
         sum((count / total) * getattr(statistics, name) for statistics, count in parts)

@@ -33,7 +33,7 @@ from quantize.caffenet import (
 )
 from quantize.caffenet.model import Model
 from quantize.caffenet.norms import NormPlaces, epsilon, norm_places, places_of, with_statistics
-from quantize.caffenet.quantized import correctable
+from quantize.caffenet.quantized import alpha_terms, correctable
 from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError, LabelfreeError
@@ -46,6 +46,8 @@ from quantize.sweep.pair import beside, both_weights, full_layers, names_of_one_
 from quantize.sweep.plan import Step, depth_order
 from quantize.sweep.run import Shard
 
+MOST_NAMED = 5
+"""Layers that one line names."""
 NO_BIASES: Mapping[str, str] = MappingProxyType({})
 RESOLUTION = 2.0**-22
 """What float32 resolves of a value, and a little more."""
@@ -93,6 +95,12 @@ def renorm(
     net = model.inference.net
     corrected = full is not None and settings.bias_correction and model.solver != "data_aware"
     biases = correctable(net) if corrected else NO_BIASES
+    if full is not None and settings.bias_correction and (moved := uncorrectable(net)):
+        shown = ", ".join(moved[:MOST_NAMED]) + (", ..." if len(moved) > MOST_NAMED else "")
+        progress.note(
+            f"renorm: the mean of what {shown} puts out is not kept: no BatchNorm follows, and there is no "
+            "bias of its own to correct"
+        )
     if not biases and not any(map(norm_places, net.layer)):
         return done, []
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
@@ -447,6 +455,18 @@ def _front(
         if not only_normalized(flat, top):
             repairs[scale] = Bias(name, scale, bottom, beside(tops[name]), *weights[scale])
     return needed_layers(layers, [*bottoms.values(), *tops.values()]), repairs
+
+
+def uncorrectable(net: NetParameter) -> list[str]:
+    """The quantized layers whose output may get another mean that nothing takes away.
+
+    Args:
+        net: the inference net with its ``*_alpha_term`` layers.
+    """
+    flat = single_assignment(net)
+    tops = {layer.name: layer.top[0] for layer in flat.layer if layer.top}
+    left = {name: terms for name, terms in alpha_terms(net).items() if name not in correctable(net)}
+    return [name for name in left if not all(only_normalized(flat, tops[term]) for term in left[name])]
 
 
 def only_normalized(net: NetParameter, blob: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from quantize.arrays import FLOAT_BYTES
 from quantize.caffenet import LayerParameter, NetParameter, Shapes, live_blobs, needed_layers
@@ -252,13 +253,18 @@ def plan(costs: Costs, steps: Sequence[Step], images: int, memory: int | None) -
     batch = micro_batch_size(costs.widest, images, memory)
     plain = (costs.source + costs.once + costs.work[steps[-1].stop]) * images if steps else 0.0
     frontiers = images + in_flight(batch, images)
-    memory = frontiers * max(costs.live) if memory is None else memory - memory // RESERVE
+    most = frontiers * max(costs.live)
+    memory = most if memory is None else min(memory - memory // RESERVE, most)
     joints = _joints(costs, steps, memory // frontiers)
     best: dict[_Joint, tuple[float, tuple[_Stretch, ...]]] = {joints[0]: (0.0, ())}
     for number, joint in enumerate(joints[:-1]):
         before, stretches = best[joint]
         ways = _ways(costs, steps, joint)
         for end in joints[number + 1 :]:
+            # The last way keeps the most: no mixture takes less work.
+            least = before + images * ways[-1].work[end.done - joint.done - 1]
+            if end in best and least >= best[end][0]:
+                continue
             stretch = _stretch(costs, ways, joint, end, images, batch, memory)
             if stretch is None:
                 continue
@@ -347,32 +353,35 @@ def _stretch(
         if end.place is None or (before_last or 0) <= end.place:
             held = (*way.held[: length - 1], end.place)
             ending[held] = way.work[length - 1]
-    cheapest = None
-    for small, small_work in ending.items():
-        for large, large_work in ending.items():
-            if large_work > small_work:
-                continue
-            many = _share(costs.held(large), costs.held(small), images, batch, memory)
-            if many is None:
-                continue
-            work = many * large_work + (images - many) * small_work
-            if cheapest is None or work < cheapest.work:
-                cheapest = _Stretch(many, large, small, work)
-    return cheapest
+    endings, works = list(ending), np.array(list(ending.values()))
+    if not endings:
+        return None
+    many = _shares(np.array([costs.held(each) for each in endings]), images, batch, memory)
+    work = many * works + (images - many) * works[:, None]
+    work[(many < 0) | (works > works[:, None])] = np.inf
+    small, large = np.unravel_index(work.argmin(), work.shape)
+    if not np.isfinite(work[small, large]):
+        return None
+    return _Stretch(int(many[small, large]), endings[large], endings[small], float(work[small, large]))
 
 
-def _share(large: Sequence[int], small: Sequence[int], images: int, batch: int, memory: int) -> int | None:
-    """How many images, in whole micro-batches, may keep ``large`` bytes behind each step, if the others keep
-    ``small``; None if not even ``small`` fits.
+def _shares(held: npt.NDArray[np.int64], images: int, batch: int, memory: int) -> npt.NDArray[np.int64]:
+    """How many images, in whole micro-batches, may go one way if the others go another.
+
+    Args:
+        held: bytes that an image keeps behind each step, (ways, steps).
+
+    Returns:
+        By the way of the others and by the way of the many; -1 if not even the way of the others fits.
     """
-    many = images
-    for most, least in zip(large, small, strict=True):
-        spare = memory - in_flight(batch, images) * max(most, least) - images * least
-        if spare < 0:
-            return None
-        if most > least:
-            many = min(many, spare // (most - least))
-    return many if many == images else many // batch * batch
+    large, small = held, held[:, None]
+    spare = memory - in_flight(batch, images) * np.maximum(large, small) - images * small
+    more = large - small
+    many: npt.NDArray[np.int64]
+    many = np.where(more > 0, spare // np.maximum(more, 1), images).min(axis=2).clip(None, images)
+    many = np.where(many == images, many, many // batch * batch)
+    many[(spare < 0).any(axis=2)] = -1
+    return many
 
 
 def _routes(

@@ -69,7 +69,9 @@ def test_the_forms_of_caffe_give_the_same_values(fork: str, tmp_path: Path) -> N
     }
     for each in parsed.layer:
         assert not each.batch_norm_param.HasField("scale_filler")
-    loaded = load_weights(tmp_path / "net.caffemodel", stock)
+    model = Model.load(tmp_path / "net.prototxt", tmp_path / "net.caffemodel", write="bvlc")
+    assert model.net == stock
+    loaded = model.weights
     np.testing.assert_allclose(scores(stock, loaded), scores(net, weights), rtol=1e-5, atol=1e-5)
     for name in ("c_bn", "n"):
         if name in loaded and fork != "SegNet":
@@ -97,7 +99,7 @@ def test_names_that_are_taken(tmp_path: Path) -> None:
     text = HEAD + bare("n_scale", "data", 3) + norm("n", "n_scale", "BN", "")
     net, weights = model_of(text, tmp_path)
     stock = in_bvlc_forms(net)
-    assert [each.name for each in stock.layer] == ["data", "n_scale", "n", "n_scale_"]
+    assert [each.name for each in stock.layer] == ["data", "n_scale", "n", "n_scale_2"]
     model = Model.of(stock, tmp_path / "net.caffemodel")
     np.testing.assert_allclose(scores(stock, model.weights), scores(net, weights), rtol=1e-5, atol=1e-5)
 

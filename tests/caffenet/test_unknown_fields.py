@@ -16,7 +16,8 @@ layer { name: "data" type: "AnnotatedData" top: "data" top: "label"
   transform_param { mean_value: 104 resize_param { prob: 1 resize_mode: WARP interp_mode: [LINEAR, AREA] } }
   annotated_data_param { batch_sampler { max_trials: 50 sampler { min_scale: 0.3 } } batch_sampler { } } }
 layer { name: "conv" type: "Convolution" bottom: "data" top: "conv" forward_type: FLOAT16
-  convolution_param { num_output: 4 kernel_size: 3 engine: MKL2017 conv_algos_override: "1, 1, 1" } }
+  convolution_param { num_output: 4 kernel_size: 3 engine: MKL2017 conv_algos_override: "1, 1, 1" }
+  split_param { engine: MKLDNN } }
 layer { name: "prior" type: "PriorBox" bottom: "conv" bottom: "data" top: "prior"
   prior_box_param { min_size: 30.0 aspect_ratio: 2 flip: true variance: 0.1 variance: 2e-1 offset: -5 } }
 layer { name: "out" type: "DetectionOutput" bottom: "conv" bottom: "prior" top: "out"
@@ -65,6 +66,7 @@ def test_they_are_carried_along(read) -> None:
         "batch_sampler {\n      max_trials: 50\n      sampler {\n        min_scale: 0.3",
         "batch_sampler {\n    }",
         "engine: MKL2017",
+        "split_param {\n    engine: MKLDNN\n  }",
         "code_type: CENTER_SIZE",
         "normalization: PRE_FIXED\n    pre_fixed: 2",
     ):

@@ -45,7 +45,7 @@ def test_a_net_of_one_channel_gets_gray_images(tmp_path: Path, channels: int, gi
         "data.calibration.source": str(tmp_path),
     }
     config = load(None, options, [f"data.transform={given}"])
-    assert effective_transform(net, TEST, config).force_gray is gray
+    assert effective_transform(Given(config, net), TEST).force_gray is gray
     if channels == 1:
         assert calibration_feed(Given(config, net), 1).shapes == {"in": (1, 8, 8)}
 
@@ -58,7 +58,7 @@ def test_a_scale_of_0_is_questioned() -> None:
     options = {"model.prototxt": "p", "model.weights": "w", "output": "o"}
     for scale, assignments in (("0", []), ("1", ["data.transform.scale=0"])):
         with pytest.raises(InputError, match="scale is 0, which makes every pixel 0"):
-            effective_transform(parse(text % scale), TEST, load(None, options, assignments))
+            effective_transform(Given(load(None, options, assignments), parse(text % scale)), TEST)
 
 
 def test_fields_of_a_fork_in_a_transform_are_said_not_to_be_applied(tmp_path: Path) -> None:

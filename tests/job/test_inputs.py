@@ -487,7 +487,7 @@ def test_what_is_given_replaces_what_it_excludes(
     shaped: Callable[..., Path], text: str, given: str, expected: dict[str, object]
 ) -> None:
     config = load(shaped(text), assignments=[f"data.transform={given}"])
-    transform = effective_transform(Given(config).net, TEST, config)
+    transform = effective_transform(Given(config), TEST)
     assert {key: getattr(transform, key) for key in expected} == expected
 
 
@@ -612,11 +612,11 @@ def test_layers_behind_a_type_that_needs_an_input_nobody_feeds(
 def test_told_shapes_win_over_what_the_net_declares(several: Path) -> None:
     net = parse(SEVERAL)
     declared = {"target": (2, 9, 9), "image": (3, 9, 9), "info": (3,)}
-    assert told_shapes(load(several), net) == declared
+    assert told_shapes(Given(load(several), net)) == declared
     one = load(several, assignments=["data.input_shape=[3, 20, 30]"])
-    assert told_shapes(one, net) == {**declared, "image": (3, 20, 30)}
+    assert told_shapes(Given(one, net)) == {**declared, "image": (3, 20, 30)}
     by_name = load(several, assignments=["data.input_shape={info: [7], target: '2,5,5'}"])
-    assert told_shapes(by_name, net) == {**declared, "info": (7,), "target": (2, 5, 5)}
+    assert told_shapes(Given(by_name, net)) == {**declared, "info": (7,), "target": (2, 5, 5)}
 
 
 # ---- Phases, stages and levels ----

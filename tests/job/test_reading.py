@@ -15,9 +15,9 @@ import pytest
 from quantize.data.files import files_in_folder
 from quantize.job.evaluation import evaluate_run
 from quantize.job.run import Run
-from quantize.progress import Progress
 from quantize.record import STAGES
 from tests.conftest import Job
+from tests.heard import Heard
 
 _heard: list["Opened"] = []
 
@@ -133,14 +133,6 @@ def photos(job: Job) -> Path:
     return folder
 
 
-class Notes(Progress):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def test_a_folder_is_listed_once_and_few_of_its_files_are_opened(job: Job, photos: Path) -> None:
     with counted(job) as opened:
         Run(job.config(f"data.calibration.source={photos}", "data.validation=null")).quantize()
@@ -153,7 +145,7 @@ def test_only_the_images_that_are_used_count(job: Job, photos: Path) -> None:
     config = job.config(f"data.calibration.source={photos}", "data.validation=null")
 
     def done_again() -> list[str]:
-        notes = Notes()
+        notes = Heard()
         Run(config, notes).quantize(resume=True)
         skipped = {note.split(":")[0] for note in notes.notes if "skipped" in note}
         return [stage for stage in STAGES if stage not in skipped]

@@ -312,3 +312,23 @@ def test_layers_behind_all_work_may_be_of_any_type(job: Job) -> None:
         file.write(strange)
     assert list(Run(job.config()).quantize().stages.done) == ["weights", "renorm", "activations"]
     assert 'type: "NobodyKnows"' in (job.out / "residual_val.prototxt").read_text()
+
+
+def test_keys_in_their_earlier_place_are_pointed_out(job: Job) -> None:
+    notes = Heard()
+    Run(job.config("renorm.memory=1GiB", "renorm.augment=test"), notes).quantize(("weights",))
+    assert "renorm.memory holds for every stage; write memory instead" in notes.notes
+    assert "renorm.augment holds for every stage; write data.augment instead" in notes.notes
+    report = json.loads((job.out / "report.json").read_text())
+    assert (report["settings"]["memory"], report["settings"]["data"]["augment"]) == (1 << 30, "test")
+    assert not {"memory", "augment"} & report["settings"]["renorm"].keys()
+
+
+def test_the_page_is_made_again_where_it_is_missing(job: Job) -> None:
+    """A run that was killed before it could make it has left everything else behind."""
+    Run(job.config()).quantize()
+    (job.out / "report.html").unlink()
+    before = contents(job.out)
+    Run(job.config()).quantize(resume=True)
+    assert (job.out / "report.html").exists()
+    assert contents(job.out) == before
