@@ -56,11 +56,17 @@ setup(
     ],
     extras_require={
         "hdf5": ["h5py>=3.8"],
+        "mnn": ["MNN>=3.4"],
+        "ncnn": ["ncnn>=1.0.20240820"],
+        "openvino": ["openvino>=2024.4"],
         "dev": [
             "grpcio-tools",
             "h5py>=3.8",
             "hypothesis",
+            "MNN>=3.4",
             "mypy",
+            "ncnn>=1.0.20240820",
+            "openvino>=2024.4",
             "pytest",
             "ruff",
             "setuptools>=70.1",

@@ -22,13 +22,14 @@ from quantize.caffenet.model import Model
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
-from quantize.job.feeds import calibration_feed, read_model_prototxt, validation_feed
+from quantize.job.feeds import calibration_feed, validation_feed
+from quantize.job.given import Given
 from quantize.measure.evaluate import evaluate
 from quantize.measure.outputs import net_outputs
 from quantize.record import Closeness
 from quantize.settings import ActivationSettings, Config, RenormSettings, StatisticsName, WeightSettings
 from quantize.stages.activations import activations_quan
-from quantize.stages.data_aware import Calibration
+from quantize.stages.data_aware import CalibrationSweep
 from quantize.stages.renorm import renorm
 from quantize.stages.weights import choices, weights_quan
 
@@ -46,15 +47,15 @@ class Subject:
     def __init__(self, config: Config, statistics: StatisticsName, pool: int, images: int | None) -> None:
         self.config = config
         self.statistics = statistics
-        net = read_model_prototxt(config)
+        net = Given(config).net
         self.model = Model.of(net, config.model.weights, config.model.prototxt)
-        self.calibration = calibration_feed(config, net, pool)
-        self.validation = validation_feed(config, net, images)
+        self.calibration = calibration_feed(Given(config, net), pool)
+        self.validation = validation_feed(Given(config, net), images)
         self.open_engine = engine_opener(config.engine, config.caffe, config.threads)
 
     def feed(self, numbers: list[int]) -> Feed:
         """Calibration images by number."""
-        return self.calibration.selected(numbers)
+        return self.calibration.subset(numbers)
 
     def quantized(
         self, solver: str, settings: tuple[WeightSettings, ActivationSettings], numbers: list[int]
@@ -64,15 +65,15 @@ class Subject:
         feed = self.feed(numbers)
         of_weights, of_activations = SOLVERS[solver]
         chosen = choices(self.model.inference.net, weight_settings)
-        memory = self.config.renorm.memory
+        memory = self.config.memory
         statistics: StatisticsName = "measured" if solver == "published" else self.statistics
         model, _ = weights_quan(
             self.model,
             chosen,
             of_weights,  # type: ignore[arg-type]
-            calibration=Calibration(feed, self.open_engine, memory, statistics),
+            calibration=CalibrationSweep(feed, self.open_engine, memory, statistics),
         )
-        settings_of_renorm = RenormSettings(statistics=statistics, bias_correction=False)
+        settings_of_renorm = RenormSettings(statistics=statistics)
         model, _ = renorm(model, feed, settings_of_renorm, self.open_engine, memory)
         scope = "relu" if solver == "published" else activation_settings.scope
         steps = activation_settings.model_copy(update={"solver": of_activations, "scope": scope})

@@ -30,12 +30,12 @@ from onnx import helper, numpy_helper
 from benchmarks.accuracy import Subject, checked_settings
 from quantize.arrays import FloatArray
 from quantize.caffenet import NetParameter, single_assignment
+from quantize.caffenet.model import Model
 from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines.onnx.engine import OnnxEngine, Translation
 from quantize.engines.onnx.graph import Graph
 from quantize.measure.closeness import divergences
-from quantize.measure.evaluate import Candidate
 from quantize.measure.outputs import net_outputs, tapped
 from quantize.settings import WeightSettings
 
@@ -63,7 +63,7 @@ class Result:
 def as_onnx(subject: Subject) -> onnx.ModelProto:
     """The net in full precision: input ``images``, output ``scores``, any batch, no external data."""
     net, blob = scores_of(subject)
-    with closing(OnnxEngine(net, subject.weights, subject.calibration.shapes, 1)) as engine:
+    with closing(OnnxEngine(net, subject.model.weights, subject.calibration.shapes, 1)) as engine:
         translation = Translation(engine, Graph())
         for layer in net.layer:
             if layer.bottom:
@@ -89,17 +89,17 @@ def as_onnx(subject: Subject) -> onnx.ModelProto:
 
 def scores_of(subject: Subject, net: NetParameter | None = None) -> tuple[NetParameter, str]:
     """The net in full precision, or what became of it, and the name of its class scores in there."""
-    main = next(output for output in net_outputs(subject.net) if output.is_main)
-    with_taps, [blob] = tapped(net or subject.inference.net, [main])
+    main = next(output for output in net_outputs(subject.model.net) if output.is_main)
+    with_taps, [blob] = tapped(net or subject.model.inference.net, [main])
     flat = single_assignment(with_taps)
     place = max(i for i, layer in enumerate(with_taps.layer) if blob in layer.top)
     return flat, flat.layer[place].top[list(with_taps.layer[place].top).index(blob)]
 
 
-def scores(subject: Subject, candidate: Candidate) -> FloatArray:
+def scores(subject: Subject, model: Model) -> FloatArray:
     """The class scores of a net for all test images."""
-    net, blob = scores_of(subject, candidate.net)
-    with closing(subject.open_engine(net, candidate.weights, subject.validation.shapes)) as engine:
+    net, blob = scores_of(subject, model.inference.net)
+    with closing(subject.open_engine(net, model.weights, subject.validation.shapes)) as engine:
         runner = engine.compile(0, len(net.layer), [blob])
         found = [runner.run(batch.feeds).blobs[blob] for batch in subject.validation.batches(BATCH)]
     return np.concatenate([made.reshape(len(made), -1) for made in found])
@@ -126,9 +126,9 @@ def ours(subject: Subject, setting: str, numbers: list[int]) -> Iterator[Result]
     activations = subject.config.activations.model_copy(update={"levels": 2**activation_bits - 1})
     for name, solver in OURS.items():
         start = time.monotonic()
-        net = subject.quantized(solver, (WeightSettings.model_validate(general), activations), numbers)
+        model = subject.quantized(solver, (WeightSettings.model_validate(general), activations), numbers)
         seconds = time.monotonic() - start
-        yield Result(name, scores(subject, net), seconds)
+        yield Result(name, scores(subject, model), seconds)
 
 
 def row(name: str, setting: str, result: Result, full: FloatArray, labels: list[int | None]) -> str:
@@ -162,7 +162,7 @@ def main(
             onnx.save(as_onnx(subject), folder / "full.onnx")
             np.save(folder / "calibration.npy", images_of(subject.calibration))
             np.save(folder / "test.npy", images_of(subject.validation))
-            full = scores(subject, subject.candidate(subject.net, subject.weights))
+            full = scores(subject, subject.model)
             for setting in settings:
                 numbers = list(range(len(subject.calibration)))
                 for result in (*theirs(python, folder, setting), *ours(subject, setting, numbers)):

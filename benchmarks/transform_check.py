@@ -22,9 +22,10 @@ from quantize.data.feed import Feed
 from quantize.data.loader import Images
 from quantize.data.sources import Image, Selection
 from quantize.engines import engine_opener
-from quantize.job.feeds import calibration_feed, calibration_images, read_model_prototxt
+from quantize.job.feeds import calibration_feed, calibration_images
+from quantize.job.given import Given
 from quantize.job.transforms import has_data_layer
-from quantize.measure.transform_check import IMAGES, TransformCheck, Values, check_transform
+from quantize.measure.transform_check import IMAGES, Scaling, TransformCheck, check_transform
 
 
 class Swapped(Selection):
@@ -36,14 +37,14 @@ class Swapped(Selection):
         return replace(image, pixels=image.pixels[::-1])
 
 
-def mistakes(right: Values) -> Iterator[tuple[str, Values]]:
+def mistakes(right: Scaling) -> Iterator[tuple[str, Scaling]]:
     """The right transform and what is mistaken for it; ``swapped``: of images in the order RGB."""
     backwards = replace(right, mean=right.mean[::-1])
     found = [("right", right), ("no mean", replace(right, mean=()))]
     if backwards != right:
         found.append(("mean in RGB order", backwards))
     found += [(f"scale {name}", replace(right, scale=s)) for name, s in (("1", 1.0), ("1/255", 1 / 255))]
-    found += [("neither", Values()), ("0..1", Values((), 1 / 255)), ("-1..1", Values((127.5,), 1 / 127.5))]
+    found += [("neither", Scaling()), ("0..1", Scaling((), 1 / 255)), ("-1..1", Scaling((127.5,), 1 / 127.5))]
     if len(right.mean) > 1:
         found.append(("images in RGB order", replace(right, swapped=True)))
         found.append(("images and mean in RGB order", replace(backwards, swapped=True)))
@@ -57,16 +58,17 @@ def mistakes(right: Values) -> Iterator[tuple[str, Values]]:
 def main(config: Path, draws: int, count: int) -> None:
     """Print the table."""
     settings = load(config)
-    net = read_model_prototxt(settings)
+    net = Given(settings).net
     model = Model.of(net, settings.model.weights)
-    feed = calibration_feed(settings, net, calibration_images(settings))
+    given = Given(settings, net)
+    feed = calibration_feed(given, calibration_images(given))
     (blob, images), *_ = feed.inputs.items()
     open_engine = engine_opener(settings.engine, settings.caffe, settings.threads)
-    right = Values(images.transform.mean_value, images.transform.scale)
+    right = Scaling(images.transform.mean_value, images.transform.scale)
     rng = np.random.default_rng(0)
     drawn = [sorted(rng.choice(len(feed), min(count, len(feed)), replace=False)) for _ in range(draws)]
 
-    def check(values: Values, numbers: list[int]) -> TransformCheck:
+    def check(values: Scaling, numbers: list[int]) -> TransformCheck:
         source = (Swapped if values.swapped else Selection)(images.source, numbers)
         transform = replace(images.transform, mean_value=values.mean, mean_file=None, scale=values.scale)
         few = Images(source, transform, images.phase, None, images.seed, images.threads)
@@ -88,7 +90,7 @@ def main(config: Path, draws: int, count: int) -> None:
         )
 
 
-def right_enough(values: Values | None, right: Values) -> bool:
+def right_enough(values: Scaling | None, right: Scaling) -> bool:
     """Whether a transform is the right one but for 2 levels of the mean and 4 % of the scale."""
     if values is None or values.swapped:
         return False

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
         Images,
         Runtime,
         evaluate,
+        export,
         quantize,
         quantize_activations,
         quantize_weights,
         renorm,
     )
     from quantize.caffenet.model import Layer, Model
+    from quantize.data.feed import Input
     from quantize.errors import InputError, LabelfreeError
     from quantize.progress import Progress
 
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Comparison",
     "Images",
+    "Input",
     "InputError",
     "LabelfreeError",
     "Layer",
@@ -40,12 +43,14 @@ __all__ = [
     "Progress",
     "Runtime",
     "evaluate",
+    "export",
     "quantize",
     "quantize_activations",
     "quantize_weights",
     "renorm",
 ]
 _HOMES = {
+    "Input": "data.feed",
     "InputError": "errors",
     "LabelfreeError": "errors",
     "Layer": "caffenet.model",

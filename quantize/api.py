@@ -9,45 +9,49 @@ the commands.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from quantize.arrays import FloatArray, Shape
-from quantize.caffenet import TEST, doubtful_norms, filter_net
-from quantize.caffenet.model import Model
+from quantize.caffenet.model import NAME, Model
+from quantize.caffenet.phases import IMAGE_AXES
 from quantize.commands.config import checked
-from quantize.data.feed import Feed, Input
+from quantize.data.feed import Batch, Feed, Input
 from quantize.data.transform import shape_text
-from quantize.data.values import Values
+from quantize.data.values import Values as FedValues
 from quantize.engines import engine_opener
-from quantize.engines.base import OpenEngine
 from quantize.errors import InputError
+from quantize.exports.integers import IntegerNet
+from quantize.exports.onnx import OnnxOptions
+from quantize.exports.targets import TARGETS, Order
 from quantize.host import using_threads
+from quantize.job.export import pixels_of
 from quantize.job.feeds import calibration_feed, calibration_images, stage_feed, validation_feed
+from quantize.job.given import Given
+from quantize.job.inputs import told_shapes
 from quantize.job.labels import with_labels_that_fit
 from quantize.job.transforms import transform_check
+from quantize.job.work import Work
 from quantize.measure.evaluate import evaluate as compare
-from quantize.measure.outputs import class_scores, net_outputs
-from quantize.progress import Progress
+from quantize.measure.outputs import net_outputs
+from quantize.progress import SILENT, Progress
 from quantize.record import Closeness, StageName
 from quantize.settings import Config
-from quantize.stages.activations import activations_quan
-from quantize.stages.budget import keep_budget
-from quantize.stages.data_aware import Calibration
-from quantize.stages.renorm import renorm as renormed
-from quantize.stages.weights import check_kernels, check_unquantized, choices, weights_quan
+from quantize.stages.weights import check_unquantized
 
 Settings = Mapping[str, Any]
 """Keys of one section of the configuration, and their values."""
 
 
+@runtime_checkable
 class Samples(Protocol):
     """Values by number: an array, a list of arrays, or whatever else reads them when they are needed."""
 
@@ -56,6 +60,10 @@ class Samples(Protocol):
 
     def __getitem__(self, number: int, /) -> npt.ArrayLike:
         """Return number ``number``: an array (channels, height, width), or of what shape the input has."""
+
+
+Values = Samples | Input | Iterable[npt.ArrayLike]
+"""What goes into one input of a net, already transformed."""
 
 
 class Warnings(Progress):
@@ -81,7 +89,7 @@ class Runtime:
         engine: ``auto``, ``onnx`` or ``caffe``; auto is onnx.
         caffe: how pycaffe is started for the latter: the section ``caffe`` of the configuration.
         threads: None: as many as this process may use.
-        memory: bound on what is kept between two layers, such as ``"2GiB"`` (``renorm.memory``).
+        memory: bound on what is kept between two layers, such as ``"2GiB"`` (``memory``).
         progress: receives the advance; by default only warnings are shown.
     """
 
@@ -111,8 +119,9 @@ class Images:
     20
 
     Args:
-        source: an LMDB, an image folder or a list file; or an array (N, C, H, W) or other `Samples`, already
-            transformed; or these by input for a net of several.
+        source: an LMDB, an image folder or a list file; or, already transformed, an array (N, C, H, W) or
+            other `Samples`, an iterable of arrays (which is gone through once, and kept), or whatever gives
+            batches itself (`Input`); or these by input for a net of several.
         model: the model that they are for.
         count: the first so many; None: all.
         labels: the classes of `Samples`, for `evaluate`; an LMDB or a list file has its own.
@@ -121,7 +130,7 @@ class Images:
         transform: replaces what the prototxt says (``data.transform``).
         input_shape: of the net's inputs, where the prototxt does not say it (``data.input_shape``).
         augment: train: crop and mirror at random, as the TRAIN transform says; test: as in the TEST phase, as
-            images to evaluate with always are (``renorm.augment``).
+            images to evaluate with always are (``data.augment``).
         seed: of what is chosen at random (``data.seed``).
 
     Raises:
@@ -130,7 +139,7 @@ class Images:
 
     def __init__(
         self,
-        source: str | Path | Samples | Mapping[str, Samples],
+        source: str | Path | Values | Mapping[str, Values],
         model: Model,
         count: int | None = None,
         *,
@@ -145,52 +154,91 @@ class Images:
         self.augment = augment
         self.count = count
         self._transform_is_checked = False
-        self._arrays: dict[str, Input] | None = None
+        self._chosen: Sequence[int] | None = None
         self._fed: dict[str, object] = {}
         self._data: dict[str, object] = {"seed": seed}
+        self._files: Given | None = None
+        self._arrays: dict[str, Input] = {}
         if isinstance(source, str | Path):
             if labels is not None:
                 raise InputError("labels: an LMDB or a list file has its own; leave them out")
             self._fed = {"source": source, "inputs": dict(inputs or {})}
-            self._data = {
-                **self._data,
-                "transform": dict(transform or {}),
-                "input_shape": _plain(input_shape),
-            }
+            self._data |= {"transform": dict(transform or {}), "input_shape": _plain(input_shape)}
+            self._files = Given(self._configuration(), model.net)
         elif transform or input_shape or inputs:
             raise InputError(
                 "transform, input_shape and inputs are for files and folders; arrays go in as they are"
             )
         else:
-            self._arrays = self._from_samples(source, labels)
+            self._arrays = self._of_arrays(source, labels)
         if count is not None and not 1 <= count <= self._present:
             raise InputError(f"count: {count} images asked for but there are {self._present}")
         _ = self.shapes  # reads the first image: whatever is wrong is told now
 
     def __len__(self) -> int:
         """Return the number of images."""
+        if self._chosen is not None:
+            return len(self._chosen)
         return self._present if self.count is None else self.count
 
     @cached_property
     def _present(self) -> int:
         """How many there are, whatever ``count`` says."""
-        if self._arrays is not None:
-            return min(map(len, self._arrays.values()))
-        return calibration_images(self._configuration())
+        if self._files is not None:
+            return calibration_images(self._files)
+        return min(map(len, self._arrays.values()))
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """By input of the net the shape of one image's values."""
-        if self._arrays is not None:
-            return {name: values.shape for name, values in self._arrays.items()}
-        return calibration_feed(self._configuration(), self.model.net, 1).shapes
+        if self._files is not None:
+            return calibration_feed(self._files, 1).shapes
+        return {name: values.shape for name, values in self._arrays.items()}
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Images ``start <= i < stop`` as they go into the net, in order, ``size`` at a time.
+
+        >>> import quantize
+        >>> model = quantize.Model.load("digits.prototxt", "digits.caffemodel")
+        >>> images = quantize.Images("calibration_lmdb", model, count=100)
+        >>> [batch.feeds["data"].shape for batch in images.batches(64)]
+        [(64, 1, 8, 8), (36, 1, 8, 8)]
+
+        Args:
+            size: images per batch; the last may have fewer.
+            start: the first image.
+            stop: one behind the last; None: to the end.
+
+        Raises:
+            InputError: an image is damaged or of another shape; names it.
+        """
+        return self._feed(self._configuration(), "calibration", SILENT).batches(size, start, stop)
+
+    def subset(self, numbers: Sequence[int]) -> Images:
+        """Some of the images, by number.
+
+        >>> import quantize
+        >>> model = quantize.Model.load("digits.prototxt", "digits.caffemodel")
+        >>> images = quantize.Images("calibration_lmdb", model)
+        >>> len(images.subset(range(0, len(images), 10)))
+        100
+
+        Raises:
+            InputError: there is no image of a number, or no number is given.
+        """
+        if not len(numbers) or not all(0 <= number < len(self) for number in numbers):
+            raise InputError(f"subset: give at least one number, and only those from 0 to {len(self) - 1}")
+        other = copy(self)
+        chosen = range(len(self)) if self._chosen is None else self._chosen
+        other._chosen = [chosen[number] for number in numbers]
+        return other
 
     def _configuration(self) -> Config:
         return _configuration(self.model, self, DEFAULT_RUNTIME, "Images", {})
 
-    def _from_samples(
+    def _of_arrays(
         self,
-        source: Samples | Mapping[str, Samples],
+        source: Values | Mapping[str, Values],
         labels: Sequence[int] | npt.NDArray[np.integer[Any]] | None,
     ) -> dict[str, Input]:
         """What goes into each input of the net."""
@@ -202,43 +250,43 @@ class Images:
                 "its name"
             )
         declared = self.model.declared_shapes
-        values = {name: _values(given[name], name, declared.get(name)) for name in names}
-        counts = {name: len(each) for name, each in values.items()}
+        found = {name: _input(given[name], name, declared.get(name), self.count) for name in names}
+        counts = {name: len(each) for name, each in found.items()}
         if len(set(counts.values())) > 1:
             shown = ", ".join(f"{count} for {name}" for name, count in counts.items())
             raise InputError(f"different numbers of values for the inputs: {shown}")
-        found: dict[str, Input] = dict(values)
         if labels is not None:
             classes = np.asarray(labels)
             if classes.shape != (counts[names[0]],) or classes.dtype.kind not in "iu":
                 raise InputError(f"labels: {counts[names[0]]} whole numbers are needed, one for each image")
-            found[names[0]] = _Labeled(values[names[0]], [int(label) for label in classes])
+            found[names[0]] = _Labeled(found[names[0]], [int(label) for label in classes])
         return found
 
     def _stage_feed(self, config: Config, stage: StageName, progress: Progress) -> Feed:
         """What a stage looks at: as many images as it asks for, or all where there are fewer."""
-        if self._arrays is None:
-            return stage_feed(config, self.model.net, stage, progress)
+        if self._files is not None and self._chosen is None:
+            return stage_feed(self._files.with_config(config), stage, progress)
         settings = getattr(config, stage)
         if settings.images > len(self) and "images" in settings.model_fields_set and self.count is None:
             raise InputError(f"{stage}.images asks for {settings.images} images but there are {len(self)}")
-        return self._first(min(settings.images, len(self)), config)
+        return self._feed(config, "calibration", progress).subset(range(min(settings.images, len(self))))
 
-    def _evaluation_feed(self, config: Config, progress: Progress) -> Feed:
-        """All images, transformed as in the TEST phase."""
-        if self._arrays is None:
-            return validation_feed(config, self.model.net, self.count, progress)
-        return self._first(len(self), config)
-
-    def _first(self, count: int, config: Config) -> Feed:
-        assert self._arrays is not None
-        return Feed(self._arrays, config.data.seed).selected(range(count))
+    def _feed(self, config: Config, fed: Literal["calibration", "validation"], progress: Progress) -> Feed:
+        """All images, to calibrate with, or transformed as in the TEST phase to evaluate with."""
+        count = self._present if self.count is None else self.count
+        if self._files is None:
+            feed = Feed(self._arrays, config.data.seed).subset(range(count))
+        elif fed == "validation":
+            feed = validation_feed(self._files.with_config(config), self.count, progress)
+        else:
+            feed = calibration_feed(self._files.with_config(config), count, progress)
+        return feed if self._chosen is None else feed.subset(self._chosen)
 
     def _check_transform(self, config: Config, full: Model | None, progress: Progress) -> None:
         """Warn where the transform does not fit the statistics of training, once."""
-        if self._arrays is None and full is not None and not self._transform_is_checked:
+        if self._files is not None and full is not None and not self._transform_is_checked:
             self._transform_is_checked = True
-            check = transform_check(config, full)
+            check = transform_check(self._files.with_config(config), full)
             if check is not None and check.doubtful:
                 progress.warn(f"{check.finding}; {check.remedy}")
 
@@ -247,7 +295,7 @@ class Images:
 class _Labeled:
     """Values with labels."""
 
-    values: Values
+    values: Input
     labels: list[int | None]
 
     @property
@@ -265,31 +313,65 @@ class _Labeled:
             yield rows, self.labels[first : first + len(rows)]
             first += len(rows)
 
-    def selected(self, numbers: Sequence[int]) -> _Labeled:
-        return _Labeled(self.values.selected(numbers), [self.labels[number] for number in numbers])
-
-    def unlabeled(self) -> Values:
-        return self.values
+    def subset(self, numbers: Sequence[int]) -> _Labeled:
+        return _Labeled(self.values.subset(numbers), [self.labels[number] for number in numbers])
 
 
-def _values(samples: Samples, name: str, declared: Shape | None) -> Values:
-    """The values of one input."""
-    if not len(samples):
-        raise InputError(f"input {name}: no values")
-    first = np.asarray(samples[0])
-    if first.dtype == np.uint8:
+def _input(given: Values, name: str, declared: Shape | None, count: int | None) -> Input:
+    """What goes into one input of the net.
+
+    Args:
+        given: for it.
+        name: the input.
+        declared: the shape of one image, where the net says it.
+        count: no more of an iterable are needed; None: all.
+    """
+    if isinstance(given, Input):
+        found, shape = given, tuple(given.shape)
+    else:
+        samples = given if isinstance(given, Samples) else _gone_through(given, declared, count)
+        if not len(samples):
+            raise InputError(f"input {name}: no values")
+        first = _array(samples[0], name)
+        if first.dtype == np.uint8:
+            raise InputError(
+                f"input {name}: these are 8-bit pixels, but arrays go into the net as they are: transform "
+                "them first (crop, mean, scale), or give a folder or an LMDB, which the prototxt's transform "
+                "is for"
+            )
+        shape = first.shape
+        read: Callable[[int], npt.NDArray[Any]] = lambda number: _array(samples[number], name)  # noqa: E731
+        found = FedValues(f"input {name}", shape, len(samples), read, "number {}".format)
+    if declared is not None and declared != shape:
         raise InputError(
-            f"input {name}: these are 8-bit pixels, but arrays go into the net as they are: transform them "
-            "first (crop, mean, scale), or give a folder or an LMDB, which the prototxt's transform is for"
+            f"input {name}: an image is {shape_text(shape)} but the net says {shape_text(declared)}"
         )
-    if first.dtype.kind not in "fiub":
-        raise InputError(f"input {name}: holds {first.dtype}, not numbers")
-    if declared is not None and declared != first.shape:
-        raise InputError(
-            f"input {name}: an image is {shape_text(first.shape)} but the net says {shape_text(declared)}"
-        )
-    read: Callable[[int], npt.NDArray[Any]] = lambda number: np.asarray(samples[number])  # noqa: E731
-    return Values(f"input {name}", first.shape, len(samples), read, "number {}".format)
+    return found
+
+
+def _gone_through(
+    images: Iterable[npt.ArrayLike], declared: Shape | None, count: int | None
+) -> list[npt.NDArray[Any]]:
+    """The images that an iterable gives, one by one or in batches, which have one axis more."""
+    axes = IMAGE_AXES if declared is None else len(declared)
+    found: list[npt.NDArray[Any]] = []
+    for given in images:
+        array = np.asarray(given)
+        found.extend(array if array.ndim == axes + 1 else [array])
+        if count is not None and len(found) >= count:
+            break
+    return found[:count]
+
+
+def _array(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+    """The values of one image."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise InputError(f"input {name}: not an array: {error}") from None
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"input {name}: holds {array.dtype}, not numbers")
+    return array
 
 
 def quantize(
@@ -324,7 +406,7 @@ def quantize(
         InputError: bad settings or input.
         LabelfreeError: the work failed.
     """
-    work = _Work.of(
+    work = _Stages.of(
         "quantize",
         model,
         images,
@@ -333,7 +415,7 @@ def quantize(
         renorm=renorm,
         activations=activations,
     )
-    with work.begun(model):
+    with work.begun(model) as model:
         return work.activations(work.renorm(work.weights(model), model))
 
 
@@ -366,8 +448,8 @@ def quantize_weights(
         LabelfreeError: the work failed.
     """
     tree = _with(settings, "weights", bits=bits)
-    work = _Work.of("quantize_weights", model, images, runtime, weights=tree)
-    with work.begun(model):
+    work = _Stages.of("quantize_weights", model, images, runtime, weights=tree)
+    with work.begun(model) as model:
         return work.weights(model)
 
 
@@ -402,8 +484,8 @@ def renorm(
         LabelfreeError: the work failed.
     """
     weights = {} if model.solver is None else {"solver": model.solver}
-    work = _Work.of("renorm", model, images, runtime, weights=weights, renorm=settings)
-    with work.begun(model):
+    work = _Stages.of("renorm", model, images, runtime, weights=weights, renorm=settings)
+    with work.begun(model) as model:
         return work.renorm(model, full)
 
 
@@ -436,8 +518,8 @@ def quantize_activations(
         LabelfreeError: the work failed.
     """
     tree = _with(settings, "activations", bits=bits)
-    work = _Work.of("quantize_activations", model, images, runtime, activations=tree)
-    with work.begun(model):
+    work = _Stages.of("quantize_activations", model, images, runtime, activations=tree)
+    with work.begun(model) as model:
         return work.activations(model)
 
 
@@ -492,10 +574,11 @@ def evaluate(model: Model, small: Model, images: Images, *, runtime: Runtime = D
     """
     config = _configuration(model, images, runtime, "evaluate", {}, fed="validation")
     candidates = {"fp32": model, "quantized": small}
+    open_engine = engine_opener(config.engine, config.caffe, config.threads)
     with using_threads(config.threads):
-        feed = images._evaluation_feed(config, runtime.progress)
+        feed = images._feed(config, "validation", runtime.progress)
         feed = with_labels_that_fit(feed, model.net, runtime.progress)
-        found = compare(candidates, net_outputs(model.net), feed, _opener(config), runtime.progress)
+        found = compare(candidates, net_outputs(model.net), feed, open_engine, runtime.progress)
     close = found.closeness.get("quantized", Closeness(None, None, None))
     paired, accuracy = found.paired.get("quantized"), found.accuracy
     own, other = accuracy["quantized"], accuracy["fp32"]
@@ -512,72 +595,115 @@ def evaluate(model: Model, small: Model, images: Images, *, runtime: Runtime = D
     )
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What the stages need besides a model."""
+def export(
+    model: Model,
+    folder: str | Path,
+    to: Literal["onnx", "caffe", "ncnn", "mnn", "ranges"] = "onnx",
+    *,
+    name: str | None = None,
+    runtime: Literal["ort", "openvino"] = "ort",
+    codes: Literal["packed", "int8"] = "packed",
+    pixels: bool = False,
+    keep_layers: bool = False,
+    transform: Settings | None = None,
+    input_shape: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+) -> list[Path]:
+    """Write a quantized model as files that are small and run in integers, as `labelfree export` does.
 
-    config: Config
+    >>> import quantize
+    >>> model = quantize.Model.load("digits.prototxt", "digits.caffemodel")
+    >>> images = quantize.Images("calibration_lmdb", model)
+    >>> small = quantize.quantize(model, images, activations={"levels": 255, "sums": True})
+    >>> [path] = quantize.export(small, "out")
+    >>> path.name, path.stat().st_size < 60_000
+    ('digits.onnx', True)
+
+    Args:
+        model: with quantized weights and activations.
+        folder: made where it is not there.
+        to: the kind of files.
+        name: that theirs begin with; None: the net's.
+        runtime: the one that an ONNX file is to be fast in.
+        codes: of an ONNX file: weights of 4 bits two in a byte, or each in one, for onnxruntime before 1.23.
+        pixels: an ONNX file takes pixels of 8 bits, of which the transform makes the net's values.
+        keep_layers: a plain Caffe pair keeps alpha, BatchNorm and Scale as layers.
+        transform: replaces what the prototxt says (``data.transform``).
+        input_shape: of the net's inputs, where the prototxt does not say it (``data.input_shape``).
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        InputError: nothing is quantized, or the target cannot express it; nothing is written.
+        LabelfreeError: a file could not be written.
+    """
+    name = (model.net.name or "model") if name is None else name
+    if not NAME.fullmatch(name):
+        raise InputError(f"{name!r} cannot be a file's name: use letters, digits and . + - _")
+    data = {"transform": dict(transform or {}), "input_shape": _plain(input_shape)}
+    given = Given(_configuration(model, None, DEFAULT_RUNTIME, "export", {"data": data}), model.net)
+    taken = pixels_of(given) if pixels else None
+    net = IntegerNet.of(model, told_shapes(given))
+    order = Order(model, net, name, OnnxOptions(runtime, codes, taken), fold=not keep_layers)
+    return TARGETS[to].write(order).write(folder)
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """The stages on models in memory.
+
+    Attributes:
+        work: what they do.
+        images: what they look at, if there is any.
+    """
+
+    work: Work
     images: Images | None
-    progress: Progress
-    open_engine: OpenEngine
 
     @classmethod
     def of(
         cls, where: str, model: Model, images: Images | None, runtime: Runtime, **sections: Settings | None
-    ) -> _Work:
+    ) -> _Stages:
         """Check the settings; ``where`` they were given, for messages."""
         config = _configuration(model, images, runtime, where, sections)
-        return cls(config, images, runtime.progress, _opener(config))
+
+        def feed(stage: StageName) -> Feed:
+            if images is None:
+                raise InputError(
+                    f"{stage}: weights.solver data_aware and weights.budget need images: give some"
+                )
+            return images._stage_feed(config, stage, runtime.progress)
+
+        return cls(Work.of(config, feed, runtime.progress), images)
 
     @contextmanager
-    def begun(self, model: Model) -> Iterator[None]:
-        """What is to be done before and around the stages."""
-        with using_threads(self.config.threads):
+    def begun(self, model: Model) -> Iterator[Model]:
+        """What is to be done before and around the stages; gives the model, checked against the images."""
+        config = self.work.config
+        with using_threads(config.threads):
             if self.images is not None:
-                model.check(self.images.shapes)
+                model = model.checked(self.images.shapes)
                 full = model.full or (None if model.is_quantized else model)
-                self.images._check_transform(self.config, full, self.progress)
-            yield
-
-    def feed(self, stage: StageName) -> Feed:
-        """The images that a stage looks at."""
-        if self.images is None:
-            raise InputError(f"{stage}: weights.solver data_aware and weights.budget need images: give some")
-        return self.images._stage_feed(self.config, stage, self.progress)
+                self.images._check_transform(config, full, self.work.progress)
+            yield model
 
     def weights(self, model: Model) -> Model:
-        """Stage 1."""
-        settings, test = self.config.weights, model.inference
-        check_unquantized(test.net)
+        """The stage weights."""
+        check_unquantized(model.inference.net)
         _check_activations(model)
-        chosen = choices(test.net, settings)
-        check_kernels(filter_net(model.net, TEST), model.weights, chosen)
-        for line in doubtful_norms(test.net, model.weights):
-            self.progress.note(f"weights: {line}")
-        calibration = None
-        if settings.solver == "data_aware" or settings.budget is not None:
-            renorm = self.config.renorm
-            feed = self.feed("weights")
-            calibration = Calibration(feed, self.open_engine, renorm.memory, renorm.statistics)
-            if settings.budget is not None:
-                scores = class_scores(model.net, "weights.budget")
-                chosen, _ = keep_budget(model, settings, calibration, scores, self.progress)
-        return weights_quan(model, chosen, settings.solver, self.progress, calibration)[0]
+        return self.work.weights(model)[0]
 
     def renorm(self, model: Model, full: Model | None = None) -> Model:
-        """Stage 2."""
-        settings = self.config.renorm
+        """The stage renorm."""
         _check_activations(model)
-        feed = self.feed("renorm")
-        return renormed(model, feed, settings, self.open_engine, settings.memory, self.progress, full)[0]
+        return self.work.renorm(model, full)[0]
 
     def activations(self, model: Model) -> Model:
-        """Stage 3."""
+        """The stage activations."""
         _check_activations(model)
-        feed, settings = self.feed("activations"), self.config.activations
-        small, found = activations_quan(model, feed, settings, self.open_engine, self.progress)
+        small, found, _ = self.work.activations(model)
         if not found:
-            self.progress.warn(
+            self.work.progress.warn(
                 "activations: nothing to quantize; with scope inputs that is what layers with quantized "
                 "weights read"
             )
@@ -621,7 +747,7 @@ def _configuration(
     """
     data: dict[str, Any] = {}
     if images is not None:
-        data = dict(images._data)
+        data = {**images._data, "augment": images.augment}
         if images._fed:
             data[fed] = images._fed | ({"images": images.count} if fed == "calibration" else {})
     tree: dict[str, Any] = {
@@ -631,19 +757,14 @@ def _configuration(
         "engine": runtime.engine,
         "caffe": dict(runtime.caffe),
         "threads": runtime.threads,
+        "memory": runtime.memory,
         "output": Path(),
     }
     tree |= {name: dict(settings) for name, settings in sections.items() if settings}
     for key, owner in (("memory", "Runtime"), ("augment", "Images")):
         if key in tree.get("renorm", ()):
             raise InputError(f"{where}: renorm.{key} holds for all stages: give it to {owner}({key}=...)")
-    augment = "train" if images is None else images.augment
-    tree["renorm"] = {**tree.get("renorm", {}), "memory": runtime.memory, "augment": augment}
     return checked(tree, where)
-
-
-def _opener(config: Config) -> OpenEngine:
-    return engine_opener(config.engine, config.caffe, config.threads)
 
 
 def _plain(shape: Sequence[int] | Mapping[str, Sequence[int]] | None) -> object:

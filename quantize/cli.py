@@ -320,23 +320,121 @@ def quantize(stages: tuple[StageName, ...], resume: bool, force: bool, as_json: 
 @cli.command()
 @config_options
 @click.option("--images", type=click.IntRange(1), help="Use the first so many images (default: all).")
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnx", "openvino", "ncnn"]),
+    help="Also an exported file, in this runtime.",
+)
+@click.option("--file", type=PATH, help="That file, where `export` has written it elsewhere.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(images: int | None, as_json: bool, **given: Any) -> None:
+def evaluate(images: int | None, runtime: str | None, file: Path | None, as_json: bool, **given: Any) -> None:
     """Measure full precision and quantized: top-1, top-5 (with labels), agreement, divergence.
 
     Without validation images these are calibration images that no stage has used, where there are any. The
-    result is added to report.json and report.html.
+    result is added to report.json and report.html, but for that of an exported file.
     """
+    if file is not None and runtime is None:
+        raise click.UsageError("--file needs --runtime, which says what opens it")
     config = read_config_of_results(given)
     from quantize.commands.evaluation import evaluation_json, evaluation_text
     from quantize.job.evaluation import evaluate_run
+    from quantize.job.export import evaluate_exported
 
     with showing_progress() as progress:
-        found = evaluate_run(config, images, progress)
+        if runtime is None:
+            found = evaluate_run(config, images, progress)
+        else:
+            found = evaluate_exported(config, runtime, file, images, progress)
     if as_json:
         click.echo(evaluation_json(found))
     else:
         click.echo(evaluation_text(found))
+
+
+OPTIONS_OF_TARGETS = {"runtime": "onnx", "taken": "onnx", "codes": "onnx", "keep_layers": "caffe"}
+
+
+def check_options_of_target(target: str) -> None:
+    """Refuse an option of `export` that is for another target."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        owner = OPTIONS_OF_TARGETS.get(str(parameter.name), target)
+        source = context.get_parameter_source(str(parameter.name))
+        if owner != target and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} is for --to {owner}")
+
+
+@cli.command()
+@config_options
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["onnx", "caffe", "ncnn", "mnn", "ranges"]),
+    required=True,
+    help="The kind of files; ranges: tables for clients that quantize the plain Caffe pair themselves.",
+)
+@click.option(
+    "--runtime",
+    type=click.Choice(["ort", "openvino"]),
+    default="ort",
+    show_default=True,
+    help="The one that an ONNX file is to be fast in: onnxruntime or OpenVINO.",
+)
+@click.option(
+    "--input",
+    "taken",
+    type=click.Choice(["float", "pixels"]),
+    default="float",
+    show_default=True,
+    help="What the file takes: transformed images, or pixels of 8 bits, so that the first layer runs in "
+    "integers too.",
+)
+@click.option(
+    "--codes",
+    type=click.Choice(["packed", "int8"]),
+    default="packed",
+    show_default=True,
+    help="Weights of 4 bits two in a byte, or each in one, for onnxruntime before 1.23.",
+)
+@click.option(
+    "--keep-layers", is_flag=True, help="A plain Caffe pair keeps alpha, BatchNorm and Scale as layers."
+)
+@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Compare on so many.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def export(
+    target: str,
+    runtime: Any,
+    taken: str,
+    codes: Any,
+    keep_layers: bool,
+    images: int,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Write the result as files that are small and run in integers.
+
+    With --config, --output is the folder of the files (default: that of the results); without, it is the
+    folder of the results and of the files. Ends with how small, how close and how fast the file is, and which
+    layers stay in float.
+    """
+    check_options_of_target(target)
+    folder = given.pop("output") if given["path"] is not None else None
+    config = read_config_of_results({**given, "output": None} if given["path"] is not None else given)
+    from quantize.commands.export import export_json, export_text
+    from quantize.exports.onnx import OnnxOptions
+    from quantize.job.export import export_run
+
+    options = OnnxOptions(runtime, codes)
+    outcome = export_run(
+        config,
+        target,
+        None if folder is None else Path(folder),
+        options,
+        taken == "pixels",
+        not keep_layers,
+        images,
+    )
+    click.echo(export_json(outcome) if as_json else export_text(outcome))
 
 
 @cli.command()
@@ -433,7 +531,7 @@ def doctor(**given: Any) -> None:
 @STATE[1]
 @click.option("--plan", "show_plan", is_flag=True, help="Show how renorm would go through the net.")
 @click.option("--images", type=click.IntRange(1), help="For --plan (default: renorm.images).")
-@click.option("--memory", help="For --plan (default: renorm.memory).")
+@click.option("--memory", help="For --plan (default: memory).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(
     prototxt: Path | None,
@@ -455,16 +553,15 @@ def inspect(
     Bits within a weights.budget are measured, on the calibration images.
     """
     from quantize.commands import inspect as inspection
-    from quantize.settings import RenormSettings
 
-    renorm = RenormSettings()
+    config = None
     if (prototxt is None) == (path is None):
         raise click.UsageError("give either a prototxt or --config FILE")
     if path is not None:
         from quantize.commands.config import load
 
         config = load(path, {"data.input_shape": parse_shapes(shapes)}, assignments)
-        inspected, renorm = inspection.Inspection.of_config(config), config.renorm
+        inspected = inspection.Inspection.of_config(config)
         if not show_plan:
             with showing_progress() as progress:
                 inspected = inspected.configured_by(config, progress)
@@ -475,7 +572,7 @@ def inspect(
     for note in inspected.notes:
         click.echo(f"note: {note}", err=True)
     if show_plan:
-        click.echo(inspection.plan_text(inspected, renorm, images, memory, as_json))
+        click.echo(inspection.plan_text(inspected, config, images, memory, as_json))
     else:
         click.echo(inspection.layers_text(inspected, as_json))
 
@@ -504,6 +601,18 @@ def make_lmdb_command(images: Path, lmdb: Path, **options: Any) -> None:
         f"wrote {report.written} images, {report.labeled} of them labeled, to {lmdb}; "
         f"{len(report.unreadable)} unreadable"
     )
+
+
+@cli.command()
+@click.argument("file", metavar="NAME.lfq", type=PATH)
+@click.option("--output", "-o", type=PATH, default=Path(), help="Folder for the two (default: this one).")
+@click.option("--force", is_flag=True, help="Replace files that are there.")
+def unpack(file: Path, output: Path, force: bool) -> None:
+    """Turn a packed net back into NAME.prototxt and NAME.caffemodel, byte for byte what was packed."""
+    from quantize.exports.packed import unpack as unpacked
+
+    for path in unpacked(file, output, force):
+        click.echo(f"wrote {path}")
 
 
 @cli.command()
@@ -573,7 +682,7 @@ def main() -> None:
     except MemoryError:
         if loudness.verbose:
             raise
-        fail("out of memory; lower renorm.memory or use a machine with more", 1)
+        fail("out of memory; lower `memory` or use a machine with more", 1)
     except OSError as error:  # files that vanished after they were checked, failing disks
         if loudness.verbose:
             raise

@@ -5,19 +5,31 @@ And writing files that are whole or not there at all.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from quantize.errors import InputError, LabelfreeError
 
 PART_SUFFIX = ".labelfree-part"
 """Of a file being written. No program but this one uses it: what bears it in an output folder is ours to
 remove, and nothing else is."""
+
+READ_BLOCK = 1 << 20
+
+
+class Digest(Protocol):
+    """What hears the bytes of a file while they are read or written, such as ``hashlib.sha256()``."""
+
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Hear the next bytes."""
+
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -87,6 +99,19 @@ def read_file(path: str | Path, what: str, most: int) -> bytes:
     return data
 
 
+def sha256(path: Path) -> str:
+    """The hash of a file's content.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open_file(path, "file") as file:
+        while block := file.read(READ_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def made_folder(path: str | Path) -> Path:
     """A folder, made where it is not there.
 
@@ -100,9 +125,32 @@ def made_folder(path: str | Path) -> Path:
     return Path(path)
 
 
+class Writable(Protocol):
+    """What bytes are written to."""
+
+    def write(self, data: bytes | memoryview, /) -> object:
+        """Write the next bytes."""
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """A file whose bytes a digest hears while they are written."""
+
+    file: BinaryIO
+    digest: Digest
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, digest: Digest | None = None) -> Iterator[Writable]:
     """A file that appears at ``path`` when the block ends well, flushed to disk; else nothing changes.
+
+    Args:
+        path: the file.
+        digest: hears what is written.
 
     Raises:
         LabelfreeError: the file could not be written (disk full, ...).
@@ -110,7 +158,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     part = path.parent / f".{path.name}{PART_SUFFIX}"
     try:
         with open(part, "wb") as file:
-            yield file
+            yield file if digest is None else _Heard(file, digest)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

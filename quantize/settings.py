@@ -96,7 +96,9 @@ Size = Annotated[tuple[Whole, Whole], BeforeValidator(check_size)]
 InputValues = Annotated[float | list[Any] | Path, BeforeValidator(parse_values)]
 """What goes into an input that takes no images (`data.values.open_values`)."""
 InputShapes = Annotated[list[int] | dict[str, list[int]] | None, BeforeValidator(parse_shapes)]
+Augment = Literal["train", "test"]
 GridName = Literal["power_of_two", "fixed_point", "uniform"]
+DEFAULT_MEMORY = 2 << 30
 MEASURED_IMAGES = 1000
 """What statistics of the images' own take: their noise is all theirs (docs/accuracy.md)."""
 PUBLISHED_IMAGES = 400
@@ -125,6 +127,11 @@ class ModelFiles(Section):
     prototxt: Path = Field(description="the network's layers")
     weights: Path = Field(description="the network's trained blobs (caffemodel)")
     caffe_proto: Path | None = Field(None, description="a fork's caffe.proto, where it has fields of its own")
+    write: Literal["as_read", "bvlc"] = Field(
+        "as_read",
+        description="the forms of a fork's layers that are written: the fork's, or those of Caffe 1.0 where "
+        "they say the same",
+    )
     stages: Annotated[list[str], BeforeValidator(parse_list)] = Field(
         [], description="stages that are set, for include and exclude rules that name them"
     )
@@ -209,6 +216,11 @@ class Data(Section):
         None,
         description="[channels, height, width] of the images' input, or the shape of each by name, where the "
         "prototxt does not say it or says what is changed at run time",
+    )
+    augment: Augment = Field(
+        "train",
+        description="of calibration images; train: random crop and mirror as the TRAIN transform says, "
+        "seeded; test: centre crop",
     )
     seed: Whole = Field(0, ge=0, description="of the random crops and mirrors")
 
@@ -323,11 +335,12 @@ class RenormSettings(Section):
         description="keep the mean of each quantized layer's output as in full precision, by its bias, where "
         "no BatchNorm follows; with paired statistics only, and not with solver data_aware, which does it",
     )
-    augment: Literal["train", "test"] = Field(
-        "train",
-        description="train: random crop and mirror as the TRAIN transform says, seeded; test: centre crop",
+    augment: Augment | None = Field(
+        None, exclude=True, description="the earlier place of `data.augment`, which holds for every stage"
     )
-    memory: Bytes = Field(2 << 30, validate_default=False, description="bound on what the sweep keeps")
+    memory: Bytes = Field(
+        None, exclude=True, description="the earlier place of `memory`, which holds for every stage"
+    )
 
     @model_validator(mode="after")
     def _measured_takes_more_images(self) -> RenormSettings:
@@ -362,7 +375,8 @@ class ActivationSettings(Section):
     )
     sums: bool = Field(
         False,
-        description="the branches of Eltwise sums too, with scope inputs: for runtimes that add codes",
+        description="what Eltwise sums and average poolings read too, with scope inputs: for runtimes "
+        "that add codes",
     )
     images: Whole = Field(
         64, ge=1, description=f"calibration images; {PUBLISHED_IMAGES} with solver reference"
@@ -389,6 +403,10 @@ class ActivationSettings(Section):
         return self.levels if self.levels is not None else 2 ** (self.bits - 1) - 1
 
 
+MOVED = {"augment": "data.augment", "memory": "memory"}
+"""Keys of renorm that hold for every stage, and where they are now; the earlier places are read for good."""
+
+
 class Config(Section):
     """Everything one run needs."""
 
@@ -404,6 +422,11 @@ class Config(Section):
     activations: ActivationSettings = Field(ActivationSettings())
     threads: Whole | None = Field(
         None, ge=1, le=1024, description="default: the processors this process may use"
+    )
+    memory: Bytes = Field(
+        DEFAULT_MEMORY,
+        validate_default=False,
+        description="bound on what is kept of all images between two layers; with less it takes longer",
     )
     output: Path = Field(description="folder for everything that is written")
 
@@ -423,3 +446,19 @@ class Config(Section):
             if isinstance(section, dict):
                 changed[name] = {**defaults, **section}
         return changed
+
+    @model_validator(mode="after")
+    def _from_earlier_places(self) -> Config:
+        """What `MOVED` keys say counts where it belongs."""
+        moved = {name: getattr(self.renorm, name) for name in MOVED if name in self.renorm.model_fields_set}
+        for name, section in (("augment", self.data), ("memory", self)):
+            if name in moved and name in section.model_fields_set:
+                raise ValueError(
+                    f"{MOVED[name]} and renorm.{name}, its earlier place, are both given: keep the former"
+                )
+        if moved.get("augment") is not None:
+            self.__dict__["data"] = self.data.model_copy()  # the default is everybody's
+            self.data.__dict__["augment"] = moved["augment"]
+        if "memory" in moved:
+            self.__dict__["memory"] = moved["memory"]
+        return self  # as before, neither counts as set: settings in a record are looked at again

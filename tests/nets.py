@@ -7,6 +7,7 @@ from google.protobuf import text_format
 
 from quantize.caffenet import InferenceNet, NetParameter, Weights, empty_like, infer_shapes
 from quantize.caffenet.model import Model
+from quantize.caffenet.norms import norm_places
 from quantize.data import Images, Transform, open_source
 from quantize.data.feed import Feed
 from quantize.data.make_lmdb import make_datum, write_lmdb
@@ -14,7 +15,7 @@ from quantize.engines import engine_opener
 from quantize.engines.base import OpenEngine
 from quantize.record import BatchNormShift, QuantizedLayer
 from quantize.settings import CaffeProcess, GridChoice, RenormSettings, SolverName
-from quantize.stages.data_aware import Calibration
+from quantize.stages.data_aware import CalibrationSweep
 from quantize.stages.renorm import renorm
 from quantize.stages.weights import weights_quan
 
@@ -109,8 +110,11 @@ def random_weights(net: NetParameter, inputs: dict[str, tuple[int, ...]], seed: 
     shapes = infer_shapes(net, {name: (1, *shape) for name, shape in inputs.items()})
     for layer in net.layer:
         blobs = [rng.normal(0, 0.4, shape).astype(np.float32) for shape in shapes.params[layer.name]]
-        if layer.type == "BatchNorm":
-            blobs = [blobs[0], np.abs(blobs[1]) + 0.5, np.ones(1, np.float32)]
+        places = norm_places(layer)
+        if places is not None:
+            blobs[places.variance] = np.abs(blobs[places.variance]) + 0.5
+            if places.factor is not None:
+                blobs[places.factor] = np.ones(1, np.float32)
         if blobs:
             weights.add(layer, blobs)
     return weights
@@ -200,7 +204,7 @@ def quantized_weights(
     weights: Weights,
     chosen: dict[str, GridChoice],
     solver: SolverName = "optimal",
-    calibration: Calibration | None = None,
+    calibration: CalibrationSweep | None = None,
 ) -> tuple[NetParameter, Weights, list[QuantizedLayer]]:
     """`weights_quan` on a net and its blobs."""
     model, layers = weights_quan(Model(net, weights), chosen, solver, calibration=calibration)

@@ -8,7 +8,7 @@ import pytest
 from quantize.caffenet import TEST, InferenceNet, Weights, filter_net, read_prototxt
 from quantize.commands.config import load
 from quantize.job.evaluation import evaluate_run
-from quantize.job.feeds import read_model_prototxt
+from quantize.job.given import Given
 from quantize.job.run import Run
 from quantize.settings import Config
 from tests.nets import random_weights, write_images
@@ -50,7 +50,7 @@ def config_of(name: str, images: Path, folder: Path) -> Config:
 @pytest.mark.parametrize("name", CROPS)
 def test_end_to_end(name: str, images: Path, tmp_path: Path) -> None:
     config = config_of(name, images, tmp_path)
-    test = InferenceNet.of(read_model_prototxt(config))
+    test = InferenceNet.of(Given(config).net)
     weights = random_weights(test.net, {test.blob: (3, CROPS[name], CROPS[name])})
     with open(tmp_path / "net.caffemodel", "wb") as file:
         weights.write(file)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from quantize.job.evaluation import evaluate_run
 from quantize.job.run import Run
 from quantize.progress import Progress
 from tests.conftest import Job
-from tests.nets import write_several
+from tests.nets import parse, write_several
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "configs/models/digits"
@@ -60,7 +60,7 @@ def test_examples(example: doctest.DocTest) -> None:
 
 def test_everything_public_has_an_example() -> None:
     names = {example.name.rsplit(".", 1)[1] for example in EXAMPLES}
-    shown_by_others = {"Comparison", "InputError", "LabelfreeError", "Layer", "Model", "Progress"}
+    shown_by_others = {"Comparison", "Input", "InputError", "LabelfreeError", "Layer", "Model", "Progress"}
     assert set(quantize.__all__) - shown_by_others <= names
     assert {"load", "save"} <= names
 
@@ -182,7 +182,7 @@ def feed_of(images: quantize.Images, fed: Any) -> Feed:
     """What goes into the net, calibrating or evaluating."""
     config = api._configuration(images.model, images, quantize.Runtime(), "test", {}, fed)
     if fed == "validation":
-        return images._evaluation_feed(config, Progress())
+        return images._feed(config, "validation", Progress())
     return images._stage_feed(config, "renorm", Progress())
 
 
@@ -390,3 +390,120 @@ def test_nothing_to_quantize_is_a_warning(job: Job, model: quantize.Model) -> No
     with pytest.warns(UserWarning, match="nothing to quantize; with scope inputs"):
         same = quantize.quantize_activations(model, images)
     assert same.net == model.net
+
+
+# ---- Images from anywhere ----
+
+
+class Squares:
+    """An input of the user's own: row i of an array, read batch by batch."""
+
+    shape = (3, 9, 9)
+
+    def __init__(self, rows: np.ndarray[Any, Any], labels: list[int] | None = None) -> None:
+        self.rows = rows
+        self.labels = labels
+        self.read = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[Any, Any]]:
+        stop = len(self) if stop is None else min(stop, len(self))
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
+            self.read += last - first
+            yield self.rows[first:last], None if self.labels is None else self.labels[first:last]
+
+    def subset(self, numbers: Sequence[int]) -> "Squares":
+        labels = None if self.labels is None else [self.labels[number] for number in numbers]
+        return Squares(self.rows[list(numbers)], labels)
+
+
+@pytest.fixture
+def rows(job: Job, model: quantize.Model) -> np.ndarray[Any, Any]:
+    lmdb = quantize.Images(job.folder / "train_lmdb", model)
+    return np.concatenate([batch.feeds["data"] for batch in lmdb.batches(6)])
+
+
+def test_streams_and_inputs_of_the_users_own_are_images(
+    model: quantize.Model, rows: np.ndarray[Any, Any]
+) -> None:
+    def endless() -> Iterator[np.ndarray[Any, Any]]:
+        yield from (rows[first : first + 7] for first in range(0, 14, 7))  # in batches, then one by one
+        yield from rows[14:]
+        while True:
+            yield np.zeros_like(rows[0])
+
+    assert isinstance(Squares(rows), quantize.Input)
+    settings = {"images": 15}
+    expected = quantize.quantize(model, quantize.Images(rows, model), renorm=settings, activations=settings)
+    for source in (endless(), Squares(rows), {"data": Squares(rows)}, iter(list(rows))):
+        images = quantize.Images(source, model, count=len(rows))
+        assert (len(images), images.shapes) == (20, {"data": (3, 9, 9)})
+        small = quantize.quantize(model, images, renorm=settings, activations=settings)
+        assert written(small.weights) == written(expected.weights)
+        assert small.net == expected.net
+
+
+def test_labels_of_the_users_own_inputs(job: Job, model: quantize.Model) -> None:
+    lmdb = quantize.Images(job.folder / "test_lmdb", model)
+    batches = list(feed_of(lmdb, "validation").batches(4))
+    array = np.concatenate([batch.feeds["data"] for batch in batches])
+    labels = [label or 0 for batch in batches for label in batch.labels]
+    step = quantize.quantize_weights(model, bits=2)
+    expected = quantize.evaluate(model, step, lmdb)
+    assert quantize.evaluate(model, step, quantize.Images(Squares(array, labels), model)) == expected
+
+
+def test_subsets_are_images_too(job: Job, model: quantize.Model, rows: np.ndarray[Any, Any]) -> None:
+    for source in (job.folder / "train_lmdb", rows, Squares(rows)):
+        images = quantize.Images(source, model, augment="test")
+        few = images.subset(range(10, 20)).subset([7, 0])
+        assert len(few) == 2
+        [batch] = few.batches(5)
+        whole = next(iter(images.batches(20))).feeds["data"]
+        np.testing.assert_array_equal(batch.feeds["data"], whole[[17, 10]])
+        with pytest.raises(quantize.InputError, match="only those from 0 to 1"):
+            few.subset([2])
+    few = quantize.Images(job.folder / "train_lmdb", model, augment="test").subset(range(4, 12))
+    alike = quantize.Images(next(iter(few.batches(8))).feeds, model)
+    runtime = quantize.Runtime(progress=Progress())
+    settings = {"images": 8}
+    one, other = (quantize.renorm(model, each, settings=settings, runtime=runtime) for each in (few, alike))
+    assert written(one.weights) == written(other.weights)
+
+
+def test_a_folder_is_opened_once(job: Job, model: quantize.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantize.data import lmdb_file
+
+    opened: list[Path] = []
+    original = lmdb_file.LmdbFile.__init__
+    monkeypatch.setattr(
+        lmdb_file.LmdbFile, "__init__", lambda self, path: (opened.append(path), original(self, path))[1]
+    )
+    images = quantize.Images(job.folder / "train_lmdb", model)
+    small = quantize.quantize(model, images, runtime=quantize.Runtime(progress=Progress()))
+    quantize.evaluate(model, small, images)
+    assert opened == [job.folder / "train_lmdb/data.mdb"]
+
+
+@pytest.mark.parametrize(
+    ("message", "wrong"),
+    [
+        ("no values", lambda m: quantize.Images(iter([]), m)),
+        (
+            "an image is 3x8x9 but the net says 3x9x9",
+            lambda m: quantize.Images(iter([np.zeros((3, 8, 9))]), m),
+        ),
+        ("holds <U1, not numbers", lambda m: quantize.Images(iter(["a"]), m)),
+        ("input data: not an array", lambda m: quantize.Images([[[1], [1, 2]]], m)),
+    ],
+)
+def test_streams_that_are_none(message: str, wrong: Callable[[quantize.Model], object]) -> None:
+    net = parse(
+        'layer { name: "in" type: "Input" top: "data" input_param { shape { dim: [1, 3, 9, 9] } } } '
+        'layer { name: "r" type: "ReLU" bottom: "data" top: "r" }'
+    )
+    with pytest.raises(quantize.InputError, match=message):
+        wrong(quantize.Model(net, Weights()))

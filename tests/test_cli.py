@@ -462,8 +462,8 @@ def test_a_net_without_a_kind_of_layer_says_so(
 
 
 def test_too_little_memory_names_the_least(job: Job, labelfree: Labelfree) -> None:
-    outcome = labelfree("quantize", "--config", job.yaml, "--set", "renorm.memory=1kB")
-    assert_one_line(outcome, "renorm.memory", "the least that would do")
+    outcome = labelfree("quantize", "--config", job.yaml, "--set", "memory=1kB")
+    assert_one_line(outcome, "memory: 1000 bytes", "the least that would do")
 
 
 def test_ctrl_c_is_exit_code_130_and_leaves_nothing(job: Job) -> None:
@@ -655,3 +655,45 @@ def test_a_norm_whose_statistics_are_ignored_is_named(job: Job, labelfree: Label
     assert (ill.code, ill.out.count(line)) == (1, 1)
     done = labelfree("quantize", "--config", job.yaml)
     assert (done.code, done.err.count(line)) == (0, 1)
+
+
+def test_export_prints_what_the_file_is_worth(labelfree: Labelfree, job: Job) -> None:
+    settings = ("--set", "activations.levels=255", "--set", "activations.sums=true")
+    assert labelfree("-q", "quantize", "-c", job.yaml, *settings).code == 0
+    done = labelfree("-q", "export", "-c", job.yaml, *settings, "--to", "onnx", "--images", "4")
+    assert (done.code, done.err) == (0, "")
+    assert "residual.onnx" in done.out
+    assert "in float: conv1: reads the input data, which is not on codes (activations.input)" in done.out
+    folder = job.folder / "files"
+    words = ("export", "-c", job.yaml, *settings, "--to", "onnx", "--input", "pixels", "--images", "4")
+    done = labelfree("-q", *words, "--output", folder, "--json")
+    assert json.loads(done.out)["files"].keys() == {str(folder / "residual.onnx")}
+    assert json.loads(done.out)["float_layers"] == {}
+    scored = labelfree("-q", "evaluate", "-c", job.yaml, "--runtime", "onnx", "--json")
+    assert scored.code == 0
+    assert json.loads(scored.out).keys() >= {"fp32", "quantized", "onnx"}
+    scored = labelfree(
+        *("-q", "evaluate", "-c", job.yaml, "--runtime", "onnx", "--file", folder / "residual.onnx")
+    )
+    assert re.search(r"^onnx +\d+\.\d", scored.out, re.MULTILINE)
+    assert "evaluation" not in json.loads((job.out / "report.json").read_text())
+
+
+def test_export_without_a_yaml_file_writes_beside_the_results(labelfree: Labelfree, job: Job) -> None:
+    files = ("--prototxt", job.folder / "net.prototxt", "--weights", job.folder / "net.caffemodel")
+    words = (*files, "--calibration", job.folder / "train_lmdb", "--output", job.folder / "results")
+    assert labelfree("-q", "quantize", *words).code == 0
+    done = labelfree("-q", "export", *words, "--to", "onnx", "--images", "4")
+    assert done.code == 0
+    assert (job.folder / "results/net.onnx").exists()
+
+
+def test_what_export_refuses_is_one_line(labelfree: Labelfree, job: Job) -> None:
+    assert_one_line(labelfree("export", "-c", job.yaml, "--to", "onnx"), "nothing quantized here yet")
+    assert_one_line(labelfree("export", "-c", job.yaml, "--to", "tflite"), "--to", "onnx")
+    assert_one_line(labelfree("evaluate", "-c", job.yaml, "--file", "x.onnx"), "--file needs --runtime")
+    assert_one_line(labelfree("evaluate", "-c", job.yaml, "--runtime", "onnx"), "nothing quantized here yet")
+    assert labelfree("-q", "quantize", "-c", job.yaml, "--stages", "weights").code == 0
+    assert_one_line(
+        labelfree("evaluate", "-c", job.yaml, "--runtime", "onnx"), "run `labelfree export` first"
+    )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -31,6 +32,10 @@ PAGES = [
 ]
 RUN_ELSEWHERE = ("caffe.md", "troubleshooting.md")
 """Pages with tests of their own: tests/caffe/test_caffe_page.py and tests/test_troubleshooting.py."""
+OTHERS = ("python ncnn", "python opencv")
+"""Kinds of blocks of deploy.md, which has a test for them."""
+OPENCV4 = Path(sys.prefix) / "opencv4"
+"""Where scripts/setup_env puts an OpenCV that reads Caffe networks; the one beside it does not."""
 NOT_AGAIN = ("scripts/test", "scripts/demo")
 """The first runs this test; the second has one of its own."""
 
@@ -40,8 +45,8 @@ class Block:
     """A fenced block.
 
     Its kind is ``sh``, ``python run``, ``sh caffe`` or ``python caffe`` (run where Caffe is),
-    ``sh benchmark`` (takes minutes; only its options are checked), or that of something to read: ``text``,
-    ``python``.
+    ``python ncnn`` or ``python opencv`` (run with ncnn, or OpenCV 4), ``sh benchmark`` (takes minutes; only
+    its options are checked), or that of something to read: ``text``, ``python``.
     """
 
     kind: str
@@ -60,13 +65,14 @@ class Place:
 
     folder: Path
 
-    def run(self, script: str) -> str:
+    def run(self, script: str, **variables: str) -> str:
         binaries = Path(sys.executable).parent
         environment = {
             **os.environ,
             "PATH": f"{binaries}:{os.environ['PATH']}",
             "LABELFREE_VENV": str(binaries.parent),
             "HOME": str(self.folder),
+            **variables,
         }
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
@@ -166,10 +172,41 @@ def test_python_prints_what_is_shown(place: Place) -> None:
         assert found == pytest.approx(expected, abs=0.8)
 
 
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_runtimes_see_what_labelfree_sees(place: Place, kind: str) -> None:
+    if not (find_spec("ncnn") if kind == "python ncnn" else OPENCV4.is_dir()):
+        pytest.skip(f"nothing to run a {kind} block with: run scripts/setup_env dev")
+    if not (place.folder / "out/digits/digits.param").exists():
+        test_every_command_runs(place, ROOT / "docs/deploy.md")
+    [code] = [block.text for block in blocks(ROOT / "docs/deploy.md") if block.kind == kind]
+    zeros = "image = np.zeros((1, 8, 8), np.float32)"
+    assert zeros in code
+    (place.folder / "other.py").write_text(code.replace(zeros, "image = np.load('image.npy')"))
+    config = load(ROOT / "configs/digits.yaml")
+    assert config.data.validation is not None
+    source = open_source(config.data.validation.source)
+    right = 0
+    for number in range(6):
+        image = source.read(number)
+        np.save(place.folder / "image.npy", (image.pixels.astype(np.float32) - 5) * 0.125)
+        found = place.run("python other.py", PYTHONPATH=f"{OPENCV4}:{os.environ.get('PYTHONPATH', '')}")
+        right += found.split() == ["class", str(image.label)]
+    assert right >= 5
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_in_a_block_that_is_run(page: Path) -> None:
     kinds = {block.kind for block in blocks(page)}
-    assert kinds <= {"sh", "sh caffe", "python caffe", "python run", "sh benchmark", "text", "python"}
+    assert kinds <= {
+        "sh",
+        "sh caffe",
+        "python caffe",
+        "python run",
+        "sh benchmark",
+        "text",
+        "python",
+        *OTHERS,
+    }
     if page.name not in RUN_ELSEWHERE:
         assert page.name == "your-model.md" or not kinds & {"sh caffe", "python caffe"}
         indented = re.findall(
@@ -284,6 +321,7 @@ def test_every_command_and_option_is_in_the_help() -> None:
     commands = (
         "quantize",
         "evaluate",
+        "export",
         "inspect",
         "init",
         "make-lmdb",
@@ -291,6 +329,7 @@ def test_every_command_and_option_is_in_the_help() -> None:
         "report",
         "renorm",
         "layers",
+        "unpack",
     )
     helps = "".join(
         subprocess.run(

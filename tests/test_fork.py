@@ -36,12 +36,20 @@ def labelfree(job: Job, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=job.folder, capture_output=True, text=True, check=False)
 
 
+def test_what_has_no_effect_needs_no_schema(fork_job: Job) -> None:
+    done = labelfree(fork_job, "quantize", "--config", "config.yaml")
+    assert done.returncode == 0, done.stderr
+    assert all(FIELD in path.read_text() for path in (fork_job.folder / "out").glob("*.prototxt"))
+
+
 def test_without_the_schema_the_error_names_field_line_and_remedy(fork_job: Job) -> None:
+    net = fork_job.folder / "net.prototxt"
+    net.write_text(net.read_text().replace(FIELD, CHANGING))
     for command in (["quantize", "--config", "config.yaml"], ["inspect", "net.prototxt"]):
         done = labelfree(fork_job, *command)
         assert done.returncode == 2
         assert "net.prototxt: line 10, column" in done.stderr
-        assert "conv_algos_override" in done.stderr
+        assert "sparse_ratio" in done.stderr
         assert "model.caffe_proto" in done.stderr
 
 

@@ -16,7 +16,7 @@ FLOORS = (
     ("engines",),
     ("sweep", "cluster"),
     ("measure",),
-    ("stages", "export", "report"),
+    ("stages", "exports", "report"),
     ("job",),
     ("commands",),
     ("api", "cli", "__main__"),

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from quantize import cli
-from quantize.caffenet import Weights
+from quantize.caffenet import BlobProto, Weights
+from quantize.job.export import export_run
 from quantize.job.output import OutputFolder
 from quantize.job.run import Run
 from tests.conftest import Job
@@ -203,7 +204,7 @@ def fork_arithmetic(job: Job) -> None:
 
 @mistake
 def unknown_layer(job: Job) -> None:
-    replace(job.folder / "net.prototxt", 'type: "Eltwise"', 'type: "ShuffleChannel"')
+    replace(job.folder / "net.prototxt", 'type: "Eltwise"', 'type: "WeightedSum"')
 
 
 @mistake
@@ -321,6 +322,22 @@ def nothing_quantized(_job: Job) -> None:
 
 
 @mistake
+def nothing_exported(job: Job) -> None:
+    """Quantized, but not exported."""
+    Run(job.config()).quantize()
+
+
+@mistake
+def mean_image_for_pixels(job: Job) -> None:
+    """The transform subtracts a mean image."""
+    mean = BlobProto(data=np.full(3 * 11 * 11, 100.0))
+    mean.shape.dim.extend((1, 3, 11, 11))
+    (job.folder / "mean.binaryproto").write_bytes(mean.SerializeToString())
+    replace(job.yaml, "  validation:", "  transform: {mean_file: mean.binaryproto}\n  validation:")
+    Run(job.config()).quantize()
+
+
+@mistake
 def results_of_another_model(job: Job) -> None:
     Run(job.config()).quantize(("weights",))
     replace(job.folder / "net.prototxt", 'name: "residual"', 'name: "other"')
@@ -345,6 +362,20 @@ def two_runs(job: Job) -> OutputFolder:
 @mistake
 def config_is_there(_job: Job) -> None:
     """The job has a config.yaml."""
+
+
+@mistake
+def codes_of_a_full_byte(job: Job) -> None:
+    replace(job.yaml, "activations: {", "activations: {levels: 255, ")
+    Run(job.config()).quantize()
+
+
+@mistake
+def damaged_packed_net(job: Job) -> None:
+    Run(job.config()).quantize()
+    export_run(job.config(), "caffe")
+    packed = job.out / "residual.lfq"
+    packed.write_bytes(packed.read_bytes()[:-2000])
 
 
 def test_the_page_has_all_mistakes() -> None:

@@ -13,8 +13,10 @@ from quantize.caffenet.graph import (
     dependent_layers,
     layer_index,
     live_blobs,
+    names_in,
     needed_layers,
     single_assignment,
+    unused_name,
 )
 from quantize.caffenet.norms import doubtful_norms, stored_statistics
 from quantize.caffenet.phases import (
@@ -45,7 +47,7 @@ from quantize.caffenet.schema import (
     TransformationParameter,
 )
 from quantize.caffenet.shape_rules import LayerShapes
-from quantize.caffenet.shapes import Shapes, all_finite, check_weights, infer_shapes, known_part
+from quantize.caffenet.shapes import Shapes, all_finite, check_weights, in_shape, infer_shapes, known_part
 from quantize.caffenet.sharing import BlobId, check_sharing, load_weights, loaded, owners, sharers, users
 from quantize.caffenet.weights import Weights
 
@@ -82,6 +84,7 @@ __all__ = [
     "foreign_field_text",
     "foreign_fields",
     "format_prototxt",
+    "in_shape",
     "infer_shapes",
     "inference_net",
     "input_blobs",
@@ -93,6 +96,7 @@ __all__ = [
     "load_schema",
     "load_weights",
     "loaded",
+    "names_in",
     "needed_layers",
     "owners",
     "read_net",
@@ -102,5 +106,6 @@ __all__ = [
     "sharers",
     "single_assignment",
     "stored_statistics",
+    "unused_name",
     "users",
 ]

@@ -31,6 +31,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from quantize.caffenet.schema import DESCRIPTOR, ForkedNet, LayerParameter, NetParameter, V1LayerParameter
+from quantize.caffenet.unknown_fields import Findings, extend
 from quantize.caffenet.upgrade import UnsupportedLayerError
 from quantize.errors import InputError
 from quantize.files import read_file
@@ -54,6 +55,15 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "forward_math": "the precision of the arithmetic; labelfree computes in float32",
     "backward_type": "training",
     "backward_math": "training",
+    "default_forward_type": "the precision of the values; labelfree computes in float32",
+    "default_forward_math": "the precision of the arithmetic; labelfree computes in float32",
+    "default_backward_type": "training",
+    "default_backward_math": "training",
+    "default_conv_algos_override": "which cuDNN algorithms are used",
+    "default_cudnn_math_override": "which cuDNN arithmetic is used",
+    "global_grad_scale": "training",
+    "reduce_buckets": "how training is spread over machines",
+    "debug": "what is printed",
     "multinode": "how training is spread over machines",
     "mn_activation_param": "how training is spread over machines",
     "mn_grad_compress_param": "how training is spread over machines",
@@ -82,6 +92,17 @@ def load_schema(path: str | Path) -> Schema:
         fault = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be joined with the caffe.proto of Caffe 1.0: {fault}") from None
     return schema
+
+
+def with_unknown(schema: Schema | None, found: Findings) -> Schema:
+    """A schema, or ours, that also has what a text was found to have besides."""
+    if schema is not None:
+        files = FileDescriptorSet.FromString(schema)
+    else:
+        files = FileDescriptorSet(file=[descriptor_pb2.FileDescriptorProto()])
+        DESCRIPTOR.CopyToProto(files.file[0])
+    extend(files.file[-1], found)
+    return Schema(files.SerializeToString(deterministic=True))
 
 
 @lru_cache(maxsize=4)
@@ -154,6 +175,31 @@ def foreign_fields(net: NetParameter) -> list[str | None]:
     return [next(_foreign(layer, LayerParameter.DESCRIPTOR), None) for layer in forked.layer]
 
 
+def without_effectless(net: NetParameter) -> NetParameter:
+    """A copy of a net without the fields ``WITHOUT_EFFECT`` that only its fork knows."""
+    schema = schema_of(net)
+    changed = (NetParameter if schema is None else fork_class(schema)).FromString(net.SerializeToString())
+    if schema is not None:
+        _drop_effectless(changed, NetParameter.DESCRIPTOR)
+    return NetParameter.FromString(changed.SerializeToString())
+
+
+def _drop_effectless(message: Message, ours: Any) -> None:
+    for field, value in message.ListFields():
+        known = None if ours is None else ours.fields_by_name.get(field.name)
+        own = known if known is not None and known.number == field.number else None
+        if _has_no_effect(field, value) and (own is None or _has_foreign_value(value, own)):
+            message.ClearField(field.name)
+        elif field.message_type is not None and own is not None:
+            for each in _each(value):
+                _drop_effectless(each, own.message_type)
+
+
+def _has_foreign_value(value: Any, ours: Any) -> bool:
+    """Whether an enum has a value that ours lacks."""
+    return ours.enum_type is not None and value not in ours.enum_type.values_by_number
+
+
 def foreign_field_text(field: str) -> str:
     """What there is to say of such a field."""
     return (
@@ -167,16 +213,32 @@ def _foreign(message: Message, ours: Any) -> Iterator[str]:
     for field, value in message.ListFields():
         known = ours.fields_by_name.get(field.name)
         if known is None or known.number != field.number:
-            is_default = field.message_type is None and value == field.default_value
-            if field.name not in WITHOUT_EFFECT and not is_default:
+            if not (
+                _has_no_effect(field, value) or (field.message_type is None and value == field.default_value)
+            ):
                 yield field.name
         elif field.message_type is not None:
-            for each in [value] if isinstance(value, Message) else value:
+            for each in _each(value):
                 yield from (f"{field.name}.{inner}" for inner in _foreign(each, known.message_type))
         elif field.enum_type is not None and field.name not in WITHOUT_EFFECT:
             for each in [value] if isinstance(value, int) else value:
                 if each not in known.enum_type.values_by_number:
                     yield f"{field.name}: {field.enum_type.values_by_number[each].name}"
+
+
+def _has_no_effect(field: Any, value: Any) -> bool:
+    """Whether a field is one of ``WITHOUT_EFFECT``, or holds such fields and no others."""
+    if field.name in WITHOUT_EFFECT:
+        return True
+    if field.message_type is None:
+        return False
+    held = [pair for each in _each(value) for pair in each.ListFields()]
+    return bool(held) and all(_has_no_effect(*pair) for pair in held)
+
+
+def _each(value: Any) -> Sequence[Any]:
+    """A message, or the messages of a repeated field."""
+    return [value] if isinstance(value, Message) else value
 
 
 def _own_parameters(layer: LayerParameter) -> str | None:
@@ -210,7 +272,7 @@ def _has_unknown(message: Message) -> bool:
         each
         for field, value in message.ListFields()
         if field.message_type is not None
-        for each in ([value] if isinstance(value, Message) else value)
+        for each in _each(value)
     ]
     return len(UnknownFieldSet(message)) > 0 or any(map(_has_unknown, inner))
 

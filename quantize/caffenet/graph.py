@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import cached_property
+from itertools import chain, count
 from typing import NamedTuple
 
 from quantize.caffenet.fork import foreign_fields
@@ -26,13 +27,25 @@ def single_assignment(net: NetParameter) -> NetParameter:
         tops = []
         for top in layer.top:
             if top in current:
-                current[top] = _unique(f"{top}_{layer.name}", taken)
+                current[top] = unused_name(f"{top}_{layer.name}", taken)
+                taken.add(current[top])
             else:
                 current[top] = top
             tops.append(current[top])
         layer.bottom[:] = bottoms
         layer.top[:] = tops
     return copy
+
+
+def names_in(net: NetParameter) -> set[str]:
+    """The names of all layers and blobs."""
+    return {name for layer in net.layer for name in (layer.name, *layer.bottom, *layer.top)}
+
+
+def unused_name(name: str, taken: Container[str]) -> str:
+    """The first of ``name``, ``name_2``, ``name_3``, ... that is not taken."""
+    numbered = (f"{name}_{number}" for number in count(2))
+    return next(each for each in chain([name], numbered) if each not in taken)
 
 
 class Bottom(NamedTuple):
@@ -86,12 +99,12 @@ class NetGraph:
 
         Behind a layer of several tops those behind its first.
         """
-        chain: list[LayerParameter] = []
+        behind: list[LayerParameter] = []
         layer = self.only_reader(self.layers[name].top[0])
         while layer is not None and traits_of(layer) & traits:
-            chain.append(layer)
+            behind.append(layer)
             layer = self.only_reader(layer.top[0])
-        return chain
+        return behind
 
     def overwriter(self, blob: str) -> str | None:
         """The name of the layer that overwrites a blob in the net as it was given."""
@@ -171,12 +184,3 @@ def dependent_layers(layers: Iterable[LayerParameter], blobs: Iterable[str]) -> 
             dependent.append(layer)
             reached.update(layer.top)
     return dependent
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    candidate, count = name, 1
-    while candidate in taken:
-        count += 1
-        candidate = f"{name}_{count}"
-    taken.add(candidate)
-    return candidate

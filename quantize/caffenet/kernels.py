@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from quantize.arrays import FloatArray
+from quantize.arrays import FloatArray, Shape
 from quantize.caffenet import LayerParameter
 
 
@@ -17,7 +17,7 @@ def outputs(layer: LayerParameter) -> int:
     return layer.convolution_param.num_output
 
 
-def are_kernels(layer: LayerParameter, shape: tuple[int, ...]) -> bool:
+def are_kernels(layer: LayerParameter, shape: Shape) -> bool:
     """Whether a weight blob of this shape can be parted into the layer's kernels."""
     n, size = outputs(layer), math.prod(shape)
     if layer.type != "Deconvolution":
@@ -37,7 +37,7 @@ def to_kernels(layer: LayerParameter, blob: FloatArray) -> FloatArray:
     return blob.reshape(outputs(layer), -1)
 
 
-def from_kernels(layer: LayerParameter, kernels: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+def from_kernels(layer: LayerParameter, kernels: FloatArray, shape: Shape) -> FloatArray:
     """The inverse of `to_kernels`."""
     if layer.type == "Deconvolution":
         groups, inputs, n, taps = _deconvolution_axes(layer, shape)
@@ -47,7 +47,7 @@ def from_kernels(layer: LayerParameter, kernels: FloatArray, shape: tuple[int, .
     return np.ascontiguousarray(kernels, np.float32).reshape(shape)
 
 
-def _deconvolution_axes(layer: LayerParameter, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+def _deconvolution_axes(layer: LayerParameter, shape: Shape) -> tuple[int, int, int, int]:
     """Groups, inputs and outputs of each, and places of a kernel: the blob is (C, n / groups, ...)."""
     groups = layer.convolution_param.group
     return groups, shape[0] // groups, outputs(layer) // groups, math.prod(shape[2:])

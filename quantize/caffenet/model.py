@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from quantize.arrays import FloatArray, Shape
+from quantize.caffenet.bvlc import LayerForms
 from quantize.caffenet.norms import with_stored_statistics
 from quantize.caffenet.phases import InferenceNet, declared_shape
 from quantize.caffenet.prototxt import format_prototxt, read_net
@@ -23,12 +24,12 @@ from quantize.caffenet.quantized import (
     with_alpha_terms,
 )
 from quantize.caffenet.schema import NetParameter
-from quantize.caffenet.shapes import check_weights, infer_shapes, known_part
+from quantize.caffenet.shapes import check_weights, in_shape, infer_shapes, known_part
 from quantize.caffenet.sharing import load_weights
 from quantize.caffenet.strings import from_path, to_bytes, to_path
 from quantize.caffenet.weights import Weights
 from quantize.errors import InputError
-from quantize.files import made_folder, whole_file
+from quantize.files import Digest, made_folder, whole_file
 from quantize.settings import GridChoice
 
 NAME = re.compile(r"\w[\w.+-]*")
@@ -110,6 +111,7 @@ class Model:
         caffe_proto: str | Path | None = None,
         stages: Sequence[str] = (),
         level: int = 0,
+        write: LayerForms = "as_read",
     ) -> Model:
         """Read a model from Caffe's files.
 
@@ -126,28 +128,36 @@ class Model:
             caffe_proto: the schema of the fork of Caffe that it is for, if any.
             stages: the stages that are set, for include and exclude rules that name them.
             level: the level, for rules with min_level and max_level.
+            write: the forms of a fork's layers that are run and written: its own, or ``bvlc``, those of Caffe
+                1.0 where they say the same.
 
         Raises:
             InputError: a file cannot be read or is damaged, or the two do not fit each other.
         """
-        model = cls.of(read_net(prototxt, caffe_proto, stages, level), caffemodel, Path(prototxt))
-        model.check(model.declared_shapes)
-        return model
+        model = cls.of(read_net(prototxt, caffe_proto, stages, level, write), caffemodel, Path(prototxt))
+        return model.checked(model.declared_shapes)
 
     @classmethod
-    def of(cls, net: NetParameter, caffemodel: str | Path, prototxt: Path | None = None) -> Model:
-        """A net with the blobs of a caffemodel, as Caffe loads them into it; `check` compares the two.
+    def of(
+        cls,
+        net: NetParameter,
+        caffemodel: str | Path,
+        prototxt: Path | None = None,
+        digest: Digest | None = None,
+    ) -> Model:
+        """A net with the blobs of a caffemodel, as Caffe loads them into it; `checked` compares the two.
 
         Args:
             net: with all its phases.
             caffemodel: the file.
             prototxt: the file that the net comes from.
+            digest: hears the bytes of the caffemodel.
 
         Raises:
             InputError: the file cannot be read or is damaged, or holds quantized weights that the net does
                 not provide for.
         """
-        weights = load_weights(caffemodel, net)
+        weights = load_weights(caffemodel, net, digest)
         try:
             return cls(net, weights, prototxt)
         except InputError as error:
@@ -205,8 +215,10 @@ class Model:
         shapes = {name: declared_shape(self.net, name) for name in self.inference.inputs}
         return {name: shape for name, shape in shapes.items() if shape is not None}
 
-    def check(self, shapes: Mapping[str, Shape]) -> None:
-        """Check the blobs against the layers, as far as the shapes of inputs and layers are known.
+    def checked(self, shapes: Mapping[str, Shape]) -> Model:
+        """The model, its blobs checked against the layers as far as shapes of inputs and layers are known.
+
+        Blobs of old files, whose shapes are always four numbers, are in the shapes that the layers need.
 
         Args:
             shapes: by input the shape of one image's values.
@@ -216,7 +228,10 @@ class Model:
         """
         one = {blob: (1, *shape) for blob, shape in shapes.items()}
         known = known_part(self.inference.net, one)
-        check_weights(known, self.weights, infer_shapes(known, one))
+        needed = infer_shapes(known, one)
+        check_weights(known, self.weights, needed)
+        weights = in_shape(self.weights, needed)
+        return self if weights is self.weights else replace(self, weights=weights)
 
     def save(self, folder: str | Path, name: str | None = None) -> tuple[Path, Path]:
         """Write ``NAME.caffemodel`` and ``NAME.prototxt``; `load` of the two gives an equal model.

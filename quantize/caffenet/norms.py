@@ -1,29 +1,128 @@
-"""The statistics that BatchNorm layers have stored, and those that cannot be meant."""
+"""Layers that normalize with stored statistics: where they keep them, and statistics that cannot be meant."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from quantize.arrays import FloatArray, Floats
-from quantize.caffenet.schema import NetParameter
+from quantize.caffenet.schema import LayerParameter, NetParameter
 from quantize.caffenet.weights import Weights
 
-NORM_BLOBS = 3
 NAMED = 5
 """So many layers are named in one line."""
+NVCAFFE_LEAST_EPS = 1e-5
 
 
-def stored_statistics(blobs: Sequence[FloatArray]) -> tuple[Floats, Floats]:
-    """Mean and variance (channels,) as ``BatchNormLayer::Forward_cpu`` computes with them.
+@dataclass(frozen=True)
+class NormPlaces:
+    """The numbers of the blobs in which a layer keeps what it normalizes with.
+
+    Attributes:
+        mean, variance: of each channel.
+        factor: one number, by which both are multiplied in the file; None: there is none.
+        is_divided: whether the layer looks at the factor.
+        affine: of each channel what the normalized values are multiplied by and what is then added, if any.
+        blobs: how many the layer has.
+    """
+
+    mean: int
+    variance: int
+    factor: int | None
+    is_divided: bool
+    affine: tuple[int, int] | None
+    blobs: int
+
+
+CAFFE_PLACES = NormPlaces(0, 1, 2, True, None, 3)
+"""Of Caffe's own BatchNorm."""
+_NVCAFFE = NormPlaces(0, 1, 2, False, (3, 4), 5)
+_BN = NormPlaces(2, 3, None, False, (0, 1), 4)
+
+
+def norm_places(layer: LayerParameter) -> NormPlaces | None:
+    """Where a layer keeps its statistics; None where it has none.
+
+    - BatchNorm of Caffe: mean, variance, factor. NVCaffe's, where a scale and a bias follow, does not look at
+      the third blob.
+    - BN of yjxiong's Caffe and PSPNet, CuDNNBatchNorm of SENet's forks: scale, shift, mean, variance. With a
+      bn_mode BN is SegNet's, which has no statistics.
+    """
+    if layer.type == "BatchNorm":
+        return _NVCAFFE if has_scale_bias(layer) else CAFFE_PLACES
+    if layer.type == "CuDNNBatchNorm" or (layer.type == "BN" and not layer.bn_param.HasField("bn_mode")):
+        return _BN
+    return None
+
+
+def places_with_affine(blobs: int) -> NormPlaces | None:
+    """Where those layers of forks keep things that have so many blobs, a scale and a shift among them."""
+    return next((places for places in (_NVCAFFE, _BN) if places.blobs == blobs), None)
+
+
+def places_of(layer: LayerParameter) -> NormPlaces:
+    """`norm_places` of a layer that has statistics."""
+    places = norm_places(layer)
+    if places is None:
+        raise ValueError(f"layer {layer.name!r} ({layer.type}) has no statistics")
+    return places
+
+
+def has_scale_bias(layer: LayerParameter) -> bool:
+    """Whether a BatchNorm has a scale and a bias of its own, as NVCaffe's may."""
+    param = layer.batch_norm_param
+    return param.scale_bias or param.HasField("scale_filler") or param.HasField("bias_filler")
+
+
+def is_learning(layer: LayerParameter) -> bool:
+    """Whether a BN is one of SegNet that normalizes by the batch at hand."""
+    param = layer.bn_param
+    return layer.type == "BN" and param.HasField("bn_mode") and param.bn_mode == param.LEARN
+
+
+def epsilon(layer: LayerParameter) -> float:
+    """What a layer adds to the variance."""
+    if layer.type == "BN":
+        return layer.bn_param.eps
+    if layer.HasField("cudnn_batch_norm_param"):
+        return layer.cudnn_batch_norm_param.eps
+    eps = layer.batch_norm_param.eps
+    return max(eps, NVCAFFE_LEAST_EPS) if has_scale_bias(layer) else eps
+
+
+def stored_statistics(
+    blobs: Sequence[FloatArray], places: NormPlaces = CAFFE_PLACES
+) -> tuple[Floats, Floats]:
+    """Mean and variance, float64 (channels,), as Caffe computes with them (``Forward_cpu``).
 
     Args:
-        blobs: both multiplied by the third one; where that is 0 Caffe takes them as 0.
+        blobs: the layer's; where the factor is 0 Caffe takes mean and variance as 0.
+        places: where they are.
     """
-    mean, variance, factor = (np.asarray(blob, np.float64).reshape(-1) for blob in blobs)
-    inverse = 1 / factor[0] if factor[0] else 0.0
+    mean, variance = (_channels(blobs[place]) for place in (places.mean, places.variance))
+    if places.factor is None or not places.is_divided:
+        return mean, variance
+    factor = _channels(blobs[places.factor])[0]
+    inverse = 1 / factor if factor else 0.0
     return mean * inverse, variance * inverse
+
+
+def with_statistics(
+    blobs: Sequence[FloatArray], places: NormPlaces, mean: Floats, variance: Floats
+) -> list[FloatArray]:
+    """A layer's blobs, float32, with other statistics (channels,) and, where it has one, the factor 1."""
+    changed = list(blobs)
+    for place, values in ((places.mean, mean), (places.variance, variance)):
+        changed[place] = values.astype(np.float32).reshape(changed[place].shape)
+    if places.factor is not None:
+        changed[places.factor] = np.ones(1, np.float32)
+    return changed
+
+
+def _channels(blob: FloatArray) -> Floats:
+    return np.asarray(blob, np.float64).reshape(-1)
 
 
 def with_stored_statistics(net: NetParameter) -> NetParameter:
@@ -45,18 +144,17 @@ def doubtful_norms(net: NetParameter, weights: Weights) -> list[str]:
     Caffe computes with it all the same, and so does labelfree. A variance of 0 leaves sqrt(eps) to divide by,
     so what a layer puts out is some 300 times what it takes in.
     """
-    norms = {
-        layer.name: weights[layer.name]
-        for layer in net.layer
-        if layer.type == "BatchNorm" and layer.name in weights and len(weights[layer.name]) == NORM_BLOBS
-    }
-
     ignored, empty = [], []
-    for name, (mean, variance, factor) in norms.items():
-        if not factor.any() and (mean.any() or variance.any()):
-            ignored.append(name)
+    for layer in net.layer:
+        places = norm_places(layer)
+        if places is None or layer.name not in weights or len(weights[layer.name]) != places.blobs:
+            continue
+        blobs = weights[layer.name]
+        mean, variance = stored_statistics(blobs, places)
+        if not (mean.any() or variance.any()) and (blobs[places.mean].any() or blobs[places.variance].any()):
+            ignored.append(layer.name)
         elif not variance.any():
-            empty.append(name)
+            empty.append(layer.name)
     faults = []
     if ignored:
         faults.append(

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from quantize.arrays import Shape
 from quantize.caffenet.schema import TEST, TRAIN, LayerParameter, NetParameter, NetStateRule
 from quantize.caffenet.text_faults import did_you_mean
+from quantize.caffenet.trailing import trailing_layers
 from quantize.caffenet.traits import Trait, traits_of
 from quantize.errors import InputError
 
@@ -26,14 +28,18 @@ class InferenceNet:
     """A net as it runs in the TEST phase.
 
     Attributes:
-        net: the layers that the inputs determine: all but losses and what needs labels.
+        net: the layers to run: all that the inputs determine but for those in ``trailing``.
         inputs: the blobs that have to be fed, those that images can go into first (see ``input_blobs``).
         scores: the blob with one score per class.
+        whole: all that the inputs determine: all but losses and what needs labels.
+        trailing: the names of the layers that are carried over and not run (see ``trailing_layers``).
     """
 
     net: NetParameter
     inputs: tuple[str, ...]
     scores: str
+    whole: NetParameter
+    trailing: frozenset[str]
 
     @property
     def blob(self) -> str:
@@ -52,7 +58,10 @@ class InferenceNet:
         if not inputs:
             raise InputError(f"net {net.name!r} computes nothing from images{NO_INPUT}")
         _check_rows(filtered, inputs)
-        return cls(inference_net(filtered, inputs), inputs, scores_blob(filtered))
+        whole = inference_net(filtered, inputs)
+        trailing = frozenset(trailing_layers(filtered, {layer.name for layer in whole.layer}))
+        run = _without(whole, trailing)
+        return cls(run, inputs, scores_blob(_without(filtered, trailing)), whole, trailing)
 
 
 def at_state(net: NetParameter, stages: Sequence[str], level: int) -> NetParameter:
@@ -248,7 +257,7 @@ def input_blobs(net: NetParameter) -> tuple[str, ...]:
     return tuple(top for _, top in fed)
 
 
-def takes_images(shape: tuple[int, ...] | None) -> bool:
+def takes_images(shape: Shape | None) -> bool:
     """Whether images can go into an input of this shape, which may be unknown."""
     return shape is None or len(shape) == IMAGE_AXES
 
@@ -298,7 +307,7 @@ def data_layer(net: NetParameter, phase: int) -> LayerParameter | None:
     return next((layer for layer in included if Trait.IMAGES in traits_of(layer)), None)
 
 
-def declared_shape(net: NetParameter, blob: str) -> tuple[int, ...] | None:
+def declared_shape(net: NetParameter, blob: str) -> Shape | None:
     """The shape of one image that an Input layer declares for ``blob``, if one does."""
     for layer in filter_net(net, TEST).layer:
         if blob in layer.top:
@@ -326,7 +335,7 @@ def _check_rows(net: NetParameter, inputs: Sequence[str]) -> None:
         )
 
 
-def _declared(layer: LayerParameter, top: str) -> tuple[int, ...] | None:
+def _declared(layer: LayerParameter, top: str) -> Shape | None:
     """The shape of one image that an Input layer declares for its top."""
     shapes = layer.input_param.shape
     if layer.type != "Input" or not shapes:
@@ -365,6 +374,13 @@ def exists(layer: LayerParameter, phase: int) -> bool:
     """Whether a layer is there in a phase (``Net::FilterNet``)."""
     rules = layer.include or layer.exclude
     return not rules or any(_meets(rule, phase) for rule in rules) == bool(layer.include)
+
+
+def _without(net: NetParameter, names: Collection[str]) -> NetParameter:
+    """A copy without the layers of some names."""
+    kept = _without_layers(net)
+    kept.layer.extend(layer for layer in net.layer if layer.name not in names)
+    return kept
 
 
 def _without_layers(net: NetParameter) -> NetParameter:

@@ -9,11 +9,23 @@ from pathlib import Path
 from google.protobuf import text_format
 
 from quantize.caffenet.batch import free_batch
-from quantize.caffenet.fork import Schema, fork_class, from_fork, load_schema, schema_of
+from quantize.caffenet.bvlc import LayerForms, in_bvlc_forms
+from quantize.caffenet.fork import (
+    WITHOUT_EFFECT,
+    Schema,
+    fork_class,
+    from_fork,
+    load_schema,
+    schema_of,
+    with_unknown,
+)
 from quantize.caffenet.phases import at_state, name_apart
 from quantize.caffenet.schema import NetParameter
+from quantize.caffenet.shape_rules import has_rule
 from quantize.caffenet.strings import to_text
-from quantize.caffenet.text_faults import explain, no_prototxt
+from quantize.caffenet.text_faults import SCHEMA, explain, explain_unknown, no_prototxt
+from quantize.caffenet.traits import Trait, traits_of
+from quantize.caffenet.unknown_fields import MixedKindsError, Unknown, find_unknown
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_net
 from quantize.errors import InputError
 from quantize.files import read_start
@@ -25,7 +37,11 @@ _ESCAPES = re.compile(rb"\\(?:([23][0-7]{2})|[xX]([89a-fA-F][0-9a-fA-F])|.)", re
 
 
 def read_net(
-    path: str | Path, caffe_proto: str | Path | None = None, stages: Sequence[str] = (), level: int = 0
+    path: str | Path,
+    caffe_proto: str | Path | None = None,
+    stages: Sequence[str] = (),
+    level: int = 0,
+    write: LayerForms = "as_read",
 ) -> NetParameter:
     """Read the net of a model: one that has no stages and levels any more and takes batches of any size.
 
@@ -34,6 +50,7 @@ def read_net(
         caffe_proto: the schema of the fork of Caffe that it is for, if any.
         stages: the stages that are set (see `at_state`).
         level: the level.
+        write: the forms of a fork's layers that are wanted (see `in_bvlc_forms`).
 
     Raises:
         InputError: as `read_prototxt`, `load_schema` and `at_state`.
@@ -41,7 +58,7 @@ def read_net(
     schema = None if caffe_proto is None else load_schema(caffe_proto)
     net = at_state(read_prototxt(path, schema), stages, level)
     free_batch(net)
-    return net
+    return in_bvlc_forms(net) if write == "bvlc" else net
 
 
 def read_prototxt(path: str | Path, schema: Schema | None = None) -> NetParameter:
@@ -83,7 +100,7 @@ def _parse(path: str | Path, text: str, schema: Schema | None) -> NetParameter:
     try:
         text_format.Parse(text, message)
     except text_format.ParseError as error:
-        raise InputError(explain(path, text, error, message)) from None
+        message, schema = _parse_unknown(path, text, error, message, schema)
     except RecursionError:
         raise InputError(f"{path}: braces are nested too deeply for a net") from None
     missing: list[str] = message.FindInitializationErrors()  # type: ignore[attr-defined]
@@ -93,6 +110,43 @@ def _parse(path: str | Path, text: str, schema: Schema | None) -> NetParameter:
         return message if schema is None else from_fork(message, schema)
     except UnsupportedLayerError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _parse_unknown(
+    path: str | Path, text: str, error: text_format.ParseError, message: NetParameter, schema: Schema | None
+) -> tuple[NetParameter, Schema]:
+    """Parse a text that may have fields which no schema knows, where nobody needs to know what they mean.
+
+    Args:
+        error: what parsing it with the schema said.
+        message: of the schema's class.
+
+    Raises:
+        InputError: the text is no prototxt, or has such fields where it matters: all are named.
+    """
+    found = find_unknown(text, message.DESCRIPTOR)
+    try:
+        extended = with_unknown(schema, found)
+        parsed = fork_class(extended)()
+        text_format.Parse(text, parsed)
+    except MixedKindsError as mixed:
+        raise InputError(f"{path}: field {mixed}; correct it, or give the fork's {SCHEMA}") from None
+    except (text_format.ParseError, TypeError):  # the second where the schema itself became impossible
+        raise InputError(explain(path, text, error, message)) from None
+    matter = [each for each in found.unknown if not found.holds_only(each, WITHOUT_EFFECT)]
+    matter = [each for each in matter if _matters(each, parsed)]
+    if matter:
+        raise InputError(explain_unknown(path, text, matter, message))
+    return parsed, extended
+
+
+def _matters(unknown: Unknown, net: NetParameter) -> bool:
+    """Whether something unknown stands where it may change what is computed, or is a slip of the pen."""
+    if unknown.layer is None or unknown.owner in ("caffe.Phase", "caffe.NetStateRule"):
+        return True
+    layer = net.layer[unknown.layer]
+    is_run = has_rule(layer.type) and not traits_of(layer) & (Trait.IMAGES | Trait.COMPARES)
+    return not layer.type or is_run
 
 
 def _read_text(path: str | Path) -> str:

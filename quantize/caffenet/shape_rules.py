@@ -7,13 +7,13 @@ A rule gets the layer and its bottoms' shapes and gives a ``LayerShapes``; what 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from quantize.arrays import Shape
+from quantize.caffenet.norms import has_scale_bias
 from quantize.caffenet.schema import ConvolutionParameter, LayerParameter, PoolingParameter
-from quantize.caffenet.text_faults import did_you_mean
 
 
 class ShapeError(Exception):
@@ -65,31 +65,32 @@ def has_rule(type_name: str) -> bool:
     return type_name in _rules
 
 
+def known_types() -> Collection[str]:
+    """The types that have a shape rule."""
+    return _rules.keys()
+
+
 def layer_shapes(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
-    """Apply the rule of the layer's type.
+    """Apply the rule of the layer's type, which must have one.
 
     Raises:
-        ShapeError: an unknown type, a wrong number of bottoms, or what the rule refuses.
+        ShapeError: a wrong number of bottoms, or what the rule refuses.
     """
-    registered = _rules.get(layer.type)
-    if registered is None:
-        raise ShapeError(
-            f"this layer type is not supported{did_you_mean(layer.type, _rules)} (engine: caffe runs what "
-            f"your Caffe knows); supported are: {', '.join(sorted(_rules))}"
-        )
+    registered = _rules[layer.type]
     if not registered.least_bottoms <= len(bottoms) <= registered.most_bottoms:
         raise ShapeError(f"{len(bottoms)} bottoms; the type does not take so many or so few")
     return registered.rule(layer, bottoms)
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise ShapeError with a message unless a condition holds."""
     if not condition:
         raise ShapeError(message)
 
 
 def canonical_axis(axis: int, shape: Shape) -> int:
     """``Blob::CanonicalAxisIndex``: negative axes count from the end."""
-    _require(-len(shape) <= axis < len(shape), f"axis {axis} is out of range for the shape {shape}")
+    require(-len(shape) <= axis < len(shape), f"axis {axis} is out of range for the shape {shape}")
     return axis % len(shape)
 
 
@@ -112,6 +113,7 @@ def canonical_axis(axis: int, shape: Shape) -> int:
         "Swish",
     ),
     *("Dropout", "ActQuantize", "Quant"),
+    *("ReLU6", "HardSigmoid", "HardSwish", "Mish"),
 )
 def _elementwise(_layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     return LayerShapes(bottoms)
@@ -130,8 +132,8 @@ def _softmax(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 
 @shape_rule("LRN")
 def _lrn(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
-    _require(len(bottoms[0]) == 4, f"the bottom's shape is {bottoms[0]}; four axes are needed")
-    _require(
+    require(len(bottoms[0]) == 4, f"the bottom's shape is {bottoms[0]}; four axes are needed")
+    require(
         layer.lrn_param.local_size % 2 == 1,
         f"lrn_param.local_size is {layer.lrn_param.local_size}; must be odd",
     )
@@ -140,23 +142,24 @@ def _lrn(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 
 @shape_rule("MVN")
 def _mvn(_layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
-    _require(len(bottoms[0]) <= 4, f"the bottom's shape is {bottoms[0]}; at most four axes are possible")
+    require(len(bottoms[0]) <= 4, f"the bottom's shape is {bottoms[0]}; at most four axes are possible")
     return LayerShapes(bottoms)
 
 
 @shape_rule("PReLU")
 def _prelu(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """One slope per channel, or one in all."""
-    _require(len(bottoms[0]) >= 2, f"the bottom's shape is {bottoms[0]}; a channel axis is needed")
+    require(len(bottoms[0]) >= 2, f"the bottom's shape is {bottoms[0]}; a channel axis is needed")
     slopes = () if layer.prelu_param.channel_shared else (bottoms[0][1],)
     return LayerShapes(bottoms, [slopes])
 
 
 @shape_rule("BatchNorm")
-def _batch_norm(_layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
-    """Mean and variance, both multiplied by the third blob."""
+def _batch_norm(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
+    """Mean and variance, both multiplied by the third blob; NVCaffe may have scale and bias behind them."""
     channels = 1 if len(bottoms[0]) == 1 else bottoms[0][1]
-    return LayerShapes(bottoms, [(channels,), (channels,), (1,)])
+    scaled = [(channels,), (channels,)] if has_scale_bias(layer) else []
+    return LayerShapes(bottoms, [(channels,), (channels,), (1,), *scaled])
 
 
 @shape_rule("Scale", bottoms=(1, 2))
@@ -180,27 +183,27 @@ def _broadcast(bottoms: list[Shape], axis: int, num_axes: int) -> Shape:
     shape = bottoms[0]
     if len(bottoms) == 2:
         start = canonical_axis(axis, shape) if bottoms[1] else 0
-        _require(
+        require(
             shape[start : start + len(bottoms[1])] == bottoms[1],
             f"the second bottom's shape {bottoms[1]} does not fit the first's {shape} from axis {start} on",
         )
         return bottoms[1]
     start = canonical_axis(axis, shape)
-    _require(num_axes >= -1, f"num_axes is {num_axes}; -1 or more is possible")
+    require(num_axes >= -1, f"num_axes is {num_axes}; -1 or more is possible")
     stop = len(shape) if num_axes == -1 else start + num_axes
-    _require(stop <= len(shape), f"axis {axis} and num_axes {num_axes} reach beyond the shape {shape}")
+    require(stop <= len(shape), f"axis {axis} and num_axes {num_axes} reach beyond the shape {shape}")
     return shape[start:stop]
 
 
 @shape_rule("Eltwise", bottoms=(2, _MANY))
 def _eltwise(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
-    _require(len(set(bottoms)) == 1, f"the bottoms' shapes differ: {_list(bottoms)}")
+    require(len(set(bottoms)) == 1, f"the bottoms' shapes differ: {_list(bottoms)}")
     coefficients = len(layer.eltwise_param.coeff)
-    _require(
+    require(
         coefficients in (0, len(bottoms)),
         f"{coefficients} coeff for {len(bottoms)} bottoms; give one for each",
     )
-    _require(
+    require(
         not (coefficients and layer.eltwise_param.operation == layer.eltwise_param.PROD),
         "coeff is possible for SUM only",
     )
@@ -231,7 +234,7 @@ class Window:
         """floor((size + 2 pad - extent) / stride) + 1"""
         out = []
         for size, extent, stride, pad in zip(sizes, self.extents(), self.stride, self.pad, strict=True):
-            _require(size + 2 * pad >= extent, f"a kernel over {extent} pixels on {size} with pad {pad}")
+            require(size + 2 * pad >= extent, f"a kernel over {extent} pixels on {size} with pad {pad}")
             out.append((size + 2 * pad - extent) // stride + 1)
         return tuple(out)
 
@@ -252,7 +255,7 @@ def convolution_window(param: ConvolutionParameter, shape: Shape) -> Window:
         dilation=_spread("dilation", list(param.dilation), axes, 1),
     )
     for name in ("kernel", "stride", "dilation"):
-        _require(all(size > 0 for size in getattr(window, name)), f"convolution_param: a {name} of 0")
+        require(all(size > 0 for size in getattr(window, name)), f"convolution_param: a {name} of 0")
     return window
 
 
@@ -263,15 +266,15 @@ def _per_axis(
     values = list(getattr(param, name))
     if not (param.HasField(h) or param.HasField(w)):
         return _spread(name, values, axes, default)
-    _require(axes == 2, f"convolution_param: {h} and {w} are for two spatial axes; here are {axes}")
-    _require(not values, f"convolution_param: {name} as well as {h} or {w}; give one kind only")
+    require(axes == 2, f"convolution_param: {h} and {w} are for two spatial axes; here are {axes}")
+    require(not values, f"convolution_param: {name} as well as {h} or {w}; give one kind only")
     return getattr(param, h), getattr(param, w)
 
 
 def _spread(name: str, values: list[int], axes: int, default: int | None) -> Shape:
     if not values and default is not None:
         values = [default]
-    _require(
+    require(
         len(values) in (1, axes),
         f"convolution_param: {len(values)} {name} for {axes} spatial axes; give 1 or {axes}",
     )
@@ -323,13 +326,13 @@ def _im2col(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 
 
 def _same(bottoms: list[Shape]) -> Shape:
-    _require(len(set(bottoms)) == 1, f"the bottoms' shapes differ: {_list(bottoms)}")
+    require(len(set(bottoms)) == 1, f"the bottoms' shapes differ: {_list(bottoms)}")
     return bottoms[0]
 
 
 def _check_groups(num_output: int, channels: int, group: int) -> None:
-    _require(num_output > 0, "convolution_param.num_output is missing or 0")
-    _require(
+    require(num_output > 0, "convolution_param.num_output is missing or 0")
+    require(
         group > 0 and channels % group == 0 and num_output % group == 0,
         f"{channels} channels and num_output {num_output} cannot be parted into {group} groups",
     )
@@ -344,21 +347,21 @@ def _pooling(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 
 def _pooled(param: PoolingParameter, shape: Shape) -> Shape:
     """ceil((size + 2 pad - kernel) / stride) + 1; with padding, a window that starts outside is dropped."""
-    _require(len(shape) == 4, f"the bottom's shape is {shape}; four axes are needed")
+    require(len(shape) == 4, f"the bottom's shape is {shape}; four axes are needed")
     sizes = shape[2:]
     stride = height_and_width(param, "stride")
     pad = height_and_width(param, "pad")
     if param.global_pooling:
         has_kernel = param.HasField("kernel_size") or param.HasField("kernel_h") or param.HasField("kernel_w")
-        _require(not has_kernel, "pooling_param: global_pooling takes no kernel size")
-        _require(
+        require(not has_kernel, "pooling_param: global_pooling takes no kernel size")
+        require(
             stride == (1, 1) and pad == (0, 0), "pooling_param: global_pooling takes no stride and no pad"
         )
         return (*shape[:2], 1, 1)
     kernel = height_and_width(param, "kernel_size", "kernel_h", "kernel_w")
-    _require(min(kernel) > 0, "pooling_param: the kernel size is missing or 0")
-    _require(min(stride) > 0, "pooling_param: a stride of 0")
-    _require(
+    require(min(kernel) > 0, "pooling_param: the kernel size is missing or 0")
+    require(min(stride) > 0, "pooling_param: a stride of 0")
+    require(
         pad[0] < kernel[0] and pad[1] < kernel[1],
         f"pooling_param: pad {pad} must be less than kernel {kernel}",
     )
@@ -369,7 +372,7 @@ def _pooled(param: PoolingParameter, shape: Shape) -> Shape:
         count = (reach // s if floor else -(-reach // s)) + 1
         if pad != (0, 0) and (count - 1) * s >= size + p:
             count -= 1
-        _require(count > 0, f"pooling_param: a kernel of {k} on {size} pixels with stride {s} and pad {p}")
+        require(count > 0, f"pooling_param: a kernel of {k} on {size} pixels with stride {s} and pad {p}")
         out.append(count)
     return (*shape[:2], *out)
 
@@ -379,7 +382,7 @@ def _rounds_down(param: PoolingParameter) -> bool:
     floor = param.round_mode == param.FLOOR
     if not param.HasField("ceil_mode"):
         return floor
-    _require(
+    require(
         not param.HasField("round_mode") or floor != param.ceil_mode,
         "pooling_param: round_mode and ceil_mode say different things; give one of them",
     )
@@ -392,8 +395,8 @@ def height_and_width(param: PoolingParameter, name: str, h: str = "", w: str = "
     has_h, has_w = param.HasField(h), param.HasField(w)
     if not (has_h or has_w):
         return (getattr(param, name),) * 2
-    _require(has_h and has_w, f"pooling_param: give {h} and {w} both")
-    _require(not param.HasField(name), f"pooling_param: {name} as well as {h} and {w}; give one kind only")
+    require(has_h and has_w, f"pooling_param: give {h} and {w} both")
+    require(not param.HasField(name), f"pooling_param: {name} as well as {h} and {w}; give one kind only")
     return getattr(param, h), getattr(param, w)
 
 
@@ -401,8 +404,8 @@ def height_and_width(param: PoolingParameter, name: str, h: str = "", w: str = "
 def _spp(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """Level i pools into 2^i x 2^i bins; all levels are flattened and strung together (``SPPLayer``)."""
     param, shape = layer.spp_param, bottoms[0]
-    _require(len(shape) == 4, f"the bottom's shape is {shape}; four axes are needed")
-    _require(
+    require(len(shape) == 4, f"the bottom's shape is {shape}; four axes are needed")
+    require(
         0 < param.pyramid_height <= 16,
         f"spp_param.pyramid_height is {param.pyramid_height}; 1 to 16 is possible",
     )
@@ -433,7 +436,7 @@ def spp_pooling(level: int, shape: Shape) -> PoolingParameter:
 def _inner_product(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """Weights (num_output, k), or (k, num_output) with transpose; k is all from ``axis`` on."""
     param, shape = layer.inner_product_param, bottoms[0]
-    _require(param.num_output > 0, "inner_product_param.num_output is missing or 0")
+    require(param.num_output > 0, "inner_product_param.num_output is missing or 0")
     axis = canonical_axis(param.axis, shape)
     size = math.prod(shape[axis:])
     top = (*shape[:axis], param.num_output)
@@ -446,7 +449,7 @@ def _inner_product(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 def _embed(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """Rows of a table (input_dim, num_output)."""
     param = layer.embed_param
-    _require(param.num_output > 0 and param.input_dim > 0, "embed_param needs num_output and input_dim")
+    require(param.num_output > 0 and param.input_dim > 0, "embed_param needs num_output and input_dim")
     table = (param.input_dim, param.num_output)
     params = [table, (param.num_output,)] if param.bias_term else [table]
     return LayerShapes([(*bottoms[0], param.num_output)], params)
@@ -458,14 +461,14 @@ def _embed(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 @shape_rule("Concat", bottoms=(1, _MANY))
 def _concat(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     param = layer.concat_param
-    _require(
+    require(
         not (param.HasField("axis") and param.HasField("concat_dim")),
         "concat_param: axis as well as concat_dim",
     )
     first = bottoms[0]
     axis = canonical_axis(param.concat_dim if param.HasField("concat_dim") else param.axis, first)
     others = {(*shape[:axis], *shape[axis + 1 :], len(shape)) for shape in bottoms}
-    _require(len(others) == 1, f"the bottoms' shapes differ beyond axis {axis}: {_list(bottoms)}")
+    require(len(others) == 1, f"the bottoms' shapes differ beyond axis {axis}: {_list(bottoms)}")
     return LayerShapes([(*first[:axis], sum(shape[axis] for shape in bottoms), *first[axis + 1 :])])
 
 
@@ -473,21 +476,21 @@ def _concat(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 def _slice(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """Parts between the slice_points, or equal parts."""
     param, shape, parts = layer.slice_param, bottoms[0], len(layer.top)
-    _require(
+    require(
         not (param.HasField("axis") and param.HasField("slice_dim")), "slice_param: axis as well as slice_dim"
     )
     axis = canonical_axis(param.slice_dim if param.HasField("slice_dim") else param.axis, shape)
     points = list(param.slice_point)
     if points:
-        _require(len(points) == parts - 1, f"slice_param: {len(points)} slice_point for {parts} tops")
+        require(len(points) == parts - 1, f"slice_param: {len(points)} slice_point for {parts} tops")
         edges = [0, *points, shape[axis]]
     else:
-        _require(
+        require(
             parts > 0 and shape[axis] % parts == 0,
             f"axis {axis} of {shape} cannot be sliced into {parts} tops",
         )
         edges = [i * (shape[axis] // parts) for i in range(parts + 1)]
-    _require(
+    require(
         all(a < b for a, b in pairwise(edges)),
         f"slice_point {points} does not rise within {shape}",
     )
@@ -499,7 +502,7 @@ def _flatten(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     shape = bottoms[0]
     start = canonical_axis(layer.flatten_param.axis, shape)
     end = canonical_axis(layer.flatten_param.end_axis, shape)
-    _require(start <= end, f"flatten_param: axis {start} is behind end_axis {end}")
+    require(start <= end, f"flatten_param: axis {start} is behind end_axis {end}")
     return LayerShapes([(*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])])
 
 
@@ -508,18 +511,18 @@ def _reshape(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """``num_axes`` axes from ``axis`` on become shape.dim: 0 copies, one -1 takes what is left."""
     param, shape = layer.reshape_param, bottoms[0]
     start = param.axis if param.axis >= 0 else len(shape) + param.axis + 1
-    _require(
+    require(
         0 <= start <= len(shape), f"reshape_param.axis {param.axis} is out of range for the shape {shape}"
     )
-    _require(param.num_axes >= -1, f"reshape_param.num_axes is {param.num_axes}; -1 or more is possible")
+    require(param.num_axes >= -1, f"reshape_param.num_axes is {param.num_axes}; -1 or more is possible")
     stop = len(shape) if param.num_axes == -1 else start + param.num_axes
-    _require(stop <= len(shape), f"reshape_param: axis and num_axes reach beyond the shape {shape}")
+    require(stop <= len(shape), f"reshape_param: axis and num_axes reach beyond the shape {shape}")
     dims = list(param.shape.dim)
-    _require(all(dim >= -1 for dim in dims), f"reshape_param: a dim below -1 in {dims[:8]}")
-    _require(dims.count(-1) <= 1, "reshape_param: more than one dim of -1")
+    require(all(dim >= -1 for dim in dims), f"reshape_param: a dim below -1 in {dims[:8]}")
+    require(dims.count(-1) <= 1, "reshape_param: more than one dim of -1")
     for index, dim in enumerate(dims):
         if dim == 0:
-            _require(
+            require(
                 start + index < len(shape), f"reshape_param: dim {index} copies an axis that {shape} lacks"
             )
             dims[index] = shape[start + index]
@@ -527,10 +530,10 @@ def _reshape(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
         known = (
             math.prod(shape[:start]) * math.prod(dim for dim in dims if dim != -1) * math.prod(shape[stop:])
         )
-        _require(math.prod(shape) % known == 0, f"reshape_param: {shape} cannot be parted into {dims[:8]}")
+        require(math.prod(shape) % known == 0, f"reshape_param: {shape} cannot be parted into {dims[:8]}")
         dims[dims.index(-1)] = math.prod(shape) // known
     top = (*shape[:start], *dims, *shape[stop:])
-    _require(math.prod(top) == math.prod(shape), f"reshape_param: {shape} and {top[:8]} differ in size")
+    require(math.prod(top) == math.prod(shape), f"reshape_param: {shape} and {top[:8]} differ in size")
     return LayerShapes([top])
 
 
@@ -538,7 +541,7 @@ def _reshape(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
 def _tile(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     param, shape = layer.tile_param, bottoms[0]
     axis = canonical_axis(param.axis, shape)
-    _require(param.tiles > 0, "tile_param.tiles is missing or not positive")
+    require(param.tiles > 0, "tile_param.tiles is missing or not positive")
     return LayerShapes([(*shape[:axis], shape[axis] * param.tiles, *shape[axis + 1 :])])
 
 
@@ -559,13 +562,13 @@ def _argmax(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     else:
         size = math.prod(shape[1:])
         top = (shape[0], 2 if param.out_max_val else 1, param.top_k, *[1] * (len(shape) - 3))
-    _require(1 <= param.top_k <= size, f"argmax_param.top_k is {param.top_k} of {size} values")
+    require(1 <= param.top_k <= size, f"argmax_param.top_k is {param.top_k} of {size} values")
     return LayerShapes([top])
 
 
 @shape_rule("BatchReindex", bottoms=2)
 def _batch_reindex(_layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
-    _require(len(bottoms[1]) == 1, f"the second bottom's shape is {bottoms[1]}; one axis is needed")
+    require(len(bottoms[1]) == 1, f"the second bottom's shape is {bottoms[1]}; one axis is needed")
     return LayerShapes([(*bottoms[1], *bottoms[0][1:])])
 
 
@@ -574,14 +577,14 @@ def _crop(layer: LayerParameter, bottoms: list[Shape]) -> LayerShapes:
     """Bottom 0 cut to the sizes of bottom 1 from ``axis`` on."""
     shape, like = bottoms
     axis = canonical_axis(layer.crop_param.axis, shape)
-    _require(len(like) == len(shape), f"the bottoms' shapes {shape} and {like} differ in axes")
+    require(len(like) == len(shape), f"the bottoms' shapes {shape} and {like} differ in axes")
     offsets = list(layer.crop_param.offset) or [0]
     if len(offsets) == 1:
         offsets *= len(shape) - axis
-    _require(
+    require(
         len(offsets) == len(shape) - axis, f"crop_param: {len(offsets)} offset for {len(shape) - axis} axes"
     )
-    _require(
+    require(
         all(o + b <= a for o, a, b in zip(offsets, shape[axis:], like[axis:], strict=True)),
         f"crop_param: {like} at offset {offsets} does not fit into {shape}",
     )
@@ -608,7 +611,7 @@ def _dummy_data(layer: LayerParameter, _bottoms: list[Shape]) -> LayerShapes:
     shapes: list[Shape] = [tuple(shape.dim) for shape in param.shape]
     if not shapes:
         counts = {len(param.num), len(param.channels), len(param.height), len(param.width)}
-        _require(len(counts) == 1, "dummy_data_param: differing numbers of num, channels, height and width")
+        require(len(counts) == 1, "dummy_data_param: differing numbers of num, channels, height and width")
         shapes = list(zip(param.num, param.channels, param.height, param.width, strict=True))
     return LayerShapes(_for_each_top(layer, shapes))
 
@@ -627,7 +630,7 @@ def _parameter(layer: LayerParameter, _bottoms: list[Shape]) -> LayerShapes:
 
 
 def _for_each_top(layer: LayerParameter, shapes: list[Shape]) -> list[Shape]:
-    _require(
+    require(
         len(shapes) in (1, len(layer.top)),
         f"{len(shapes)} shapes for {len(layer.top)} tops; give one, or one for each",
     )

@@ -9,14 +9,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantize.arrays import FloatArray, Shape
+from quantize.caffenet import fork_shape_rules as fork_shape_rules  # registers the rules
 from quantize.caffenet.fork import foreign_field_text, foreign_fields
+from quantize.caffenet.graph import dependent_layers, single_assignment
+from quantize.caffenet.masks import check_masks
 from quantize.caffenet.phases import NAMESAKE, is_data_layer
 from quantize.caffenet.schema import LayerParameter, NetParameter
-from quantize.caffenet.shape_rules import LayerShapes, ShapeError, has_rule, layer_shapes
+from quantize.caffenet.shape_rules import LayerShapes, ShapeError, has_rule, known_types, layer_shapes
 from quantize.caffenet.sharing import BlobId, check_sharing, permissive_blobs
+from quantize.caffenet.text_faults import did_you_mean
+from quantize.caffenet.traits import Trait, traits_of
 from quantize.caffenet.weights import MAX_AXES, Weights
 from quantize.errors import InputError
 
+MOST_NAMED = 10
+"""So many layers that cannot be run are named."""
 MAX_COUNT = 2**31 - 1
 """The most values of a blob in Caffe (``Blob::Reshape``); here of one image, as we choose the batch."""
 
@@ -70,21 +77,23 @@ def infer_shapes(
             computes, its bottoms or parameters are impossible, or a blob that it shares has another shape
             elsewhere.
     """
+    foreign = dict(zip((layer.name for layer in net.layer), foreign_fields(net), strict=True))
+    odd = [layer.name for layer in net.layer if not _is_known(layer, foreign[layer.name], inputs)]
+    told = {name: shapes for name, shapes in (told or {}).items() if name in odd}
+    unknown = [name for name in odd if name not in told]
+    if unknown:
+        raise InputError(_unknown_text(net, unknown, foreign))
     shapes = Shapes(blobs={name: tuple(shape) for name, shape in inputs.items()})
-    for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
+    for layer in net.layer:
         try:
-            if told and layer.name in told and not (has_rule(layer.type) and foreign is None):
-                result = told[layer.name]
-            elif foreign is not None:
-                raise ShapeError(f"{foreign_field_text(foreign)}; or use engine: caffe with that fork")
-            else:
-                result = _infer_layer(layer, shapes.blobs, inputs)
+            result = told.get(layer.name) or _infer_layer(layer, shapes.blobs, inputs)
             _check(layer, result)
         except ShapeError as error:
             raise InputError(f"layer {layer.name!r} ({layer.type}): {error}") from None
         shapes.blobs.update(zip(layer.top, result.tops, strict=True))
         shapes.params[layer.name] = list(result.params)
         shapes.macs[layer.name] = result.macs
+    check_masks(net, shapes.blobs)
     check_sharing(net, shapes.params)
     return shapes
 
@@ -93,7 +102,7 @@ def check_weights(net: NetParameter, weights: Weights, shapes: Shapes) -> None:
     """Check that a caffemodel has the weights that a net's layers need; layers the net lacks are ignored.
 
     Blobs of old files, whose shapes are always four numbers, may differ from what is needed by leading ones,
-    as in Caffe; they get the shape that is needed (``Weights.reshape``).
+    as in Caffe (see `in_shape`).
 
     Raises:
         InputError: naming the layer: it is missing in the caffemodel, or a blob is missing, has another
@@ -111,8 +120,24 @@ def check_weights(net: NetParameter, weights: Weights, shapes: Shapes) -> None:
             continue
         for blobs in held[layer.name]:  # of several layers of one name Caffe copies all
             _check_blobs(layer, blobs, expected, permissive)
-        if [blob.shape for blob in weights[layer.name]] != expected:
-            weights.reshape(layer.name, expected)
+
+
+def in_shape(weights: Weights, shapes: Shapes) -> Weights:
+    """The weights with each blob in the shape that it is needed in; the same object where all are.
+
+    Args:
+        weights: in which `check_weights` has found no fault.
+    """
+    present = set(weights.layers())
+    other = {
+        name: expected
+        for name, expected in shapes.params.items()
+        if name in present and [blob.shape for blob in weights[name]] != expected
+    }
+    changed = weights.copy() if other else weights
+    for name, expected in other.items():
+        changed.reshape(name, expected)
+    return changed
 
 
 def no_weights(name: str) -> str:
@@ -158,6 +183,51 @@ def all_finite(blob: FloatArray) -> bool:
     Without an array of the blob's size: NaN passes through minimum, infinities are extremes.
     """
     return not blob.size or bool(np.isfinite(blob.min()) and np.isfinite(blob.max()))
+
+
+def _is_known(layer: LayerParameter, foreign: str | None, inputs: Mapping[str, Shape]) -> bool:
+    """Whether a layer's shapes follow from its rule, or from what it is fed with."""
+    is_fed = is_data_layer(layer) and any(top in inputs for top in layer.top)
+    return is_fed or (has_rule(layer.type) and foreign is None)
+
+
+def _unknown_text(net: NetParameter, names: Sequence[str], foreign: Mapping[str, str | None]) -> str:
+    """Why a net with some layers that nobody here can run is refused, in one line.
+
+    Args:
+        names: of the layers, at least one.
+        foreign: by layer the field of a fork that may change what it computes.
+    """
+    types = {layer.name: layer.type for layer in net.layer}
+    first, *others = names
+    text = f"layer {first!r} ({types[first]}): "
+    field = foreign[first]
+    if field is not None and has_rule(types[first]):
+        text += f"{foreign_field_text(field)}; or use engine: caffe with that fork"
+        last = ""
+    else:
+        hint = did_you_mean(types[first], known_types())
+        text += f"the onnx engine does not know this type{hint}{_needed_for(net, first)}; use engine: caffe, "
+        text += "which runs what your Caffe knows, or --stages weights, which runs nothing"
+        last = f". Known types are: {', '.join(sorted(known_types()))}"
+    if others:
+        shown = [
+            f"{name!r} ({foreign[name] if has_rule(types[name]) else types[name]})"
+            for name in others[:MOST_NAMED]
+        ]
+        more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
+        text += f". So it is with the layers {', '.join(shown)}{more}"
+    return text + last
+
+
+def _needed_for(net: NetParameter, name: str) -> str:
+    """For the sake of which layer behind it one is to be run: the first with blobs."""
+    layers = single_assignment(net).layer
+    made = [top for layer in layers if layer.name == name for top in layer.top]
+    for layer in dependent_layers(layers, made):
+        if traits_of(layer) & (Trait.KERNELS | Trait.BLOBS):
+            return f", and layer {layer.name!r} ({layer.type}) behind it needs what it makes"
+    return ", and the run needs what it makes"
 
 
 def _infer_layer(

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from quantize.arrays import FloatArray, Shape
+from quantize.caffenet.bvlc import with_bvlc_blobs
 from quantize.caffenet.phases import filter_net
 from quantize.caffenet.schema import TEST, NetParameter
 from quantize.caffenet.weights import Weights
 from quantize.errors import InputError
+from quantize.files import Digest
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,19 @@ def permissive_blobs(net: NetParameter) -> set[BlobId]:
     return permissive
 
 
-def load_weights(path: str | Path, net: NetParameter) -> Weights:
-    """Read a caffemodel as Caffe loads it into a net (see `loaded`).
+def load_weights(path: str | Path, net: NetParameter, digest: Digest | None = None) -> Weights:
+    """Read a caffemodel as Caffe loads it into a net (see `loaded` and `with_bvlc_blobs`).
 
     Args:
         path: the file.
         net: with all its phases; what counts is the TEST phase.
+        digest: hears the file's bytes.
 
     Raises:
         InputError: as `Weights.read`.
     """
-    return loaded(filter_net(net, TEST), Weights.read(path))
+    test = filter_net(net, TEST)
+    return loaded(test, with_bvlc_blobs(test, Weights.read(path, digest)))
 
 
 def loaded(net: NetParameter, weights: Weights) -> Weights:

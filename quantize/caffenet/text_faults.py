@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from google.protobuf.message import Message
@@ -13,9 +13,12 @@ from google.protobuf.text_format import ParseError
 from quantize.caffenet.other_formats import FIRST_BYTES, is_text, not_but, other_format
 from quantize.caffenet.schema import SolverParameter
 from quantize.caffenet.strings import to_bytes
+from quantize.caffenet.unknown_fields import Unknown
 
 MAX_MESSAGE = 300
-SCHEMA_NEEDED = "model.caffe_proto (--caffe-proto)"
+MOST_NAMED = 20
+"""So many unknown fields are named."""
+SCHEMA = "schema: model.caffe_proto (--caffe-proto)"
 _TOKENS = re.compile(r"""\#[^\n]* | "(?:[^"\\\n]|\\.)*"? | '(?:[^'\\\n]|\\.)*'? | \w+ | [{}]""", re.VERBOSE)
 _NO_FIELD = re.compile(r'Message type "caffe\.([\w.]+)" has no field named "(\w+)"')
 _NO_VALUE = re.compile(r'Enum type "caffe\.([\w.]+)" has no value named "?([^".]+)"?')
@@ -62,6 +65,43 @@ def explain(path: str | Path, text: str, error: ParseError, message: Message) ->
     return f"{where}: {_short(what)}"
 
 
+def explain_unknown(path: str | Path, text: str, unknown: Sequence[Unknown], message: Message) -> str:
+    """One line for fields and values that a schema lacks: the first one in full, and where the others are.
+
+    Args:
+        path: the file.
+        text: its text.
+        unknown: at least one.
+        message: of the schema that lacks them.
+    """
+    first, *others = unknown
+    line, column = _line_and_column(text, first.place)
+    where = f"{path}: line {line}, column {column}"
+    owner = _short_name(first)
+    if first.value is None:
+        said = _unknown_field(path, where, text, owner, first.field, message)
+    else:
+        said = _unknown_value(where, owner, first.value, message)
+    more: dict[str, int] = {}
+    for each in others:
+        name = f"{_short_name(each)}.{each.field}" if each.value is None else f"{each.field}: {each.value}"
+        more.setdefault(name, each.place)
+    shown = [
+        f"{name} (line {_line_and_column(text, place)[0]})" for name, place in list(more.items())[:MOST_NAMED]
+    ]
+    if len(more) > MOST_NAMED:
+        shown.append(f"{len(more) - MOST_NAMED} more")
+    return f"{said}; and there are {', '.join(shown)}" if shown else said
+
+
+def _short_name(unknown: Unknown) -> str:
+    return unknown.owner.removeprefix("caffe.")
+
+
+def _line_and_column(text: str, place: int) -> tuple[int, int]:
+    return text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
+
+
 def unbalanced_brace(text: str) -> tuple[int, str] | None:
     """The line of a brace without its counterpart, and what is wrong with it; None where all have one.
 
@@ -104,7 +144,7 @@ def _unknown_field(
     known = message.DESCRIPTOR.file.pool.FindMessageTypeByName(f"caffe.{type_name}").fields_by_name
     hint = did_you_mean(field, known)
     hint += " A field" if hint else "; a field"
-    hint += f" of a fork of Caffe needs its schema: {SCHEMA_NEEDED}"
+    hint += f" of a fork of Caffe needs its {SCHEMA}"
     return f"{where}: {type_name} has no field {field}{hint}"
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
 
-from quantize.caffenet.schema import LayerParameter, PoolingParameter
+from quantize.caffenet.norms import has_scale_bias
+from quantize.caffenet.schema import HardSigmoidParameter, LayerParameter, PoolingParameter
 
 COMPARING = ("Loss", "Accuracy", "Evaluate")
 """In the name of every type that compares with labels, those of forks included."""
@@ -27,7 +28,7 @@ class Trait(Flag):
     RISING = auto()
     """And where x is larger, y is not smaller."""
     PASSING = auto()
-    """y holds values of x and no others; see `passed_on`."""
+    """y holds values of x and no others, zeros perhaps; see `passed_on`."""
     CODES = auto()
     """It puts values on codes."""
     IMAGES = auto()
@@ -38,6 +39,8 @@ class Trait(Flag):
     """It feeds the net with what is the same for all images."""
     COMPARES = auto()
     """It compares with labels: a loss, Accuracy, or what has a weight as a loss."""
+    SCORES = auto()
+    """Its first bottom holds class scores, whoever makes them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class _Row:
     where: Callable[[LayerParameter], bool] = lambda _: False
 
 
+_NORM = Trait.BLOBS | Trait.AFFINE | Trait.ELEMENTWISE
 _KERNELS = _Row(Trait.KERNELS | Trait.BLOBS)
 _RISING = _Row(Trait.ELEMENTWISE | Trait.RISING)
 _NOTHING = _Row(Trait.NONE)
@@ -62,7 +66,9 @@ _ROWS = {
     "Deconvolution": _KERNELS,
     "InnerProduct": _KERNELS,
     # Per channel
-    "BatchNorm": _Row(Trait.BLOBS | Trait.AFFINE | Trait.ELEMENTWISE | Trait.RISING),
+    "BatchNorm": _Row(_NORM, Trait.RISING, lambda layer: not has_scale_bias(layer)),
+    "BN": _Row(_NORM),
+    "CuDNNBatchNorm": _Row(_NORM),
     "Scale": _AFFINE,
     "Bias": _AFFINE,
     # Element by element
@@ -76,6 +82,9 @@ _ROWS = {
     "Clip": _RISING,
     "Threshold": _RISING,
     "Swish": _Row(Trait.ELEMENTWISE),
+    "HardSigmoid": _Row(Trait.ELEMENTWISE, Trait.RISING, lambda layer: _slope(layer) >= 0),
+    "HardSwish": _Row(Trait.ELEMENTWISE),
+    "Mish": _Row(Trait.ELEMENTWISE),
     "AbsVal": _Row(Trait.ELEMENTWISE),
     "Exp": _Row(Trait.ELEMENTWISE),
     "Log": _Row(Trait.ELEMENTWISE),
@@ -84,11 +93,14 @@ _ROWS = {
     "Quant": _Row(Trait.ELEMENTWISE | Trait.RISING | Trait.CODES),
     "Dropout": _Row(Trait.ELEMENTWISE | Trait.RISING | Trait.PASSING),
     "Eltwise": _NOTHING,
+    "Axpy": _NOTHING,
     # Windows and axes
     "Pooling": _Row(Trait.NONE, Trait.PASSING, lambda layer: _is_max(layer) and len(layer.top) == 1),
     "SPP": _NOTHING,
     "Im2col": _NOTHING,
     "LRN": _NOTHING,
+    "Normalize": _Row(Trait.BLOBS),
+    "Interp": _NOTHING,
     "MVN": _NOTHING,
     "Softmax": _NOTHING,
     "Reduction": _NOTHING,
@@ -99,6 +111,8 @@ _ROWS = {
     "Reshape": _Row(Trait.PASSING),
     "Permute": _Row(Trait.PASSING),
     "ShuffleChannel": _Row(Trait.PASSING),
+    "Reorg": _Row(Trait.PASSING),
+    "Upsample": _Row(Trait.PASSING),
     "Concat": _Row(Trait.PASSING),
     "Slice": _Row(Trait.PASSING),
     "Crop": _Row(Trait.PASSING),
@@ -111,11 +125,16 @@ _ROWS = {
     "RNN": _Row(Trait.BLOBS),
     "Recurrent": _Row(Trait.BLOBS),
     "Parameter": _Row(Trait.BLOBS),
+    # Measures
+    "Accuracy": _Row(Trait.SCORES),
+    "SoftmaxWithLoss": _Row(Trait.SCORES),
+    "InfogainLoss": _Row(Trait.SCORES),
     # Sources
     "Data": _Row(Trait.IMAGES),
     "ImageData": _Row(Trait.IMAGES),
     "MemoryData": _Row(Trait.IMAGES),
     "WindowData": _Row(Trait.IMAGES),
+    "AnnotatedData": _Row(Trait.IMAGES),
     "Input": _Row(Trait.ANYTHING),
     "HDF5Data": _Row(Trait.ANYTHING),
     "DummyData": _Row(Trait.CONSTANT),
@@ -140,6 +159,17 @@ def passed_on(layer: LayerParameter) -> Sequence[str]:
     if Trait.PASSING not in traits_of(layer):
         return []
     return layer.bottom if layer.type == "Concat" else layer.bottom[:1]
+
+
+def hard_sigmoid_param(layer: LayerParameter) -> HardSigmoidParameter:
+    """The parameters of a HardSigmoid; forks have two names for them."""
+    if layer.HasField("hardsigmoid_param"):
+        return layer.hardsigmoid_param
+    return layer.hard_sigmoid_param
+
+
+def _slope(layer: LayerParameter) -> float:
+    return hard_sigmoid_param(layer).alpha
 
 
 def _is_max(layer: LayerParameter) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from quantize.caffenet.schema import LayerParameter, NetParameter, V1LayerParameter
@@ -58,6 +59,8 @@ _V1_PARAM_LISTS = {
 }
 """V1's parallel lists over a layer's blobs, and the fields of ParamSpec that took their place."""
 
+_ENGINE = re.compile("^(?:CuDNN|MKLDNN|MKL)")
+"""What some forks put in front of a type's name to say who computes it."""
 _DATA_PARAMS = ("data_param", "image_data_param", "window_data_param")
 _TRANSFORM_FIELDS = ("scale", "mean_file", "crop_size", "mirror")
 
@@ -75,6 +78,7 @@ def upgrade_net(net: NetParameter) -> None:
     _upgrade_v1_layers(net)
     _upgrade_inputs(net)
     for layer in net.layer:
+        layer.type = _without_engine(layer.type)
         if layer.type == "BatchNorm" and len(layer.param) == 3:
             for param in layer.param:  # the statistics are not learned
                 param.lr_mult = 0
@@ -115,6 +119,15 @@ def _upgrade_v1_layers(net: NetParameter) -> None:
     for old in net.layers:
         upgrade_v1_layer(old, net.layer.add())
     net.ClearField("layers")
+
+
+def _without_engine(type_name: str) -> str:
+    """Convolution for CuDNNConvolution and the like: every Caffe that has the one has the other, too.
+
+    CuDNNBatchNorm is a type of its own.
+    """
+    plain = _ENGINE.sub("", type_name)
+    return plain if plain in _V1_TYPES.values() else type_name
 
 
 def _move_transform_fields(old: V1LayerParameter) -> None:

@@ -15,10 +15,9 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from io import BufferedReader, FileIO
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,7 @@ from quantize.caffenet.schema import BlobProto, BlobShape, LayerParameter, V1Lay
 from quantize.caffenet.strings import to_bytes, to_text
 from quantize.caffenet.upgrade import UnsupportedLayerError, upgrade_v1_layer
 from quantize.errors import InputError, LabelfreeError
-from quantize.files import open_file
+from quantize.files import Digest, Writable, open_file
 
 MAX_BYTES = 2**31 - 1
 """The largest message that protobuf, and so Caffe, reads or writes."""
@@ -44,11 +43,13 @@ _SIZES = {_FIXED64: 8, _FIXED32: 4}
 _NET_NAME, _NET_LAYERS, _NET_LAYER = 1, 2, 100  # field numbers in caffe.proto
 _LAYER_NAME, _LAYER_BLOBS = 1, 7
 _V1_NAME, _V1_BLOBS = 4, 6
-_BLOB_DATA, _BLOB_DOUBLE_DATA = 5, 8
+_BLOB_DATA, _BLOB_DOUBLE_DATA, _BLOB_RAW_DATA = 5, 8, 12
 _BLOB_SHAPES = (1, 2, 3, 4, 7)
+_BLOB_RAW_TYPE = 10
+_RAW_TYPES = {BlobProto.DOUBLE: "<f8", BlobProto.FLOAT: "<f4", BlobProto.FLOAT16: "<f2"}
 _LEGACY_SHAPE = ("num", "channels", "height", "width")
 Parsed = TypeVar("Parsed", bound=Message)
-_NAMES = {_NET_LAYER: _LAYER_NAME, _NET_LAYERS: _V1_NAME}
+_NAME_AND_BLOBS = {_NET_LAYER: (_LAYER_NAME, _LAYER_BLOBS), _NET_LAYERS: (_V1_NAME, _V1_BLOBS)}
 
 
 class _DamagedError(Exception):
@@ -70,7 +71,9 @@ class _Field:
 class _Blob:
     array: FloatArray
     raw: memoryview | None = None
-    """The BlobProto as read; None once the array has been replaced."""
+    """The BlobProto as read; None once the array has been replaced, and where Caffe could not read it."""
+    raw_type: str = ""
+    """The type of the numbers in NVCaffe's raw_data, as float16; none where they are stored as Caffe does."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class _Layer:
     """The LayerParameter's fields other than blobs."""
     blobs: tuple[_Blob, ...]
     raw: memoryview | None = None
-    """The LayerParameter as read; None once it has been changed."""
+    """The LayerParameter as read; None once it has been changed, and where Caffe could not read a blob."""
 
 
 class Weights:
@@ -99,16 +102,22 @@ class Weights:
         self._rest: list[memoryview] = []
 
     @classmethod
-    def read(cls, path: str | Path) -> Weights:
+    def read(cls, path: str | Path, digest: Digest | None = None) -> Weights:
         """Read a caffemodel of any age but Caffe's first year (V0).
 
         Blobs are read-only float32 views of the file's bytes where it holds packed floats; they may lie
         at any byte, which numpy handles (``flags.aligned`` tells). V1 layers are upgraded as Caffe does.
 
+        Args:
+            path: the file.
+            digest: hears its bytes.
+
         Raises:
             InputError: the file cannot be read, or is damaged, truncated, not a caffemodel, or V0.
         """
         buffer = _read_file(path)
+        if digest is not None:
+            digest.update(buffer)
         weights = cls()
         with _told(path, buffer):
             weights._scan(buffer)
@@ -116,26 +125,10 @@ class Weights:
                 raise _DamagedError("it has no layers")
         return weights
 
-    @staticmethod
-    def names(path: str | Path) -> set[str]:
-        """The names of a caffemodel's layers; blobs are not read, and so not checked.
-
-        Raises:
-            InputError: as `read`.
-        """
-        found = set()
-        with open_file(path, "caffemodel") as file:
-            buffer = _OnDisk(file)
-            with _told(path, buffer):
-                for layer in _fields(buffer, 0, len(buffer)):
-                    if layer.number in _NAMES:
-                        _expect(layer, _BYTES)
-                        inner = _fields(buffer, layer.start, layer.end)
-                        names = [f for f in inner if f.number == _NAMES[layer.number]]
-                        found.add(_text(buffer, names[-1]) if names else "")
-                if not found:
-                    raise _DamagedError("it has no layers")
-        return found
+    @property
+    def raw_types(self) -> list[str]:
+        """The types of what the file has in NVCaffe's raw_data, which is written as Caffe's float32."""
+        return sorted({blob.raw_type for layer in self._layers for blob in layer.blobs} - {""})
 
     def copy(self) -> Weights:
         """A Weights that can be changed without changing this one; the arrays are shared."""
@@ -182,9 +175,8 @@ class Weights:
         """
         index = self._index(layer)
         old = self._layers[index]
-        blobs = tuple(
-            _Blob(blob.array.reshape(shape), blob.raw) for blob, shape in zip(old.blobs, shapes, strict=True)
-        )
+        pairs = zip(old.blobs, shapes, strict=True)
+        blobs = tuple(replace(blob, array=blob.array.reshape(shape)) for blob, shape in pairs)
         self._layers[index] = _Layer(old.name, old.rest, blobs, old.raw)
 
     def insert_after(self, layer: str, new: LayerParameter, blobs: Iterable[npt.ArrayLike]) -> None:
@@ -199,7 +191,7 @@ class Weights:
         """Put a new layer at the end."""
         self._layers.append(_new_layer(new, blobs))
 
-    def write(self, file: BinaryIO) -> None:
+    def write(self, file: Writable) -> None:
         """Write the caffemodel; layers that were not touched are written byte for byte as they were read.
 
         Raises:
@@ -254,6 +246,14 @@ class Weights:
             yield from pieces
 
 
+def raw_types_text(weights: Weights) -> str:
+    """What there is to say of a file with NVCaffe's raw_data."""
+    return (
+        f"blobs are stored as {' and '.join(weights.raw_types)} in raw_data, as NVCaffe and OpenCV's fp16 "
+        "tool do; they are written as float32, which every Caffe reads"
+    )
+
+
 def _new_layer(new: LayerParameter, blobs: Iterable[npt.ArrayLike]) -> _Layer:
     bare = LayerParameter.FromString(new.SerializeToString())
     bare.ClearField("blobs")
@@ -269,6 +269,26 @@ def _named(layer: LayerParameter, name: str) -> memoryview:
 
 def _blobs(arrays: Iterable[npt.ArrayLike]) -> tuple[_Blob, ...]:
     return tuple(_Blob(np.asarray(array, np.float32, order="C")) for array in arrays)
+
+
+def float_records(caffemodel: bytes) -> list[tuple[int, int]]:
+    """Where in the content of a caffemodel the float32 data of blobs begin and end, in order.
+
+    Blobs whose data are not in one packed record of floats are left out.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    buffer = memoryview(caffemodel)
+    found = []
+    with _told("the caffemodel", buffer):
+        for layer in _fields(buffer, 0, len(buffer)):
+            if layer.number in _NAME_AND_BLOBS:
+                for blob in _split(buffer, layer, *_NAME_AND_BLOBS[layer.number])[2]:
+                    data = _only_data(buffer, blob)
+                    if data is not None and data.number == _BLOB_DATA:
+                        found.append((data.start, data.start + _view(buffer, data, "<f4").nbytes))
+    return found
 
 
 # ---- Writing ----
@@ -319,33 +339,15 @@ def _read_file(path: str | Path) -> memoryview:
     return data.toreadonly()
 
 
-class _OnDisk(Sequence[int]):
-    """The bytes of a file, read where they are looked at."""
-
-    def __init__(self, file: FileIO) -> None:
-        self._size = os.fstat(file.fileno()).st_size
-        self._file = BufferedReader(file)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, place: Any) -> Any:
-        self._file.seek(place)
-        byte = self._file.read(1)
-        if not byte:
-            raise _DamagedError("it became shorter while it was read")
-        return byte[0]
-
-
 @contextmanager
-def _told(path: str | Path, buffer: Sequence[int]) -> Iterator[None]:
+def _told(path: str | Path, buffer: memoryview) -> Iterator[None]:
     """Say which file something is wrong with, or what it seems to be instead of a caffemodel."""
     try:
         yield
     except UnsupportedLayerError as error:
         raise InputError(f"{path}: {error}") from None
     except _DamagedError as error:
-        start = bytes(buffer[place] for place in range(min(FIRST_BYTES, len(buffer))))
+        start = bytes(buffer[:FIRST_BYTES])
         other = other_format(start)
         if other is not None:
             what = not_but("a caffemodel", other)
@@ -359,7 +361,7 @@ def _told(path: str | Path, buffer: Sequence[int]) -> Iterator[None]:
         raise InputError(f"{path}: {what}") from None
 
 
-def _varint(buffer: Sequence[int], pos: int, end: int) -> tuple[int, int]:
+def _varint(buffer: memoryview, pos: int, end: int) -> tuple[int, int]:
     """The varint at ``pos`` and the place behind it."""
     value = 0
     for shift in range(0, 70, 7):
@@ -373,7 +375,7 @@ def _varint(buffer: Sequence[int], pos: int, end: int) -> tuple[int, int]:
     raise _DamagedError(f"a number of more than 64 bits at byte {pos}")
 
 
-def _fields(buffer: Sequence[int], tag: int, end: int) -> Iterator[_Field]:
+def _fields(buffer: memoryview, tag: int, end: int) -> Iterator[_Field]:
     """Walk the records of the message ``buffer[tag:end]``."""
     while tag < end:
         key, start = _varint(buffer, tag, end)
@@ -397,11 +399,11 @@ def _fields(buffer: Sequence[int], tag: int, end: int) -> Iterator[_Field]:
         tag = stop
 
 
-def _text(buffer: Sequence[int], field: _Field) -> str:
+def _text(buffer: memoryview, field: _Field) -> str:
     _expect(field, _BYTES)
     if field.end - field.start > MAX_NAME:
         raise _DamagedError(f"a name of {field.end - field.start} bytes at byte {field.tag}")
-    return to_text(bytes(buffer[place] for place in range(field.start, field.end)))
+    return to_text(bytes(buffer[field.start : field.end]))
 
 
 def _expect(field: _Field, *wires: int) -> None:
@@ -441,17 +443,18 @@ def _read_blobs(buffer: memoryview, layer: str, records: list[_Field]) -> tuple[
     blobs = []
     for index, record in enumerate(records):
         try:
-            array = _read_blob(buffer, record)
+            blob = _read_blob(buffer, record)
         except _DamagedError as error:
             raise _DamagedError(f"layer {layer!r}, blob {index}: {error}") from None
-        blobs.append(_Blob(array, buffer[record.start : record.end]))
+        blobs.append(blob)
     return tuple(blobs)
 
 
 def _read_layer(buffer: memoryview, layer: _Field) -> _Layer:
     name, rest, records = _split(buffer, layer, _LAYER_NAME, _LAYER_BLOBS)
-    raw = buffer[layer.start : layer.end]
-    return _Layer(name, tuple(rest), _read_blobs(buffer, name, records), raw)
+    blobs = _read_blobs(buffer, name, records)
+    as_read = all(blob.raw is not None for blob in blobs)
+    return _Layer(name, tuple(rest), blobs, buffer[layer.start : layer.end] if as_read else None)
 
 
 def _read_v1_layer(buffer: memoryview, layer: _Field) -> _Layer:
@@ -467,10 +470,11 @@ def _read_v1_layer(buffer: memoryview, layer: _Field) -> _Layer:
     return _Layer(name, (_named(new, name),), blobs)
 
 
-def _read_blob(buffer: memoryview, blob: _Field) -> FloatArray:
+def _read_blob(buffer: memoryview, blob: _Field) -> _Blob:
     """A BlobProto's data as ``Blob::FromProto`` sees it: double_data wins over data, num over shape.
 
     Data in one packed record, as Caffe has written them since 2013, are a view; others protobuf has to parse.
+    NVCaffe's raw_data win over both.
     """
     data = _only_data(buffer, blob)
     if data is None:
@@ -479,38 +483,61 @@ def _read_blob(buffer: memoryview, blob: _Field) -> FloatArray:
         dtype = np.float64 if message.double_data else np.float32
         values: npt.NDArray[np.floating] = np.fromiter(held, dtype, len(held))
     else:
-        shapes = [f for f in _fields(buffer, blob.start, blob.end) if f.number in _BLOB_SHAPES]
-        message = _parsed(BlobProto, b"".join(buffer[field.tag : field.end] for field in shapes))
-        values = _view(buffer, data)
+        told = (*_BLOB_SHAPES, _BLOB_RAW_TYPE)
+        fields = [f for f in _fields(buffer, blob.start, blob.end) if f.number in told]
+        message = _parsed(BlobProto, b"".join(buffer[field.tag : field.end] for field in fields))
+        values = _view(buffer, data, _stored_type(message, data))
+    shape = _shape_of(message)
+    if math.prod(shape) != len(values):
+        raise _DamagedError(
+            f"the shape {shape} does not stand for the {len(values)} values that the file holds"
+        )
+    is_raw = data is not None and data.number == _BLOB_RAW_DATA
+    raw_type = values.dtype.name if is_raw else ""
+    with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, which check_weights refuses
+        array = values.astype(np.float32, copy=False).reshape(shape)
+    array.flags.writeable = False
+    return _Blob(array, None if is_raw else buffer[blob.start : blob.end], raw_type)
+
+
+def _shape_of(message: BlobProto) -> tuple[int, ...]:
     legacy = [name for name in _LEGACY_SHAPE if message.HasField(name)]
     if len(message.shape.dim) > MAX_AXES and not legacy:
         raise _DamagedError(f"a shape of {len(message.shape.dim)} dimensions; Caffe has at most {MAX_AXES}")
     shape = tuple(getattr(message, name) for name in _LEGACY_SHAPE) if legacy else tuple(message.shape.dim)
     if any(not 0 <= size < 2**31 for size in shape):
         raise _DamagedError(f"the shape {shape} has a negative or impossible dimension")
-    if math.prod(shape) != len(values):
-        raise _DamagedError(
-            f"the shape {shape} does not stand for the {len(values)} values that the file holds"
-        )
-    with np.errstate(over="ignore"):  # doubles beyond float32 become infinite, which check_weights refuses
-        array = values.astype(np.float32, copy=False).reshape(shape)
-    array.flags.writeable = False
-    return array
+    return shape
 
 
 def _only_data(buffer: memoryview, blob: _Field) -> _Field | None:
-    """The record that has all of a blob's data, if there is just one and it is packed."""
-    found = None
+    """The record with all of a blob's data, if there is just one and it is packed; raw_data, where it is."""
+    found: list[_Field] = []
+    raw = None
     for field in _fields(buffer, blob.start, blob.end):
-        if field.number in (_BLOB_DATA, _BLOB_DOUBLE_DATA):
-            if found is not None or field.wire != _BYTES:
-                return None
-            found = field
-    return found
+        if field.number == _BLOB_RAW_DATA:
+            _expect(field, _BYTES)
+            raw = field
+        elif field.number in (_BLOB_DATA, _BLOB_DOUBLE_DATA):
+            found.append(field)
+    if raw is not None:
+        return raw
+    return found[0] if len(found) == 1 and found[0].wire == _BYTES else None
 
 
-def _view(buffer: memoryview, data: _Field) -> npt.NDArray[np.floating]:
-    dtype = np.dtype("<f4" if data.number == _BLOB_DATA else "<f8")
+def _stored_type(message: BlobProto, data: _Field) -> str:
+    """The type of the numbers in a record, as numpy names it."""
+    if data.number != _BLOB_RAW_DATA:
+        return "<f4" if data.number == _BLOB_DATA else "<f8"
+    stored = message.raw_data_type
+    if stored not in _RAW_TYPES:
+        name = BlobProto.Type.Name(stored)
+        raise _DamagedError(f"raw_data of type {name}; weights are DOUBLE, FLOAT or FLOAT16")
+    return _RAW_TYPES[stored]
+
+
+def _view(buffer: memoryview, data: _Field, stored: str) -> npt.NDArray[np.floating]:
+    dtype = np.dtype(stored)
     size = data.end - data.start
     if size % dtype.itemsize:
         raise _DamagedError(f"packed data of {size} bytes at byte {data.tag} is no whole number of values")

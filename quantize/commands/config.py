@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from quantize.errors import InputError
 from quantize.files import read_file
-from quantize.settings import Config, LayerChoice
+from quantize.settings import MOVED, Config, LayerChoice
 
 MAX_YAML_BYTES = 1 << 20
 OPTIONS = {
@@ -189,14 +189,30 @@ def _assign(tree: dict[str, Any], key: str, value: object, where: str) -> None:
     tree[last] = value
 
 
-def _make_way(tree: Mapping[str, Any], overlay: Mapping[str, Any]) -> None:
-    """Of weights.bits and weights.budget the one on the command line replaces the other one in the file."""
-    before, given = tree.get("weights"), overlay.get("weights")
-    if isinstance(before, dict) and isinstance(given, dict):
-        if given.get("budget") is not None:
-            before.pop("bits", None)
-        if "bits" in given:
-            before.pop("budget", None)
+ONE_OF_TWO = (
+    ("weights.bits", "weights.budget"),
+    *((f"renorm.{name}", place) for name, place in MOVED.items()),
+)
+"""Keys that exclude each other."""
+
+
+def _make_way(tree: dict[str, Any], overlay: dict[str, Any]) -> None:
+    """Of keys that exclude each other the one on the command line replaces the other one in the file."""
+    for pair in ONE_OF_TWO:
+        for given, other in (pair, pair[::-1]):
+            if _found(overlay, given) is not None:
+                *parents, last = other.split(".")
+                section = _found(tree, ".".join(parents))
+                if isinstance(section, dict):
+                    section.pop(last, None)
+
+
+def _found(tree: dict[str, Any], key: str) -> Any:
+    """What stands under a dotted key, if anything."""
+    node: Any = tree
+    for name in key.split(".") if key else ():
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
 
 
 def _merge(tree: dict[str, Any], overlay: Mapping[str, Any]) -> None:

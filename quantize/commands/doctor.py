@@ -90,10 +90,10 @@ def _memory(config: Config | None) -> Check:
         available = int(fields["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         return Check("memory", "ok", "unknown")
-    needed = (config.renorm.memory if config else None) or 0
+    needed = (config.memory if config else None) or 0
     shown = f"{available / 2**30:.1f} GiB available"
     if needed > available:
-        return Check("memory", "FAIL", f"{shown}, renorm.memory allows {needed / 2**30:.1f} GiB: lower it")
+        return Check("memory", "FAIL", f"{shown}, `memory` allows {needed / 2**30:.1f} GiB: lower it")
     return Check("memory", "ok", shown)
 
 
@@ -150,7 +150,8 @@ def _job(config: Config, choose_transform: bool) -> Iterator[Check]:
         run = Run(config, heard, choose_transform)
         test = InferenceNet.of(run.net)
         runs.append(run)
-        return f"{len(test.net.layer)} layers from {', '.join(test.inputs)} to {test.scores}"
+        more = f"; {len(test.trailing)} behind them are carried over" if test.trailing else ""
+        return f"{len(test.net.layer)} layers from {', '.join(test.inputs)} to {test.scores}{more}"
 
     yield _attempt("model.prototxt", prototxt)
     if not runs:
@@ -158,7 +159,7 @@ def _job(config: Config, choose_transform: bool) -> Iterator[Check]:
     checks = [_attempt(what, look) for what, look in runs[0].checks()]
     yield from checks
     if checks[0].state == "ok":
-        norms = doubtful_norms(InferenceNet.of(runs[0].net).net, runs[0].model.weights)
+        norms = doubtful_norms(InferenceNet.of(runs[0].net).net, runs[0].given.model.weights)
         yield from (Check("BatchNorm", "FAIL", line) for line in norms)
     if all(check.state == "ok" for check in checks):
         yield _transform(runs[0])
@@ -169,7 +170,7 @@ def _transform(run: Run) -> Check:
     """What is not at its default, and how the images then fit the net's statistics of training."""
     try:
         run.choose_transform()
-        transform = effective_transform(run.net, TRAIN, run.config)
+        transform = effective_transform(run.given, TRAIN)
         check = run.transform_check()
     except LabelfreeError as error:
         return Check("transform", "FAIL", str(error))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,12 +22,12 @@ from quantize.caffenet import (
     read_net,
 )
 from quantize.caffenet.kernels import are_kernels, to_kernels
-from quantize.caffenet.model import Model
 from quantize.caffenet.phases import takes_images
 from quantize.data.sources import Source, open_source
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
 from quantize.job.feeds import effective_transform, resized_before_crop
+from quantize.job.given import Given
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.output import OutputFolder
 from quantize.job.transforms import ARITHMETIC, has_data_layer, with_chosen_transform, with_transform
@@ -65,6 +66,7 @@ data:
   calibration: {{source: {calibration}, images: {images}{inputs}}}  # unlabeled; {kept}
   # validation: {{source: /path/to/labeled_lmdb, batch_size: 50}}    # for evaluate and `caffe test`
 {transform}{shapes}
+  augment: train                      # random crops and mirrors as in training; test: centre crops
   seed: 0                             # of random crops and mirrors
 weights:
   bits: 4                             # 2 to 5 on the power_of_two grid; or `budget: 3.5`, on average
@@ -73,13 +75,13 @@ weights:
   first_last: {{bits: 8, grid: fixed_point}}
   # layers: {{some_layer: {{bits: 8, grid: fixed_point}}, other_layer: {{skip: true}}}}
 renorm:
+  statistics: paired                  # to full precision's; measured: the images' own, as published
   # images: {renorm_images}                        # of calibration; the default
-  augment: train                      # random crops and mirrors as in training; test: centre crops
-  memory: 2GiB                        # bound on what the sweep keeps
 activations:
   bits: 8                             # codes 0..127, -127..127 with negative values; `levels: 255`: full byte
   scope: inputs                       # what quantized layers read; relu: the outputs of ReLUs, as published
   # images: {activation_images}
+memory: 2GiB                          # bound on what is kept between two layers
 output: {output}
 """
 
@@ -136,10 +138,11 @@ def initial_config(
     kept = f"{count - images} are kept for evaluate" if count > images else "none are left for evaluate"
     guesses.append(f"data.calibration.images {images} of {count}: {kept}")
     config = with_transform(config, TransformKeys.model_validate(keys))
-    trained = Model.of(net, model.weights)
-    config, why = with_chosen_transform(config, trained)
+    with closing(Given(config, net)) as given:
+        config, why = with_chosen_transform(given)
+        grid_guesses = _better_grid(given.inference.net, given.model.weights)
     guesses.append(f"data.transform: {why}")
-    guesses += _better_grid(InferenceNet.of(net).net, trained.weights)
+    guesses += grid_guesses
     shown = json.dumps({**keys, **_arithmetic(config.data.transform)}).replace('"', "")
     comment = "  # overrides of the prototxt's transform_param" if has_data_layer(net) else ""
     text = TEMPLATE.format(
@@ -165,7 +168,7 @@ def _geometry(
 ) -> dict[str, object]:
     """The keys of data.transform that say how large images become, as far as the prototxt does not."""
     keys: dict[str, object] = {}
-    transform = effective_transform(net, TRAIN, config)
+    transform = effective_transform(Given(config, net), TRAIN)
     if not has_data_layer(net) and transform.crop_size:
         keys["crop_size"] = transform.crop_size
         guesses.append(f"crop_size {transform.crop_size} from the shape of the input")
@@ -237,8 +240,7 @@ def write_initial(
         raise InputError(f"{target}: there already; choose another --config or give --force")
     output = OutputFolder(target.parent)
     try:
-        with output.writing(target.name) as file:
-            file.write(initial.yaml.encode())
+        output.write(target.name, initial.yaml.encode())
     finally:
         output.close()
     return target, initial.guesses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,26 @@ from quantize.caffenet import (
     owners,
     read_net,
 )
+from quantize.caffenet.bvlc import LayerForms
 from quantize.caffenet.model import Model
+from quantize.caffenet.norms import norm_places
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.shape_rules import has_rule
 from quantize.caffenet.traits import Trait, traits_of
+from quantize.caffenet.weights import raw_types_text
 from quantize.commands.summary import coverage_text, size_text, table
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
 from quantize.host import using_threads
-from quantize.job.feeds import input_shapes, read_model_prototxt
+from quantize.job.feeds import input_shapes
+from quantize.job.given import Given
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.run import Run
 from quantize.job.sizes import packed_bytes, packed_layers
 from quantize.progress import SILENT, Progress
 from quantize.record import Budget, Coverage, QuantizerLayer
 from quantize.settings import (
+    DEFAULT_MEMORY,
     ActivationSettings,
     Config,
     GridChoice,
@@ -66,7 +72,7 @@ class LayerRow:
 
     name: str
     type: str
-    shape: tuple[int, ...] | None
+    shape: Shape | None
     parameters: int | None
     macs: int | None
     plan: str
@@ -90,7 +96,7 @@ def inspect_net(
     shared = owners(test.net)
     sites = {site.behind: site for site in planned_sites(test, config)}
     rows = []
-    for layer in test.net.layer:
+    for layer in test.whole.layer:
         first = first_user.get(layer.name, layer.name)
         if first in chosen:
             same = "" if first == layer.name else f", those of {first}"
@@ -99,8 +105,10 @@ def inspect_net(
             what = f"kept: {left_out[layer.name]}"
         elif Trait.KERNELS in traits_of(layer):
             what = "kept: weights.layers says skip"
-        elif layer.type == "BatchNorm":
+        elif norm_places(layer) is not None:
             what = _renorm(config)
+        elif layer.name in test.trailing:
+            what = "carried over: not run, and nothing that is quantized needs it"
         elif not has_rule(layer.type):
             what = f"kept: type {layer.type} is unknown here, engine: caffe may run it"
         elif shapes.params.get(layer.name):
@@ -212,13 +220,14 @@ class Inspection:
         caffe_proto: Path | None = None,
         stages: Sequence[str] = (),
         level: int = 0,
+        write: LayerForms = "as_read",
     ) -> Inspection:
         """Read a network; with ``weights`` check them against it.
 
         Raises:
             InputError: bad files, weights that do not fit, or a shape that is not known.
         """
-        net = read_net(prototxt, caffe_proto, stages, level)
+        net = read_net(prototxt, caffe_proto, stages, level, write)
         test = InferenceNet.of(net)
         inputs = shapes_of_inputs(net, shapes, "--shape")
         cropped = _cropped(net)
@@ -242,6 +251,7 @@ class Inspection:
             given = load_weights(weights, net)
             check_weights(known, given, infer_shapes(known, one))
             notes += doubtful_norms(test.net, given)
+            notes += [raw_types_text(given)] if given.raw_types else []
         return cls(net, inputs, notes, choices(test.net, WeightSettings()))
 
     @classmethod
@@ -252,9 +262,11 @@ class Inspection:
             InputError: as `of`, or images of unknown shape.
         """
         model = config.model
-        shapes = input_shapes(config, read_model_prototxt(config))
-        given = {name: list(shape) for name, shape in shapes.items()}
-        return cls.of(model.prototxt, model.weights, given, model.caffe_proto, model.stages, model.level)
+        with closing(Given(config)) as job:
+            given = {name: list(shape) for name, shape in input_shapes(job).items()}
+        return cls.of(
+            model.prototxt, model.weights, given, model.caffe_proto, model.stages, model.level, model.write
+        )
 
     def configured_by(self, config: Config, progress: Progress = SILENT) -> Inspection:
         """With what a configuration would do; the bits within a budget are measured.
@@ -265,19 +277,19 @@ class Inspection:
         run = Run(config, progress)
         with using_threads(config.threads):
             chosen, budget = run.grids()
-        layers = packed_layers(run.model, chosen)
+        layers = packed_layers(run.given.model, chosen)
         count = sum(layer.weights for layer in layers)
         configured = Configured(
             config,
             budget,
             config.model.weights.stat().st_size,
-            packed_bytes(run.model, layers),
+            packed_bytes(run.given.model, layers),
             sum(layer.weights * layer.bits for layer in layers) / count if count else 0.0,
         )
         return replace(self, chosen=chosen, configured=configured)
 
 
-def _cropped(net: NetParameter) -> tuple[int, ...] | None:
+def _cropped(net: NetParameter) -> Shape | None:
     layer = data_layer(net, TEST)
     if layer is None or not layer.transform_param.crop_size:
         return None
@@ -344,24 +356,25 @@ def _sizes(row: LayerRow) -> tuple[str, str, str]:
 
 
 def plan_text(
-    inspected: Inspection, settings: RenormSettings, images: int | None, memory: str | None, as_json: bool
+    inspected: Inspection, config: Config | None, images: int | None, memory: str | None, as_json: bool
 ) -> str:
     """The plan of renorm's sweep: per step what is kept, bytes and recomputed work.
 
     Args:
         inspected: the net.
-        settings: images and memory, where these are not given.
+        config: says how many images and how much memory, where these are not given.
         images: how many, if given.
         memory: the bound, if given.
         as_json: as JSON.
     """
-    images = images or settings.images
+    images = images or (RenormSettings() if config is None else config.renorm).images
+    bound = DEFAULT_MEMORY if config is None else config.memory
     try:
-        bound = settings.memory if memory is None else parse_size(memory)
+        bound = bound if memory is None else parse_size(memory)
     except ValueError as error:
         raise InputError(f"--memory {memory}: {error}") from error
     test = InferenceNet.of(inspected.net)
-    if not any(layer.type == "BatchNorm" for layer in test.net.layer):
+    if not any(map(norm_places, test.net.layer)):
         raise InputError("the net has no BatchNorm layer: renorm has nothing to do")
     tour = Tour.of(Model(inspected.net, Weights()))
     net, steps = tour.net, tour.steps

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from quantize.arrays import FloatArray, Shape
 
 
+@runtime_checkable
 class Input(Protocol):
-    """What goes into one input of a net: `Images`, `Values`, or anything else that has this.
+    """What goes into one input of a net: an array's rows, the images of a folder, or anything else with this.
 
     Passes can be repeated, in any batches, and give the same each time.
     """
@@ -27,11 +28,8 @@ class Input(Protocol):
     ) -> Iterator[tuple[FloatArray, list[int | None] | None]]:
         """Images ``start <= i < stop`` in order, ``size`` at a time; the label of each, or None for all."""
 
-    def selected(self, numbers: Sequence[int]) -> Input:
+    def subset(self, numbers: Sequence[int]) -> Input:
         """Some of the images, by number."""
-
-    def unlabeled(self) -> Input:
-        """The same without labels."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,12 @@ class Feed:
     Attributes:
         inputs: by input blob what goes into it: values for as many images, or a constant for all.
         seed: of what is chosen at random of each image.
+        labeled: whether the labels that the inputs have count.
     """
 
     inputs: Mapping[str, Input]
     seed: int = 0
+    labeled: bool = True
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -88,18 +88,19 @@ class Feed:
         for parts in zip(*streams, strict=True):
             feeds = {blob: array for blob, (array, _) in zip(self.inputs, parts, strict=True)}
             unlabeled: list[int | None] = [None] * len(parts[0][0])
-            yield Batch(feeds, next((labels for _, labels in parts if labels is not None), unlabeled))
+            given = (labels for _, labels in parts if labels is not None and self.labeled)
+            yield Batch(feeds, next(given, unlabeled))
 
-    def selected(self, numbers: Sequence[int]) -> Feed:
+    def subset(self, numbers: Sequence[int]) -> Feed:
         """Some of the images, by number."""
-        return replace(self, inputs={blob: values.selected(numbers) for blob, values in self.inputs.items()})
+        return replace(self, inputs={blob: values.subset(numbers) for blob, values in self.inputs.items()})
 
     def unlabeled(self) -> Feed:
         """The same without labels."""
-        return replace(self, inputs={blob: values.unlabeled() for blob, values in self.inputs.items()})
+        return replace(self, labeled=False)
 
 
 def thinned(feed: Feed, count: int) -> Feed:
     """At most ``count`` of a feed's images, spread evenly over them: neighbours often show the same class."""
     count = min(count, len(feed))
-    return feed.selected([len(feed) * number // count for number in range(count)])
+    return feed.subset([len(feed) * number // count for number in range(count)])

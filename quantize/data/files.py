@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +29,7 @@ INT32 = np.iinfo(np.int32)
 LIST_LINE = "a line is `path [label]`, the label a whole number"
 
 
-@dataclass(frozen=True)
-class ImageFile:
+class ImageFile(NamedTuple):
     """An image file, its label, and where it was named (``list.txt, line 3: `` or nothing)."""
 
     path: str
@@ -61,21 +62,24 @@ def files_in_folder(path: Path) -> tuple[list[ImageFile], FolderLabels | None]:
         InputError: there are none.
         OSError: it cannot be read.
     """
-    by_folder: dict[str, list[str]] = {}
-    for image in sorted(_walk(str(path))):
-        by_folder.setdefault(os.path.dirname(os.path.relpath(image, path)), []).append(image)
+    by_folder = dict(_walk(str(path)))
     if not by_folder:
         raise InputError(f"{path}: holds no data.mdb and no images {_what_it_holds(path)}")
     folders = _folder_labels(path, by_folder)
-    classes = dict(zip(sorted(by_folder), folders.classes if folders else (), strict=False))
-    ranked = sorted(
-        (rank, folder, image) for folder, images in by_folder.items() for rank, image in enumerate(images)
+    names = sorted(by_folder)
+    labels: Iterable[int | None] = folders.classes if folders and folders.classes else [None] * len(names)
+    files = (
+        [ImageFile(image, label, "") for image in by_folder[name]]
+        for name, label in zip(names, labels, strict=True)
     )
-    return [ImageFile(image, classes.get(folder), "") for _, folder, image in ranked], folders
+    return [file for turn in zip_longest(*files) for file in turn if file is not None], folders
 
 
-def _walk(top: str) -> Iterator[str]:
-    """Paths of the image files under a folder, hidden ones left out; a folder reached twice counts once."""
+def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
+    """The folders with images under a folder, relative to it, and the paths of these in their order.
+
+    What is hidden is left out; a folder reached twice counts once.
+    """
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(top, followlinks=True, onerror=_raise):
         status = os.stat(folder)
@@ -84,9 +88,15 @@ def _walk(top: str) -> Iterator[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                yield os.path.join(folder, name)
+        images = sorted(name for name in names if _is_image(name))
+        if images:
+            start = os.path.join(folder, "")
+            yield "" if folder == top else os.path.relpath(folder, top), [start + name for name in images]
+
+
+def _is_image(name: str) -> bool:
+    stem, dot, suffix = name.rpartition(".")
+    return bool(stem) and name[0] != "." and dot + suffix.lower() in IMAGE_SUFFIXES
 
 
 def _raise(error: OSError) -> None:

@@ -75,6 +75,7 @@ class LmdbFile:
             raise
         self._places = array("Q")
         self._walked = self._walk(self._root, depth=1)
+        self._fault = ""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -135,8 +136,13 @@ class LmdbFile:
         if index >= len(self._places):
             with self._lock:
                 missing = index + 1 - len(self._places)
-                self._places.extend(islice(self._walked, max(0, missing) + INDEX_AHEAD))
+                try:
+                    self._places.extend(islice(self._walked, max(0, missing) + INDEX_AHEAD))
+                except InputError as error:
+                    self._fault = str(error)
             if index >= len(self._places):
+                if self._fault:  # the walk is over: whoever asks again is told the same
+                    raise InputError(self._fault)
                 raise self._damaged(f"only {len(self._places)} of {self._entries} records found")
         return self._places[index]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 
@@ -75,7 +76,7 @@ class Images:
         self.seed = seed
         self.threads = threads or available_threads()
         self._count = len(source) if count is None else count
-        source.check(self._count)
+        source.check(range(self._count))
         self.shape: ImageShape = self._read(0)[0].shape
 
     def __len__(self) -> int:
@@ -114,15 +115,12 @@ class Images:
         finally:
             executor.shutdown(cancel_futures=True)
 
-    def selected(self, numbers: Sequence[int]) -> Images:
+    def subset(self, numbers: Sequence[int]) -> Images:
         """Some of the images, by number; the random crop and mirror of each is that of its new number."""
-        chosen = Selection(self.source, numbers)
-        return Images(chosen, self.transform, self.phase, None, self.seed, self.threads)
-
-    def unlabeled(self) -> Images:
-        """The same images, of which none has a label."""
-        chosen = Selection(self.source, range(len(self)), labeled=False)
-        return Images(chosen, self.transform, self.phase, None, self.seed, self.threads)
+        self.source.check(numbers)
+        other = copy(self)  # they have the same shape, so that none need be read to know it
+        other.source, other._count = Selection(self.source, numbers), len(numbers)
+        return other
 
     def _begin(self, executor: Executor, start: int, stop: int) -> _Batch:
         batch = _Batch(np.empty((stop - start, *self.shape), np.float32), [None] * (stop - start), [])

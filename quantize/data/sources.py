@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from quantize.caffenet import Datum
+from quantize.caffenet.schema import AnnotatedDatum
 from quantize.data.decode import decode, image_size
 from quantize.data.files import (
     IMAGE_SUFFIXES,
@@ -81,8 +82,12 @@ class Source(ABC):
             InputError: the image is missing or damaged; names it.
         """
 
-    def check(self, count: int) -> None:  # noqa: B027 - records of an LMDB exist as soon as it opens
-        """Raise InputError if one of the first ``count`` images is missing, without reading any."""
+    def check(self, numbers: Iterable[int]) -> None:  # noqa: B027 - records of an LMDB exist once it opens
+        """Raise InputError if one of some images is missing, without reading any."""
+
+    @abstractmethod
+    def files(self, numbers: Iterable[int]) -> list[str]:
+        """Return the paths of the files that some images lie in."""
 
     def close(self) -> None:  # noqa: B027 - lists of files hold nothing
         """Release what the source holds."""
@@ -115,17 +120,32 @@ class LmdbSource(Source):
         """Read Datum ``index``; see Source.read."""
         _, value = self._file.record(index)
         try:
-            datum = Datum.FromString(value)
+            datum, label = _parsed(value)
             pixels = datum_pixels(datum, color)
         except DecodeError as error:
             raise InputError(f"{self.path}: record {self.name(index)}: not a Datum of Caffe") from error
         except InputError as error:
             raise InputError(f"{self.path}: record {self.name(index)}: {error}") from error
-        return Image(pixels, datum.label if datum.HasField("label") else None)
+        return Image(pixels, label)
+
+    def files(self, numbers: Iterable[int]) -> list[str]:  # noqa: ARG002 - all lie in one
+        """Return the data file."""
+        return [str(self._file.path)]
 
     def close(self) -> None:
         """Close the LMDB."""
         self._file.close()
+
+
+def _parsed(record: bytes) -> tuple[Datum, int | None]:
+    """The Datum of an LMDB's record and its label; of SSD's AnnotatedDatum the boxes are not looked at."""
+    datum = Datum.FromString(record)
+    is_of_class = True
+    if not datum.data and not datum.float_data:
+        annotated = AnnotatedDatum.FromString(record)
+        if annotated.HasField("datum"):
+            datum, is_of_class = annotated.datum, not annotated.HasField("type")
+    return datum, datum.label if is_of_class and datum.HasField("label") else None
 
 
 def datum_pixels(datum: Datum, color: bool | None = None) -> Pixels:
@@ -168,6 +188,7 @@ class FileSource(Source):
         self.path = path
         self.folders = folders
         self._files = files
+        self._is_list = any(file.origin for file in files[:1])
 
     def __len__(self) -> int:
         """Return the number of files."""
@@ -208,23 +229,25 @@ class FileSource(Source):
             if size is not None:
                 yield size
 
-    def check(self, count: int) -> None:
-        """Raise InputError if one of the first ``count`` files is missing."""
-        for file in self._files[:count]:
+    def files(self, numbers: Iterable[int]) -> list[str]:
+        """Return the images' files."""
+        return [self._files[number].path for number in numbers]
+
+    def check(self, numbers: Iterable[int]) -> None:
+        """Raise InputError if one of some files that a list names is missing; a folder was just looked at."""
+        for file in (self._files[number] for number in numbers) if self._is_list else ():
             if not os.path.isfile(file.path):
-                hint = f"; {LIST_LINE}" if file.origin else ""
-                raise InputError(f"{file.origin}{printable(file.path)}: no such file{hint}")
+                raise InputError(f"{file.origin}{printable(file.path)}: no such file; {LIST_LINE}")
 
 
 class Selection(Source):
-    """Some images of a source, by number, with or without their labels."""
+    """Some images of a source, by number."""
 
-    def __init__(self, source: Source, numbers: Sequence[int], labeled: bool = True) -> None:
+    def __init__(self, source: Source, numbers: Sequence[int]) -> None:
         self.path = source.path
         self.folders = source.folders
         self._source = source
         self._numbers = numbers
-        self._labeled = labeled
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -233,11 +256,13 @@ class Selection(Source):
         return self._source.name(self._numbers[index])
 
     def read(self, index: int, color: bool | None = None) -> Image:
-        image = self._source.read(self._numbers[index], color)
-        return image if self._labeled else replace(image, label=None)
+        return self._source.read(self._numbers[index], color)
 
-    def check(self, count: int) -> None:
-        self._source.check(max(self._numbers[:count], default=-1) + 1)
+    def check(self, numbers: Iterable[int]) -> None:
+        self._source.check(self._numbers[number] for number in numbers)
+
+    def files(self, numbers: Iterable[int]) -> list[str]:
+        return self._source.files(self._numbers[number] for number in numbers)
 
     def close(self) -> None:
         self._source.close()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
-from quantize.arrays import FloatArray
+from quantize.arrays import FloatArray, Shape
 from quantize.caffenet import TRAIN, BlobProto, TransformationParameter
 from quantize.caffenet.other_formats import other_format
 from quantize.caffenet.strings import to_path
@@ -251,6 +251,6 @@ def read_mean(path: Path) -> FloatArray:
     return values.reshape(shape[1:])
 
 
-def shape_text(shape: tuple[int, ...]) -> str:
+def shape_text(shape: Shape) -> str:
     """Return a shape as in messages: 3x224x224."""
     return "x".join(map(str, shape))

@@ -86,11 +86,7 @@ class Values:
                 )
             yield rows, None
 
-    def unlabeled(self) -> Values:
-        """The same: values have no labels."""
-        return self
-
-    def selected(self, numbers: Sequence[int]) -> Values:
+    def subset(self, numbers: Sequence[int]) -> Values:
         """Some of the values, by number; a constant stays what it is."""
         if self.count == ENDLESS:
             return self

@@ -19,7 +19,9 @@ from quantize.caffenet import (
     NetParameter,
     Shapes,
     Weights,
+    check_weights,
     dependent_layers,
+    in_shape,
     infer_shapes,
     loaded,
     sharers,
@@ -88,10 +90,12 @@ class Engine(ABC):
         told: Mapping[str, LayerShapes] | None = None,
     ) -> None:
         self.net = net
-        self.weights = loaded(net, weights).copy()
-        self._sharers = sharers(net)
         self.inputs = dict(inputs)
         self.shapes: Shapes = infer_shapes(net, {name: (1, *shape) for name, shape in inputs.items()}, told)
+        weights = loaded(net, weights)
+        check_weights(net, weights, self.shapes)
+        self.weights = in_shape(weights, self.shapes).copy()
+        self._sharers = sharers(net)
         computed = {top for layer in dependent_layers(net.layer, inputs) for top in layer.top}
         self.per_image = {blob: blob in inputs or blob in computed for blob in self.shapes.blobs}
 

@@ -8,20 +8,16 @@ from dataclasses import dataclass
 
 from quantize.caffenet import (
     TEST,
-    InferenceNet,
-    NetParameter,
-    check_weights,
     filter_net,
-    infer_shapes,
-    known_part,
     single_assignment,
 )
-from quantize.caffenet.model import Model
+from quantize.caffenet.norms import norm_places
 from quantize.data.feed import Feed
 from quantize.data.transform import shape_text
 from quantize.engines.base import OpenEngine
 from quantize.errors import InputError
 from quantize.job.feeds import calibration_images, input_shapes, stage_feed, validation_feed
+from quantize.job.given import Given
 from quantize.job.labels import folders_as_classes
 from quantize.measure.outputs import class_scores
 from quantize.progress import Progress
@@ -46,17 +42,13 @@ class Checks:
     """What is to be looked at before some stages run.
 
     Attributes:
-        config: the settings.
-        net: the net with all its phases.
-        model: gives the model; raises InputError where the caffemodel is bad.
+        given: what the job starts from.
         open_engine: opens a net for running.
         progress: what hears of guesses.
         stages: the stages.
     """
 
-    config: Config
-    net: NetParameter
-    model: Callable[[], Model]
+    given: Given
     open_engine: OpenEngine
     progress: Progress
     stages: Collection[StageName]
@@ -74,6 +66,11 @@ class Checks:
             yield "data.validation", self._validation
 
     @property
+    def config(self) -> Config:
+        """The settings."""
+        return self.given.config
+
+    @property
     def _fed(self) -> list[StageName]:
         """The stages whose calibration images are looked at."""
         settings = self.config.weights
@@ -83,38 +80,39 @@ class Checks:
 
     def _weights(self) -> str:
         """The caffemodel against the net, and the settings against both."""
-        test, weights, settings = InferenceNet.of(self.net), self.model().weights, self.config.weights
+        model, settings = self.given.model, self.config.weights
+        test = model.inference
         chosen = {}
         if "weights" in self.stages:
             check_unquantized(test.net)
             chosen = choices(test.net, settings)
         try:
-            one = {blob: (1, *shape) for blob, shape in input_shapes(self.config, self.net).items()}
+            shapes = input_shapes(self.given)
         except InputError:  # the images are looked at next
-            one = {}
-        known = known_part(test.net, one)
-        check_weights(known, weights, infer_shapes(known, one))
-        check_kernels(filter_net(self.net, TEST), weights, chosen)
+            shapes = {}
+        weights = model.checked(shapes).weights
+        check_kernels(filter_net(model.net, TEST), weights, chosen)
         if "weights" in self.stages and settings.budget is not None:
-            class_scores(self.net, "weights.budget")
+            class_scores(model.net, "weights.budget")
             counts = {name: weights[name][0].size for name in chosen}
             free = free_layers(test.net, settings)
             bits_left(counts, {n: chosen[n].bits for n in chosen if n not in free}, settings)
-        fit = "they fit the net" if one else "the shape of images, and so theirs, is not known"
+        fit = "they fit the net" if shapes else "the shape of images, and so theirs, is not known"
         return f"{len(weights.layers())} layers, {fit}"
 
     def _calibration(self) -> str:
         """Enough images, the first of which can be read and has the net's size."""
-        feeds = {stage: stage_feed(self.config, self.net, stage, self.progress) for stage in self._fed}
+        feeds = {stage: stage_feed(self.given, stage, self.progress) for stage in self._fed}
         counts = ", ".join(f"{len(feed):,} for {stage}" for stage, feed in feeds.items())
-        next(feeds[self._fed[0]].batches(1))
-        present = calibration_images(self.config)
+        next(feeds[self._fed[0]].batches(1, 0, 1))
+        present = calibration_images(self.given)
         return f"{present:,} images: {counts}; {_shapes(feeds[self._fed[0]])} when transformed"
 
     def _layers(self) -> str:
         """That the engine can run what the stages run: all up to the last layer that one of them looks at."""
-        test = InferenceNet.of(self.net)
-        feed = stage_feed(self.config, self.net, self._fed[0])
+        model = self.given.model
+        test = model.inference
+        feed = stage_feed(self.given, self._fed[0])
         flat = single_assignment(test.net)
         sites: set[str] = set()
         if "activations" in self._fed:
@@ -124,24 +122,24 @@ class Checks:
         measured = [
             at
             for at, layer in enumerate(flat.layer)
-            if sites.intersection(layer.top) or (layer.type == "BatchNorm" and "renorm" in self._fed)
+            if sites.intersection(layer.top) or (norm_places(layer) is not None and "renorm" in self._fed)
         ]
         if self.config.weights.budget is None:
             del flat.layer[max(measured, default=-1) + 1 :]
         if not flat.layer:
             return "no BatchNorm and no activation to quantize: nothing has to be run"
-        with closing(self.open_engine(flat, self.model().weights, feed.shapes)) as engine:
+        with closing(self.open_engine(flat, model.weights, feed.shapes)) as engine:
             engine.compile(0, len(flat.layer), [flat.layer[-1].top[0]])
             widest = Costs.of(engine.net, engine.shapes, list(engine.inputs), ()).widest
         if "renorm" in self._fed:
-            micro_batch_size(widest, 1, self.config.renorm.memory)
+            micro_batch_size(widest, 1, self.config.memory)
         return f"{len(flat.layer)} of {len(test.net.layer)} layers have to be run, and all these can be"
 
     def _validation(self) -> str:
         """Images, the first of which can be read and has the net's size."""
-        feed = validation_feed(self.config, self.net, None, self.progress)
-        next(feed.batches(1))
-        folders = folders_as_classes(feed, self.net)
+        feed = validation_feed(self.given, None, self.progress)
+        next(feed.batches(1, 0, 1))
+        folders = folders_as_classes(feed, self.given.net)
         labels = f"; {folders[0]}" if folders else ""
         return f"{len(feed):,} images, {_shapes(feed)} when transformed{labels}"
 

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from quantize.arrays import Shape
 from quantize.caffenet import (
     TEST,
     TRAIN,
-    InferenceNet,
-    NetParameter,
     TransformationParameter,
     data_layer,
     foreign_fields,
-    read_net,
 )
 from quantize.caffenet.strings import from_path
 from quantize.caffenet.traits import Trait, traits_of
 from quantize.data.feed import Feed
 from quantize.data.loader import Images
-from quantize.data.sources import FileSource, Selection, Source, open_source
+from quantize.data.sources import FileSource, Source
 from quantize.data.transform import Transform, shape_text
-from quantize.data.values import Values, open_values
+from quantize.data.values import Values
 from quantize.errors import InputError
+from quantize.job.given import Given
 from quantize.job.inputs import (
     check_counts,
     check_inputs,
@@ -33,6 +33,7 @@ from quantize.job.inputs import (
     is_placeholder,
     placeholder_text,
     told_shapes,
+    values_of,
 )
 from quantize.progress import SILENT, Progress
 from quantize.record import ImagesFrom, StageName
@@ -45,23 +46,23 @@ SIZES_LOOKED_AT = 32
 """Image files whose size decides whether images are resized at all."""
 
 
-def stage_feed(config: Config, net: NetParameter, stage: StageName, progress: Progress = SILENT) -> Feed:
+def stage_feed(given: Given, stage: StageName, progress: Progress = SILENT) -> Feed:
     """The calibration images that a stage looks at: as many as it asks for, or all where there are fewer.
 
     Raises:
         InputError: as `calibration_feed`, or there are fewer images than the user has asked for.
     """
-    return calibration_feed(config, net, stage_images(config, stage, progress), progress)
+    return calibration_feed(given, stage_images(given, stage, progress), progress)
 
 
-def stage_images(config: Config, stage: StageName, progress: Progress = SILENT) -> int:
+def stage_images(given: Given, stage: StageName, progress: Progress = SILENT) -> int:
     """How many calibration images a stage looks at.
 
     Raises:
         InputError: fewer are there than the user has asked for; defaults ask for nothing.
     """
-    settings, calibration = getattr(config, stage), config.data.calibration
-    present = calibration_images(config)
+    settings, calibration = getattr(given.config, stage), given.config.data.calibration
+    present = calibration_images(given)
     if calibration is None:
         return int(settings.images)
     where = calibration.source or "data.calibration.inputs"
@@ -81,25 +82,19 @@ def stage_images(config: Config, stage: StageName, progress: Progress = SILENT) 
     return int(min(settings.images, available))
 
 
-def calibration_images(config: Config) -> int:
+def calibration_images(given: Given) -> int:
     """How many calibration images there are."""
-    given = config.data.calibration
-    return 0 if given is None else images_present(given, "data.calibration")
+    calibration = given.config.data.calibration
+    return 0 if calibration is None else images_present(given, calibration, "data.calibration")
 
 
-def read_model_prototxt(config: Config) -> NetParameter:
-    """The network to quantize, with all its phases."""
-    model = config.model
-    return read_net(model.prototxt, model.caffe_proto, model.stages, model.level)
-
-
-def calibration_feed(config: Config, net: NetParameter, images: int, progress: Progress = SILENT) -> Feed:
-    """The first ``images`` calibration images, transformed as ``renorm.augment`` says.
+def calibration_feed(given: Given, images: int, progress: Progress = SILENT) -> Feed:
+    """The first ``images`` calibration images, transformed as ``data.augment`` says.
 
     Raises:
         InputError: no calibration source, fewer images than asked for, or a transform that cannot be.
     """
-    calibration = config.data.calibration
+    config, calibration = given.config, given.config.data.calibration
     if calibration is None:
         raise InputError(
             "data.calibration.source is missing: renorm, activations, weights.budget and weights.solver "
@@ -107,13 +102,15 @@ def calibration_feed(config: Config, net: NetParameter, images: int, progress: P
         )
     if calibration.images is not None:
         images = min(images, calibration.images)
-    phase = TRAIN if config.renorm.augment == "train" else TEST
-    return _feed(config, net, "calibration", images, phase, progress)
+    return _feed(given, "calibration", images, calibration_phase(config), progress)
 
 
-def validation_feed(
-    config: Config, net: NetParameter, images: int | None = None, progress: Progress = SILENT
-) -> Feed:
+def calibration_phase(config: Config) -> int:
+    """The phase whose transform calibration images get."""
+    return TRAIN if config.data.augment == "train" else TEST
+
+
+def validation_feed(given: Given, images: int | None = None, progress: Progress = SILENT) -> Feed:
     """The first ``images`` validation images (all where None), transformed for the TEST phase.
 
     Without a validation source these are calibration images, the ones behind those that renorm uses where
@@ -122,18 +119,19 @@ def validation_feed(
     Raises:
         InputError: neither source, or as `calibration_feed`.
     """
+    config = given.config
     if config.data.validation is not None:
-        return _feed(config, net, "validation", images, TEST, progress)
+        return _feed(given, "validation", images, TEST, progress)
     if config.data.calibration is None:
         raise InputError(
             "data.validation.source is missing: evaluate needs images; give an LMDB or a list file"
         )
     used = images_used(config)
-    if calibration_images(config) > used:
+    if calibration_images(given) > used:
         progress.note(f"no validation images: measuring on calibration images from number {used} on, unused")
-        return _feed(config, net, "calibration", images, TEST, progress, first=used)
+        return _feed(given, "calibration", images, TEST, progress, first=used)
     progress.note("no validation images: measuring on calibration images, which the net has been fitted to")
-    return _feed(config, net, "calibration", images, TEST, progress)
+    return _feed(given, "calibration", images, TEST, progress)
 
 
 def images_used(config: Config) -> int:
@@ -145,28 +143,28 @@ def images_used(config: Config) -> int:
     return used if calibration is None or calibration.images is None else min(used, calibration.images)
 
 
-def evaluation_images(config: Config) -> ImagesFrom:
+def evaluation_images(given: Given) -> ImagesFrom:
     """Which images `validation_feed` gives."""
+    config = given.config
     if config.data.validation is not None or config.data.calibration is None:
         return "validation"
-    return "held_out" if calibration_images(config) > images_used(config) else "calibration"
+    return "held_out" if calibration_images(given) > images_used(config) else "calibration"
 
 
-def input_shapes(config: Config, net: NetParameter) -> dict[str, Shape]:
+def input_shapes(given: Given) -> dict[str, Shape]:
     """By input the shape of one image's values, as far as net, configuration and images tell."""
-    told = told_shapes(config, net)
-    if told.keys() >= set(InferenceNet.of(net).inputs):
+    config, told = given.config, told_shapes(given)
+    if told.keys() >= set(given.inference.inputs):
         return told
     if config.data.calibration is not None:
-        return calibration_feed(config, net, 1).shapes
+        return calibration_feed(given, 1).shapes
     if config.data.validation is not None:
-        return validation_feed(config, net, 1).shapes
+        return validation_feed(given, 1).shapes
     return told
 
 
 def _feed(
-    config: Config,
-    net: NetParameter,
+    given: Given,
     section: Literal["calibration", "validation"],
     images: int | None,
     phase: int,
@@ -174,68 +172,70 @@ def _feed(
     first: int = 0,
 ) -> Feed:
     """What one section of the data feeds, from image ``first`` on; ``images`` of them, None: all."""
+    config = given.config
     fed: Fed | None = getattr(config.data, section)
     assert fed is not None
     key = f"data.{section}"
-    blob = image_input(config, net) if fed.source is not None else None
-    test = InferenceNet.of(net)
+    blob = image_input(given) if fed.source is not None else None
+    test = given.inference
     check_inputs(test, fed, blob, key)
-    told = told_shapes(config, net)
+    told = told_shapes(given)
     values = {
-        name: open_values(given, name, told.get(name), f"{key}.inputs.{name}")
-        for name, given in fed.inputs.items()
+        name: values_of(given, each, name, told.get(name), f"{key}.inputs.{name}")
+        for name, each in fed.inputs.items()
     }
-    check_counts(values, fed, key)
-    inputs: dict[str, Images | Values] = {}
+    present = images_present(given, fed, key)
+    check_counts(values, fed, present)
+    inputs: dict[str, Images | Values] = {**values}
     if fed.source is not None and blob is not None:
-        source = open_source(fed.source)
-        check_order(source, values)
-        inputs[blob] = _images(config, net, source, first, images, phase, progress)
-        images = len(inputs[blob])
-    else:
-        present = images_present(fed, key) - first
-        images = present if images is None else images
-        if images > present:
-            raise InputError(f"{key}: {images} images asked for but there are {present}: ask for fewer")
+        check_order(given.source(fed.source), values)
+        inputs[blob] = _images(given, fed.source, phase, progress)
+    present -= first
+    images = present if images is None else images
+    if not 1 <= images <= present:
+        remedy = "ask for at least 1" if images < 1 else "ask for fewer"
+        where = fed.source or key
+        raise InputError(f"{where}: {images} images asked for but it holds {present}: {remedy}")
     chosen = range(first, first + images)
-    inputs |= {name: given.selected(chosen) for name, given in values.items()}
-    return Feed({name: inputs[name] for name in test.inputs}, config.data.seed)
+    return Feed({name: inputs[name].subset(chosen) for name in test.inputs}, config.data.seed)
 
 
-def _images(
-    config: Config,
-    net: NetParameter,
-    source: Source,
-    first: int,
-    images: int | None,
-    phase: int,
-    progress: Progress,
-) -> Images:
-    blob = image_input(config, net)
-    transform = effective_transform(net, phase, config)
+def _images(given: Given, path: Path, phase: int, progress: Progress) -> Images:
+    """The images of a source, transformed: the first is seen now, any can be `subset`."""
+    config, net, source = given.config, given.net, given.source(path)
+    blob = image_input(given)
+    transform = effective_transform(given, phase)
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
         if Trait.IMAGES in traits_of(layer) and foreign is not None:
             progress.note(
                 f"layer {layer.name!r}: {foreign} is a field of a fork of Caffe and is not applied; say in "
                 "data.transform what the images need"
             )
-    resized = resized_before_crop(source, transform)
-    if resized is not None:
-        transform, how = resized
-        progress.note(f"{source.path}: {how}")
-    source = Selection(source, range(first, len(source))) if first else source
-    feed = Images(source, transform, phase, images, config.data.seed, config.threads)
-    expected = told_shapes(config, net).get(blob or "")
-    if expected is not None and expected != feed.shape:
+    how = resizing(given, path, transform)
+    if how is not None:
+        transform, text = how
+        progress.note(f"{path}: {text}")
+    images = given.once(
+        ("images", path, transform, phase),
+        lambda: Images(source, transform, phase, 1, config.data.seed, config.threads),
+    )
+    expected = told_shapes(given).get(blob or "")
+    if expected is not None and expected != images.shape:
         raise InputError(
-            f"{source.path}: images are {shape_text(feed.shape)} when transformed but input {blob} "
+            f"{path}: images are {shape_text(images.shape)} when transformed but input {blob} "
             f"is {shape_text(expected)}; set data.transform.crop_size, resize or resize_short, or "
             "data.input_shape where the net takes any size"
         )
     told = config.data.input_shape is not None or expected is None
-    if not told and is_placeholder(feed.shape) and source.read(0).pixels.shape[1:] != feed.shape[1:]:
-        progress.note(placeholder_text(blob or "", feed.shape, "data.input_shape"))
-    return feed
+    if not told and is_placeholder(images.shape) and source.read(0).pixels.shape[1:] != images.shape[1:]:
+        progress.note(placeholder_text(blob or "", images.shape, "data.input_shape"))
+    return images
+
+
+def resizing(given: Given, path: Path, transform: Transform) -> tuple[Transform, str] | None:
+    """`resized_before_crop` for the source that a path names."""
+    look = partial(resized_before_crop, given.source(path), transform)
+    return given.once(("resizing", path, transform), look)
 
 
 def resized_before_crop(source: Source, transform: Transform) -> tuple[Transform, str] | None:
@@ -267,12 +267,13 @@ def resized_before_crop(source: Source, transform: Transform) -> tuple[Transform
     return replace(transform, resize_short=short), how
 
 
-def effective_transform(net: NetParameter, phase: int, config: Config) -> Transform:
+def effective_transform(given: Given, phase: int) -> Transform:
     """The transform of a phase: the prototxt's (of the other phase if need be), then ``data.transform``.
 
     A net with an Input layer and no crop_size anywhere gets the crop that its input's shape needs, and gray
     images where that has one channel.
     """
+    config, net = given.config, given.net
     layer = data_layer(net, phase) or data_layer(net, TRAIN + TEST - phase)
     base = config.model.prototxt.parent
     param = layer.transform_param if layer is not None else TransformationParameter()
@@ -284,23 +285,23 @@ def effective_transform(net: NetParameter, phase: int, config: Config) -> Transf
     if layer is not None and layer.type == "ImageData" and layer.image_data_param.new_height:
         size = (layer.image_data_param.new_height, layer.image_data_param.new_width)
         transform = replace(transform, resize=size)
-    given = config.data.transform.model_dump(exclude_none=True)
-    if "mean_value" in given:
-        given |= {"mean_value": tuple(given["mean_value"]), "mean_file": given.get("mean_file")}
-    elif "mean_file" in given:
-        given["mean_value"] = ()
+    keys = config.data.transform.model_dump(exclude_none=True)
+    if "mean_value" in keys:
+        keys |= {"mean_value": tuple(keys["mean_value"]), "mean_file": keys.get("mean_file")}
+    elif "mean_file" in keys:
+        keys["mean_value"] = ()
     # What data.transform says replaces also what it excludes.
-    if "resize_short" in given:
+    if "resize_short" in keys:
         transform = replace(transform, resize=None)
-    if given.get("force_color") or given.get("force_gray"):
+    if keys.get("force_color") or keys.get("force_gray"):
         transform = replace(transform, force_color=False, force_gray=False)
-    shape = told_shapes(config, net).get(image_input(config, net) or "")
-    if not (transform.crop_size or "crop_size" in given or "resize" in given) and shape is not None:
-        given["crop_size"] = shape[-1] if len(shape) == 3 and shape[1] == shape[2] else 0
-    if not (transform.force_color or {"force_color", "force_gray"} & given.keys()):
-        given["force_gray"] = transform.force_gray or (shape is not None and shape[0] == 1)
+    shape = told_shapes(given).get(image_input(given) or "")
+    if not (transform.crop_size or "crop_size" in keys or "resize" in keys) and shape is not None:
+        keys["crop_size"] = shape[-1] if len(shape) == 3 and shape[1] == shape[2] else 0
+    if not (transform.force_color or {"force_color", "force_gray"} & keys.keys()):
+        keys["force_gray"] = transform.force_gray or (shape is not None and shape[0] == 1)
     try:
-        transform = replace(transform, **given)
+        transform = replace(transform, **keys)
     except InputError as error:
         raise InputError(f"data.transform: {error}") from error
     if transform.scale == 0:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantize.arrays import Shape
 from quantize.caffenet import InferenceNet, NetParameter, declared_shape, dependent_layers
-from quantize.data.sources import Source, open_source
+from quantize.data.sources import Source
 from quantize.data.transform import shape_text
 from quantize.data.values import ENDLESS, Values, open_values
 from quantize.errors import InputError
-from quantize.settings import Config, Fed
+from quantize.job.given import Given
+from quantize.settings import Fed
 
 GivenShapes = list[int] | dict[str, list[int]] | None
 SHOWN = 5
@@ -20,36 +22,46 @@ SMALL = 32
 """Inputs of fewer pixels are often placeholders for a size that is set at run time."""
 
 
-def image_input(config: Config, net: NetParameter) -> str | None:
+def image_input(given: Given) -> str | None:
     """The input that images go into: the first that ``inputs`` does not name; None where it names all."""
-    sections = (config.data.calibration, config.data.validation)
+    sections = (given.config.data.calibration, given.config.data.validation)
     named = {name for section in sections if section is not None for name in section.inputs}
-    return next((name for name in InferenceNet.of(net).inputs if name not in named), None)
+    return next((name for name in given.inference.inputs if name not in named), None)
 
 
-def told_shapes(config: Config, net: NetParameter) -> dict[str, Shape]:
+def told_shapes(given: Given) -> dict[str, Shape]:
     """By input the shape of one image's values, as ``data.input_shape`` says, else as the net declares it.
 
     Raises:
         InputError: ``data.input_shape`` names what is no input.
     """
-    return shapes_of_inputs(net, config.data.input_shape, "data.input_shape", image_input(config, net))
+    declared = given.once("declared", lambda: _declared(given.net, given.inference.inputs))
+    key = "data.input_shape"
+    return _told(declared, given.inference.inputs, given.config.data.input_shape, key, image_input(given))
 
 
-def shapes_of_inputs(
-    net: NetParameter, given: GivenShapes, key: str, images: str | None = None
-) -> dict[str, Shape]:
+def shapes_of_inputs(net: NetParameter, given: GivenShapes, key: str) -> dict[str, Shape]:
     """The same without a configuration.
 
     Args:
         net: with all its phases.
-        given: the shape of the images' input, or shapes by input; they win over what the net declares.
+        given: the shape of the first input, or shapes by input; they win over what the net declares.
         key: where they were given, for messages.
-        images: the images' input; None: the first.
     """
     inputs = InferenceNet.of(net).inputs
-    declared = {name: declared_shape(net, name) for name in inputs}
-    told = {name: shape for name, shape in declared.items() if shape is not None}
+    return _told(_declared(net, inputs), inputs, given, key, None)
+
+
+def _declared(net: NetParameter, inputs: Sequence[str]) -> dict[str, Shape]:
+    shapes = {name: declared_shape(net, name) for name in inputs}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _told(
+    declared: Mapping[str, Shape], inputs: Sequence[str], given: GivenShapes, key: str, images: str | None
+) -> dict[str, Shape]:
+    """The shapes that are declared, with those given in their place."""
+    told = dict(declared)
     by_name = {images or inputs[0]: given} if isinstance(given, list) else given or {}
     for name, axes in by_name.items():
         _check_name(name, inputs, f"{key}: {name}")
@@ -101,9 +113,8 @@ def _check_name(name: str, inputs: Sequence[str], key: str) -> None:
         raise InputError(f"{key}: the net has no such input; it has {', '.join(inputs)}")
 
 
-def check_counts(values: Mapping[str, Values], fed: Fed, key: str) -> None:
-    """Check that there are as many values for each input as there are images."""
-    present = images_present(fed, key)
+def check_counts(values: Mapping[str, Values], fed: Fed, present: int) -> None:
+    """Check that there are as many values for each input as there are images: ``present``."""
     for given in values.values():
         if len(given) not in (present, ENDLESS):
             what = f"{fed.source} holds {present} images" if fed.source else f"another input has {present}"
@@ -122,15 +133,18 @@ def check_order(source: Source, values: Mapping[str, Values]) -> None:
             )
 
 
-def images_present(fed: Fed, key: str) -> int:
+def images_present(given: Given, fed: Fed, key: str) -> int:
     """How many images there are: in the source, else as there are values of the first input that has many."""
     if fed.source is not None:
-        source = open_source(fed.source)
-        try:
-            return len(source)
-        finally:
-            source.close()
-    for name, given in fed.inputs.items():
-        if isinstance(given, Path):
-            return len(open_values(given, name, None, f"{key}.inputs.{name}"))
+        return len(given.source(fed.source))
+    for name, values in fed.inputs.items():
+        if isinstance(values, Path):
+            return len(values_of(given, values, name, None, f"{key}.inputs.{name}"))
     raise InputError(f"{key}.inputs: constants alone do not say how many images there are; give source too")
+
+
+def values_of(
+    given: Given, values: float | list[Any] | Path, name: str, expected: Shape | None, key: str
+) -> Values:
+    """What goes into an input that takes no images; see `open_values`."""
+    return given.once(("values", key, expected), lambda: open_values(values, name, expected, key))

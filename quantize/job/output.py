@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from quantize.errors import InputError
-from quantize.files import PART_SUFFIX, made_folder, whole_file
+from quantize.files import PART_SUFFIX, Writable, made_folder, sha256, whole_file
+from quantize.record import StageName
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Files:
             f"{name}_val.prototxt",
             f"{name}_deploy.prototxt",
         )
+
+    @property
+    def of_stage(self) -> Mapping[StageName, str]:
+        """The caffemodel that a stage writes, where it does."""
+        return {"weights": self.quantized, "renorm": self.renorm}
 
 
 def is_held(path: Path) -> bool:
@@ -59,6 +64,7 @@ class OutputFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._digests: dict[str, str] = {}
         try:
             self._descriptor = os.open(made_folder(path), os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -84,16 +90,36 @@ class OutputFolder:
         """Let other runs use the folder."""
         os.close(self._descriptor)
 
-    @contextmanager
-    def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A file that appears under ``name`` when the block ends well, flushed to disk; else nothing changes.
+    def write(self, name: str, content: bytes | Callable[[Writable], None]) -> str:
+        """Write a file, flushed to disk; where that fails nothing changes.
+
+        Args:
+            name: its name.
+            content: the bytes, or what writes them.
+
+        Returns:
+            Its sha256.
 
         Raises:
             LabelfreeError: the file could not be written (disk full, ...).
         """
-        with whole_file(self.path / name) as file:
-            yield file
+        digest = hashlib.sha256()
+        with whole_file(self.path / name, digest) as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+        self._digests[name] = digest.hexdigest()
+        return self._digests[name]
+
+    def digest(self, name: str) -> str | None:
+        """The sha256 of a file, which is read once; None: it is not there."""
+        path = self.path / name
+        if name not in self._digests and path.exists():
+            self._digests[name] = sha256(path)
+        return self._digests.get(name)
 
     def remove(self, name: str) -> None:
         """Remove a file that no longer fits the others, where it is there."""
         (self.path / name).unlink(missing_ok=True)
+        self._digests.pop(name, None)

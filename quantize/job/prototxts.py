@@ -25,12 +25,12 @@ from quantize.caffenet.norms import with_stored_statistics
 from quantize.caffenet.schema import DataParameter
 from quantize.caffenet.strings import from_path
 from quantize.caffenet.traits import Trait, traits_of
-from quantize.data.sources import LmdbSource, open_source
-from quantize.job.feeds import effective_transform, resized_before_crop, to_proto
+from quantize.data.sources import LmdbSource
+from quantize.job.feeds import effective_transform, resizing, to_proto
+from quantize.job.given import Given
 from quantize.job.inputs import image_input
 from quantize.measure.outputs import net_outputs
 from quantize.record import CaffeTest
-from quantize.settings import Config
 
 
 class ImageScores(NamedTuple):
@@ -40,7 +40,7 @@ class ImageScores(NamedTuple):
     classes: int
 
 
-def validation_prototxt(net: NetParameter, config: Config, scores: ImageScores) -> NetParameter:
+def validation_prototxt(net: NetParameter, given: Given, scores: ImageScores) -> NetParameter:
     """The net with a TEST Data layer that reads the validation LMDB, for ``caffe test``.
 
     It takes the place of whatever makes the images in the TEST phase: a Data layer, or the Input layer of a
@@ -49,12 +49,12 @@ def validation_prototxt(net: NetParameter, config: Config, scores: ImageScores) 
     inputs beside the images, which a Data layer could not feed.
 
     Args:
-        net: the net with all its phases.
-        config: the settings.
+        net: the quantized net with all its phases.
+        given: what the job started from.
         scores: of the net before it was quantized.
     """
-    changed = with_stored_statistics(net)
-    source = validation_lmdb(config)
+    config, changed = given.config, with_stored_statistics(net)
+    source = validation_lmdb(given)
     test = InferenceNet.of(changed)
     if source is None or len(test.inputs) > 1:
         return changed
@@ -66,7 +66,7 @@ def validation_prototxt(net: NetParameter, config: Config, scores: ImageScores) 
     data = LayerParameter(name=name, type="Data")
     data.top.extend([test.blob, label])
     data.include.add().phase = TEST
-    data.transform_param.CopyFrom(to_proto(effective_transform(net, TEST, config)))
+    data.transform_param.CopyFrom(to_proto(effective_transform(given, TEST)))
     data.data_param.source = from_path(source)
     data.data_param.batch_size = config.data.validation.batch_size if config.data.validation else 1
     data.data_param.backend = DataParameter.LMDB
@@ -79,25 +79,23 @@ def validation_prototxt(net: NetParameter, config: Config, scores: ImageScores) 
     return changed
 
 
-def caffe_test(net: NetParameter, config: Config) -> CaffeTest:
-    """Whether `caffe test` can run the `validation_prototxt` of a net, and if not, what it would need.
+def caffe_test(job: Given) -> CaffeTest:
+    """Whether `caffe test` can run the `validation_prototxt` of a job, and if not, what it would need.
 
     Its Data layer reads labeled images from an LMDB and resizes nothing.
     """
-    others = [name for name in InferenceNet.of(net).inputs if name != image_input(config, net)]
+    config = job.config
+    others = [name for name in job.inference.inputs if name != image_input(job)]
     if others:
         return CaffeTest(None, f"a layer that feeds the input {others[0]}, which a Data layer does not")
-    transform = effective_transform(net, TEST, config)
+    transform = effective_transform(job, TEST)
     data = config.data.validation
     given = data.source if data is not None and not data.inputs else None
     if data is not None and given is not None:
-        source = open_source(given)
-        try:
-            if isinstance(source, LmdbSource) and not (transform.resize or transform.resize_short):
-                return CaffeTest(max(1, len(source) // data.batch_size))
-            transform, _ = resized_before_crop(source, transform) or (transform, "")
-        finally:
-            source.close()
+        source = job.source(given)
+        if isinstance(source, LmdbSource) and not (transform.resize or transform.resize_short):
+            return CaffeTest(max(1, len(source) // data.batch_size))
+        transform, _ = resizing(job, given, transform) or (transform, "")
     option = f" --resize-short {transform.resize_short}" if transform.resize_short else ""
     if transform.resize:
         option = f" --resize {transform.resize[0]}x{transform.resize[1]}"
@@ -141,26 +139,22 @@ def deploy_prototxt(net: NetParameter, shapes: Mapping[str, Shape]) -> NetParame
     test = InferenceNet.of(with_stored_statistics(net))
     deploy = empty_like(net)
     for blob in test.inputs:
-        data = deploy.layer.add(name=_unused(test.net, blob), type="Input", top=[blob])
+        data = deploy.layer.add(name=_unused(test.whole, blob), type="Input", top=[blob])
         data.input_param.shape.add().dim.extend([1, *shapes[blob]])
-    for layer in test.net.layer:
+    for layer in test.whole.layer:
         deploy.layer.append(layer)
         del deploy.layer[-1].include[:]
         del deploy.layer[-1].exclude[:]
     return deploy
 
 
-def validation_lmdb(config: Config) -> Path | None:
+def validation_lmdb(given: Given) -> Path | None:
     """The absolute path of the validation LMDB; None where there is none, or not all comes from it."""
-    validation = config.data.validation
+    validation = given.config.data.validation
     if validation is None or validation.source is None or validation.inputs:
         return None
     path = validation.source
-    source = open_source(path)
-    try:
-        return Path(os.path.abspath(path)) if isinstance(source, LmdbSource) else None
-    finally:
-        source.close()
+    return Path(os.path.abspath(path)) if isinstance(given.source(path), LmdbSource) else None
 
 
 def _unused(net: NetParameter, name: str) -> str:

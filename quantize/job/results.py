@@ -1,57 +1,82 @@
-"""What follows from the findings of the stages that have run: the net they make, its prototxts, its size."""
+"""The models that the stages have made, and what follows from them: prototxts, sizes, coverage."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
-from quantize.caffenet import InferenceNet, NetParameter, Weights, format_prototxt, infer_shapes, known_part
+from quantize.caffenet import InferenceNet, Weights, format_prototxt, infer_shapes, known_part
 from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import alpha_terms, with_alpha_terms
 from quantize.caffenet.quantizers import with_quantizers
 from quantize.caffenet.strings import to_bytes
+from quantize.errors import InputError
 from quantize.job.feeds import input_shapes
+from quantize.job.given import Given
 from quantize.job.output import Files
 from quantize.job.prototxts import deploy_prototxt, image_scores, validation_prototxt
 from quantize.job.sizes import Packed, packed_bytes
 from quantize.progress import Progress
-from quantize.record import Coverage, Sizes, Stages
-from quantize.settings import Config
+from quantize.record import AnyStageRecord, Coverage, Sizes, StageName, Stages
 from quantize.stages.coverage import coverage
 
 
-@dataclass(frozen=True)
 class Results:
-    """Results in an output folder.
+    """The results of the stages that have run, by this process or by one before it.
+
+    A model that this process has made is handed on; another is read from the output folder, once.
 
     Attributes:
-        config: the settings.
-        net: the net before it was quantized, with all its phases.
+        given: what the job started from.
         stages: those that have run.
     """
 
-    config: Config
-    net: NetParameter
-    stages: Stages
+    def __init__(self, given: Given, stages: Stages) -> None:
+        self.given = given
+        self.stages = stages
+        self._models: dict[StageName, Model] = {}
+
+    def then(self, stage: StageName, record: AnyStageRecord, model: Model) -> Results:
+        """The results when a stage has run, too; what was behind it is obsolete."""
+        following = Results(self.given, self.stages.then(stage, record))
+        before = {name: made for name, made in self._models.items() if name in following.stages.done}
+        following._models = {**before, stage: model}
+        return following
+
+    def after(self, stage: StageName) -> Model:
+        """The model as a stage has left it.
+
+        Raises:
+            InputError: its file is not there, cannot be read or is damaged.
+        """
+        if stage not in self._models:
+            self._models[stage] = self._read(stage)
+        return self._models[stage]
 
     @property
-    def caffemodel(self) -> Path:
-        """What the last stage that writes weights has written."""
-        files = Files.of(self.config.name)
-        return self.config.output / (files.renorm if self.stages.renorm is not None else files.quantized)
+    def final(self) -> Model:
+        """The model as the last stage has left it."""
+        return self.after(list(self.stages.done)[-1])
 
-    def quantized_net(self) -> NetParameter:
-        """The net with all its phases and with what the stages have found."""
-        net = with_alpha_terms(self.net, Weights.names(self.caffemodel))
-        if self.stages.activations is not None:
-            net = with_quantizers(net, self.stages.activations.layers)
-        return net
+    def _read(self, stage: StageName) -> Model:
+        config, net = self.given.config, self.given.net
+        name = Files.of(config.name).of_stage.get(stage)
+        if name is not None:
+            path = config.output / name
+            if not path.exists():
+                raise InputError(
+                    f"{path}: the result of the {stage} stage is not there; run `labelfree quantize`"
+                )
+            weights = Weights.read(path)
+            return Model(with_alpha_terms(net, weights), weights, config.model.prototxt)
+        before = self.after("weights" if self.stages.renorm is None else "renorm")
+        layers = self.stages.activations.layers if self.stages.activations is not None else []
+        return replace(before, net=with_quantizers(before.net, layers))
 
     def prototxts(self, progress: Progress) -> dict[str, bytes]:
         """The texts of the prototxts by name."""
-        net, files = self.quantized_net(), Files.of(self.config.name)
-        shapes = input_shapes(self.config, self.net)
-        nets = {files.val: validation_prototxt(net, self.config, image_scores(self.net, shapes))}
+        given, net, files = self.given, self.final.net, Files.of(self.given.config.name)
+        shapes = input_shapes(given)
+        nets = {files.val: validation_prototxt(net, given, image_scores(given.net, shapes))}
         if shapes.keys() >= set(InferenceNet.of(net).inputs):
             nets[files.deploy] = deploy_prototxt(net, shapes)
         else:
@@ -60,22 +85,19 @@ class Results:
 
     def sizes(self) -> Sizes:
         """Bytes of the model: as given, as written, and packed at the bits chosen."""
-        layers = self.stages.weights.layers if self.stages.weights is not None else []
+        config, done = self.given.config, self.stages
+        layers = done.weights.layers if done.weights is not None else []
         packed = [Packed(layer.weights, layer.bits, layer.kernels) for layer in layers]
+        written = Files.of(config.name).of_stage["weights" if done.renorm is None else "renorm"]
         return Sizes(
-            model=self.config.model.weights.stat().st_size,
-            written=self.caffemodel.stat().st_size,
-            packed=packed_bytes(self._model(), packed),
+            model=config.model.weights.stat().st_size,
+            written=(config.output / written).stat().st_size,
+            packed=packed_bytes(self.final, packed),
         )
-
-    def _model(self) -> Model:
-        weights = Weights.read(self.caffemodel)
-        return Model(with_alpha_terms(self.net, weights), weights)
 
     def coverage(self) -> Coverage | None:
         """How much of the net's work is quantized; None where the shapes of inputs are not known."""
-        shapes = input_shapes(self.config, self.net)
-        test = InferenceNet.of(self.quantized_net())
+        shapes, test = input_shapes(self.given), self.final.inference
         if not shapes.keys() >= set(test.inputs):
             return None
         one = {blob: (1, *shape) for blob, shape in shapes.items()}

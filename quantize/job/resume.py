@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 from pydantic import BaseModel, JsonValue
 
 from quantize import __version__
-from quantize.caffenet import TEST, TRAIN, NetParameter
+from quantize.caffenet import TEST, TRAIN
 from quantize.errors import InputError
-from quantize.files import open_file
+from quantize.files import sha256
 from quantize.host import available_threads
-from quantize.job.feeds import effective_transform
+from quantize.job.feeds import calibration_phase, effective_transform, resizing, stage_images
+from quantize.job.given import Given
 from quantize.job.inputs import image_input
-from quantize.job.output import Files
 from quantize.record import STAGES, Dependencies, RunRecord, StageName
-from quantize.settings import Config
+from quantize.settings import MOVED, Config
 
-READ_BLOCK = 1 << 20
 LONGEST_SHOWN = 60
 
 
@@ -58,6 +58,7 @@ READ: Mapping[str, Mapping[StageName, When]] = {
     "version": EVERY,
     "model.prototxt": EVERY,
     "model.caffe_proto": EVERY,
+    "model.write": EVERY,
     "model.stages": EVERY,
     "model.level": EVERY,
     "model.weights": {"weights": ALWAYS, "renorm": PAIRED},
@@ -73,8 +74,6 @@ READ: Mapping[str, Mapping[StageName, When]] = {
     "renorm.statistics": {"weights": DATA_AWARE_OR_BUDGET, "renorm": ALWAYS},
     "renorm.images": {"renorm": ALWAYS},
     "renorm.bias_correction": {"renorm": PAIRED},
-    "renorm.augment": WITH_IMAGES,
-    "renorm.memory": {"weights": DATA_AWARE_OR_BUDGET, "renorm": ALWAYS},
     "activations.bits": ACTIVATIONS,
     "activations.levels": ACTIVATIONS,
     "activations.scope": ACTIVATIONS,
@@ -86,56 +85,39 @@ READ: Mapping[str, Mapping[StageName, When]] = {
     IMAGES_INPUT: WITH_IMAGES,
     "data.transform": WITH_IMAGES,
     "data.input_shape": WITH_IMAGES,
+    "data.augment": WITH_IMAGES,
     "data.seed": WITH_IMAGES,
     "engine": WITH_IMAGES,
     "caffe": WITH_IMAGES,
     "threads": WITH_IMAGES,
+    "memory": {"weights": DATA_AWARE_OR_BUDGET, "renorm": ALWAYS},
 }
 """Settings and files, and which stage's result depends on them. Memory and threads are among them because
 they decide in which order sums are added up: they change the last digits."""
 MODEL_FILES = ("model.prototxt", "model.caffe_proto", "model.weights")
-READ_BY_NO_STAGE = ("name", "output", "data.validation")
+READ_BY_NO_STAGE = ("name", "output", "data.validation", *(f"renorm.{name}" for name in MOVED))
+"""The last ones are read where they are now."""
 
 
-def model_hashes(config: Config) -> dict[str, str]:
-    """The sha256 of every file of the section ``model``, by its key there.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    model = config.model
-    paths = {"prototxt": model.prototxt, "weights": model.weights, "caffe_proto": model.caffe_proto}
-    return {key: sha256(path) for key, path in paths.items() if path is not None}
+def made_from(record: RunRecord, given: Given) -> bool:
+    """Whether the results that a record is about were made from a job's model."""
+    before, now = record.settings.model, given.config.model
+    return record.inputs == given.hashes and (before.stages, before.level) == (now.stages, now.level)
 
 
-def made_from(record: RunRecord, config: Config, inputs: Mapping[str, str]) -> bool:
-    """Whether results were made from the model that a configuration names.
-
-    Args:
-        record: of the results.
-        config: the settings.
-        inputs: the configuration's `model_hashes`.
-    """
-    before, now = record.settings.model, config.model
-    return record.inputs == inputs and (before.stages, before.level) == (now.stages, now.level)
-
-
-def dependencies(
-    config: Config, net: NetParameter, inputs: Mapping[str, str], stage: StageName
-) -> Dependencies:
+def dependencies(given: Given, stage: StageName, before: str | None = None) -> Dependencies:
     """What the result of a stage depends on, by `READ`: the settings' values and the files' hashes.
 
     Args:
-        config: the settings.
-        net: the net to quantize, with all its phases.
-        inputs: its `model_hashes`.
+        given: what the job starts from.
         stage: the stage.
+        before: sha256 of what the stage before has written; None: it has not run.
 
     Raises:
         InputError: a file cannot be read.
     """
-    read = [what for what, stages in READ.items() if stage in stages and stages[stage].holds(config)]
-    return {what: _value(config, net, inputs, stage, what) for what in read}
+    read = [what for what, stages in READ.items() if stage in stages and stages[stage].holds(given.config)]
+    return {what: before if what == STAGE_BEFORE else _value(given, stage, what) for what in read}
 
 
 def changes(before: Dependencies, now: Dependencies) -> list[str]:
@@ -154,24 +136,19 @@ def _change(before: JsonValue, now: JsonValue) -> str:
     return "was {}, is {}".format(*texts)
 
 
-def _value(
-    config: Config, net: NetParameter, inputs: Mapping[str, str], stage: StageName, what: str
-) -> JsonValue:
+def _value(given: Given, stage: StageName, what: str) -> JsonValue:
+    config = given.config
     if what == "version":
         return __version__
     if what in MODEL_FILES:
-        return inputs.get(what.removeprefix("model."))
-    if what == STAGE_BEFORE:
-        files = Files.of(config.name)
-        path = config.output / (files.quantized if stage == "renorm" else files.renorm)
-        return sha256(path) if path.exists() else None
+        return given.hashes.get(what.removeprefix("model."))
     if what == IMAGES_INPUT:
-        return image_input(config, net)
+        return image_input(given)
     setting: object = reduce(getattr, what.split("."), config)
     if what == "data.calibration":
-        return {"setting": _json(setting), "files": _fingerprint(config)}
+        return {"setting": _json(setting), "files": _fingerprint(given, stage)}
     if what == "data.transform":
-        return {"setting": _json(setting), "mean_file": _mean_files(config, net)}
+        return {"setting": _json(setting), "mean_file": _mean_files(given), "resized": _resized(given)}
     if what == "threads":
         return available_threads()
     if what == "engine":
@@ -194,40 +171,41 @@ def _json(setting: object) -> JsonValue:
     return setting
 
 
-def _mean_files(config: Config, net: NetParameter) -> JsonValue:
+def _mean_files(given: Given) -> JsonValue:
     """Hashes of the mean images that are subtracted, which the prototxt may name too."""
-    found = {effective_transform(net, phase, config).mean_file for phase in (TRAIN, TEST)}
-    return [sha256(path) for path in sorted(path for path in found if path is not None)]
+    found = {effective_transform(given, phase).mean_file for phase in (TRAIN, TEST)}
+    paths = sorted(path for path in found if path is not None)
+    return [given.once(path, partial(sha256, path)) for path in paths]
 
 
-def _fingerprint(config: Config) -> JsonValue:
-    """A hash of what identifies the calibration images: names, sizes and times of their files."""
-    if config.data.calibration is None:
+def _resized(given: Given) -> JsonValue:
+    """What image files are resized to where nobody has said it: a few of all files decide."""
+    calibration = given.config.data.calibration
+    if calibration is None or calibration.source is None:
         return None
-    calibration = config.data.calibration
-    paths = [path for path in (calibration.source, *calibration.inputs.values()) if isinstance(path, Path)]
+    transform = effective_transform(given, calibration_phase(given.config))
+    found = resizing(given, calibration.source, transform)
+    return found[1] if found is not None else None
+
+
+def _fingerprint(given: Given, stage: StageName) -> JsonValue:
+    """A hash of what identifies the images that a stage looks at: names, sizes and times of their files."""
+    calibration = given.config.data.calibration
+    if calibration is None:
+        return None
+    files: list[str] = []
+    if calibration.source is not None:
+        files += given.source(calibration.source).files(range(stage_images(given, stage)))
+    paths = [path for path in calibration.inputs.values() if isinstance(path, Path)]
     try:
-        entries = [entry for path in paths for entry in _identities(path)]
+        files += [str(file) for path in paths for file in _files_of_values(path)]
+        entries = [
+            (file, status.st_size, status.st_mtime_ns) for file in files for status in (os.stat(file),)
+        ]
     except OSError as error:
         raise InputError(f"{error.filename}: cannot read: {error.strerror}; check the path") from error
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def _identities(source: Path) -> Iterator[tuple[str, int, int]]:
-    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-        if path.name != "lock.mdb":
-            status = path.stat()
-            yield str(path), status.st_size, status.st_mtime_ns
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    with open_file(path, "file") as file:
-        while block := file.read(READ_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def _files_of_values(path: Path) -> list[Path]:
+    return sorted(path.rglob("*")) if path.is_dir() else [path]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantize.caffenet import NetParameter, Weights
-from quantize.caffenet.model import Model
 from quantize.errors import InputError
 from quantize.files import read_file
-from quantize.job.output import Files, OutputFolder
+from quantize.job.output import OutputFolder
+from quantize.job.results import Results
 from quantize.progress import Progress
 from quantize.record import RunRecord
 from quantize.report.page import render
-from quantize.settings import Config
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -53,40 +51,30 @@ def write_record(folder: OutputFolder, record: RunRecord) -> None:
     Raises:
         LabelfreeError: it could not be written.
     """
-    with folder.writing(REPORT) as file:
-        file.write(record.to_json(indent=1).encode() + b"\n")
+    folder.write(REPORT, record.to_json(indent=1).encode() + b"\n")
 
 
-def write_page(folder: OutputFolder, config: Config, net: NetParameter, record: RunRecord) -> None:
-    """Write report.html from a record and the caffemodels in the folder.
+def write_page(folder: OutputFolder, results: Results, record: RunRecord) -> None:
+    """Write report.html from a record and the models that it tells of.
 
     Args:
         folder: the folder.
-        config: the settings of the run.
-        net: the full-precision net, with all its phases.
+        results: the models.
         record: the content of report.json.
 
     Raises:
         InputError: a caffemodel cannot be read.
         LabelfreeError: the page could not be written.
     """
-    files = Files.of(config.name)
-    full = Model.of(net, config.model.weights, config.model.prototxt)
-    quantized = full.holding(Weights.read(folder.path / files.quantized))
-    renormed = None
-    if record.stages.renorm is not None:
-        renormed = full.holding(Weights.read(folder.path / files.renorm))
-    page = render(record, full, quantized, renormed)
-    with folder.writing(PAGE) as file:
-        file.write(page.encode())
+    renormed = results.after("renorm") if record.stages.renorm is not None else None
+    page = render(record, results.given.model, results.after("weights"), renormed)
+    folder.write(PAGE, page.encode())
 
 
-def show_page(
-    folder: OutputFolder, config: Config, net: NetParameter, record: RunRecord, progress: Progress
-) -> None:
+def show_page(folder: OutputFolder, results: Results, record: RunRecord, progress: Progress) -> None:
     """`write_page`; what goes wrong with it is said but does not undo the work that it shows."""
     try:
-        write_page(folder, config, net, record)
+        write_page(folder, results, record)
     except Exception as error:
         folder.remove(PAGE)
         progress.note(

@@ -11,6 +11,7 @@ from quantize.caffenet.model import Model
 from quantize.engines import engine_opener
 from quantize.errors import LabelfreeError
 from quantize.job.feeds import calibration_feed, calibration_images, effective_transform
+from quantize.job.given import Given
 from quantize.job.inputs import image_input, told_shapes
 from quantize.job.store import read_record
 from quantize.measure.transform_check import (
@@ -18,8 +19,8 @@ from quantize.measure.transform_check import (
     COLOR_CHANNELS,
     HOPELESS,
     SWAPPED,
+    Scaling,
     TransformCheck,
-    Values,
     check_transform,
 )
 from quantize.settings import Config, TransformKeys
@@ -28,12 +29,12 @@ ARITHMETIC = frozenset({"mean_value", "mean_file", "scale"})
 """What the statistics tell about; of cropping and resizing they tell next to nothing."""
 
 
-def transform_check(config: Config, model: Model, choose: bool = False) -> TransformCheck | None:
+def transform_check(given: Given, model: Model, choose: bool = False) -> TransformCheck | None:
     """Compare the calibration images, as the configuration transforms them, with the statistics of training.
 
     Args:
-        config: the settings.
-        model: in full precision.
+        given: what the job starts from.
+        model: the net in full precision.
         choose: try other transforms even where that one fits.
 
     Returns:
@@ -42,11 +43,12 @@ def transform_check(config: Config, model: Model, choose: bool = False) -> Trans
     Raises:
         LabelfreeError: an image cannot be read, or a layer in front of the BatchNorms cannot be run.
     """
+    config = given.config
     if config.data.calibration is None:
         return None
-    feed = calibration_feed(config, model.net, calibration_images(config))
+    feed = calibration_feed(given, calibration_images(given))
     open_engine = engine_opener(config.engine, config.caffe, config.threads)
-    others = values_of_prototxt(config, model.net)
+    others = values_of_prototxt(given)
     return check_transform(model, feed, open_engine, others, choose)
 
 
@@ -60,35 +62,36 @@ def has_data_layer(net: NetParameter) -> bool:
     return (data_layer(net, TRAIN) or data_layer(net, TEST)) is not None
 
 
-def values_of_prototxt(config: Config, net: NetParameter) -> list[Values]:
+def values_of_prototxt(job: Given) -> list[Scaling]:
     """What the prototxt says, where the configuration says something else; without mean images."""
+    config, net = job.config, job.net
     given = config.data.transform
     if not has_data_layer(net) or not ARITHMETIC & given.model_fields_set:
         return []
     geometry = TransformKeys.model_validate(given.model_dump(exclude_unset=True, exclude=set(ARITHMETIC)))
-    own = effective_transform(net, TRAIN, with_transform(config, geometry))
-    return [] if own.mean_file else [Values(own.mean_value, own.scale, about="as the prototxt says")]
+    own = effective_transform(job.with_config(with_transform(config, geometry)), TRAIN)
+    return [] if own.mean_file else [Scaling(own.mean_value, own.scale, about="as the prototxt says")]
 
 
-def with_chosen_transform(config: Config, model: Model) -> tuple[Config, str]:
+def with_chosen_transform(given: Given) -> tuple[Config, str]:
     """The configuration with the transform that fits the statistics of training, and why that one.
 
     What the prototxt says stays unless another transform fits clearly better. Where nothing can be checked,
     images of three channels get the mean that most published Caffe networks subtract.
     """
     try:
-        check = transform_check(config, model, choose=True)
+        check = transform_check(given, given.model, choose=True)
         unchecked = check.unchecked if check is not None else "there are no calibration images"
     except LabelfreeError as error:
         check, unchecked = None, str(error)
-    net = model.net
+    config, net = given.config, given.net
     if has_data_layer(net) and not (check and check.better):
         return config, f"as the prototxt says; {check.finding if check else unchecked}"
     if check is None or check.given is None:
-        shape = told_shapes(config, net).get(image_input(config, net) or "")
+        shape = told_shapes(given).get(image_input(given) or "")
         color = shape is not None and shape[0] == COLOR_CHANNELS
         why = f"that is usual, and cannot be checked: {unchecked}"
-        return _with_values(config, COLOR[0] if color else Values(), why)
+        return _with_values(config, COLOR[0] if color else Scaling(), why)
     first, *others = check.best
     assert first.values is not None
     seen = f"{first.figures} those stored in {check.where}"
@@ -117,7 +120,7 @@ def with_reported_transform(config: Config) -> Config:
     )
 
 
-def _with_values(config: Config, values: Values, why: str) -> tuple[Config, str]:
+def _with_values(config: Config, values: Scaling, why: str) -> tuple[Config, str]:
     """The configuration with these values in its transform."""
     given = config.data.transform.model_dump(exclude_unset=True, exclude=set(ARITHMETIC))
     keys = {**given, "mean_value": list(values.mean), "scale": values.scale}

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from quantize.arrays import FLOAT_BYTES, FloatArray, Shape
 from quantize.caffenet.model import Model
 from quantize.data.feed import Feed
 from quantize.engines.base import Engine, OpenEngine, Range
+from quantize.engines.exported import ExportedFile
 from quantize.errors import InputError, LabelfreeError
 from quantize.measure.accuracy import Rights, right_top_k
 from quantize.measure.closeness import Sums, scores_by_place
@@ -35,6 +36,7 @@ def evaluate(
     feed: Feed,
     open_engine: OpenEngine,
     progress: Progress = SILENT,
+    exported: Mapping[str, ExportedFile] | None = None,
 ) -> Evaluation:
     """Run models over the same images.
 
@@ -45,6 +47,7 @@ def evaluate(
         outputs: of full precision (`measure.outputs.net_outputs`).
         feed: images transformed for the TEST phase.
         open_engine: opens a net for running.
+        exported: by name files made from the nets, opened with an output for each of ``outputs``.
 
     Raises:
         InputError: a label does not fit the number of classes, or the nets' outputs do not fit each other.
@@ -55,6 +58,8 @@ def evaluate(
             name: _Opened.of(candidate, outputs, feed, open_engine, stack)
             for name, candidate in candidates.items()
         }
+        for name, file in (exported or {}).items():
+            opened[name] = replace(opened[FULL], runner=file, names=list(file.outputs))
         return _Comparison.of(opened, outputs).over(feed, progress)
 
 

@@ -14,6 +14,7 @@ from quantize.caffenet import (
     NetParameter,
     filter_net,
     is_measure,
+    unused_name,
 )
 from quantize.errors import InputError
 
@@ -53,21 +54,24 @@ class Output:
 def net_outputs(net: NetParameter) -> list[Output]:
     """The outputs of a net in the TEST phase, in network order.
 
-    Those are the tops that no layer reads, and what losses and Accuracy layers compare with labels. Class
-    scores are what a Softmax, an Accuracy or a softmax loss reads, and the output of a net that has but one
-    where an InnerProduct makes it. The main ones are the last that an Accuracy reads, else the last that a
-    softmax loss reads (auxiliary classifiers come before the real one), else the only ones.
+    Those are the tops that no layer reads which is run (see `InferenceNet`), and what losses and Accuracy
+    layers compare with labels. Class scores are what a Softmax, an Accuracy or a softmax loss reads, and the
+    output of a net that has but one where an InnerProduct makes it. The main ones are the last that an
+    Accuracy reads, else the last that a softmax loss reads (auxiliary classifiers come before the real one),
+    else the only ones.
 
     Args:
         net: with all its phases.
     """
     graph = NetGraph(filter_net(net, TEST))
-    made = NetGraph(InferenceNet.of(graph.net).net).makers
+    test = InferenceNet.of(graph.net)
+    made = NetGraph(test.net).makers
     measures = [layer for layer in graph.net.layer if is_measure(layer)]
+    read = {blob for bottom, blob in graph.read.items() if bottom.layer not in test.trailing}
     compared = {bottom for layer in measures for bottom in layer.bottom}
     axes: dict[str, int | None] = {}
     for blob, maker in made.items():
-        if not graph.readers_of(blob) or blob in compared:
+        if blob not in read or blob in compared:
             is_softmax = maker.type == "Softmax" and maker.bottom[0] in made
             axes[maker.bottom[0] if is_softmax else blob] = maker.softmax_param.axis if is_softmax else None
     main = None
@@ -144,8 +148,7 @@ def tapped(net: NetParameter, outputs: Sequence[Output]) -> tuple[NetParameter, 
     for output in outputs:
         name = output.blob
         if output.before is not None:
-            while name in taken:
-                name += "'"
+            name = unused_name(name, taken)
             overwriters = [i for i, layer in enumerate(copy.layer) if layer.name == output.before]
             if not overwriters:
                 raise InputError(f"the net has no layer {output.before!r} any more; quantize again")

@@ -27,7 +27,7 @@ from quantize.caffenet import (
     stored_statistics,
 )
 from quantize.caffenet.model import Model
-from quantize.caffenet.norms import NORM_BLOBS
+from quantize.caffenet.norms import epsilon, norm_places
 from quantize.data.feed import Feed, thinned
 from quantize.data.loader import Images
 from quantize.engines.base import Engine, OpenEngine
@@ -59,7 +59,7 @@ SWAPPED = (
 
 
 @dataclass(frozen=True)
-class Values:
+class Scaling:
     """What a transform makes of the values of pixels: (pixel - mean) * scale.
 
     Attributes:
@@ -95,33 +95,33 @@ def _scale_text(scale: float) -> str:
 IMAGENET = "ImageNet's; one scale for its three deviations"
 """They are 57.4, 57.1 and 58.4 in blue, green and red; Caffe's transform has one scale, here 1 / 57.6."""
 COLOR = (
-    Values((104, 117, 123)),
-    Values(),
-    Values((127.5,), 1 / 127.5),
-    Values((), 1 / 255),
-    Values((103.53, 116.28, 123.675), 0.01735, about=IMAGENET),
-    Values((103.94, 116.78, 123.68), 0.017),
-    Values((128,), 1 / 128),
-    Values((127.5,)),
-    Values((103.53, 116.28, 123.675), 1 / 255),
-    Values((123, 117, 104)),
-    Values((123.675, 116.28, 103.53), 0.01735, about=IMAGENET),
-    Values((123.675, 116.28, 103.53), 1 / 255),
+    Scaling((104, 117, 123)),
+    Scaling(),
+    Scaling((127.5,), 1 / 127.5),
+    Scaling((), 1 / 255),
+    Scaling((103.53, 116.28, 123.675), 0.01735, about=IMAGENET),
+    Scaling((103.94, 116.78, 123.68), 0.017),
+    Scaling((128,), 1 / 128),
+    Scaling((127.5,)),
+    Scaling((103.53, 116.28, 123.675), 1 / 255),
+    Scaling((123, 117, 104)),
+    Scaling((123.675, 116.28, 103.53), 0.01735, about=IMAGENET),
+    Scaling((123.675, 116.28, 103.53), 1 / 255),
 )
 OTHER = (
-    Values(),
-    Values((), 1 / 255),
-    Values((127.5,), 1 / 127.5),
-    Values((128,), 1 / 128),
-    Values((127.5,)),
-    Values((33.32,), 1 / 78.5, about="MNIST's"),
+    Scaling(),
+    Scaling((), 1 / 255),
+    Scaling((127.5,), 1 / 127.5),
+    Scaling((128,), 1 / 128),
+    Scaling((127.5,)),
+    Scaling((33.32,), 1 / 78.5, about="MNIST's"),
 )
 """What published nets do with images of three channels and with others, the most usual first: of two that fit
 equally well the first is taken."""
 
 
 @dataclass(frozen=True)
-class Fit:
+class Match:
     """How what BatchNorms see with one transform compares with what they stored in training.
 
     Attributes:
@@ -134,7 +134,7 @@ class Fit:
     """
 
     transform: str
-    values: Values | None
+    values: Scaling | None
     mean_shift: float
     variance_ratio: float
     misfit: float
@@ -170,12 +170,12 @@ class TransformCheck:
 
     layers: list[str]
     images: int
-    given: Fit | None
-    tried: list[Fit]
+    given: Match | None
+    tried: list[Match]
     unchecked: str = ""
 
     @property
-    def best(self) -> list[Fit]:
+    def best(self) -> list[Match]:
         """Those of the transforms tried that fit best, equally well but for chance, the most usual first.
 
         One with swapped channels is among them only where no other fits as well.
@@ -185,7 +185,7 @@ class TransformCheck:
         return [fit for fit in near if not (fit.values and fit.values.swapped)] or near
 
     @property
-    def better(self) -> list[Fit]:
+    def better(self) -> list[Match]:
         """Those of `best` that fit, and clearly better than the given transform, if that does not."""
         if self.given is None or self.given.misfit <= DOUBTFUL:
             return []
@@ -252,7 +252,7 @@ def check_transform(
     model: Model,
     feed: Feed,
     open_engine: OpenEngine,
-    others: Sequence[Values] = (),
+    others: Sequence[Scaling] = (),
     choose: bool = False,
 ) -> TransformCheck:
     """Compare what the first BatchNorms see with what they stored.
@@ -293,7 +293,7 @@ def first_norms(net: NetParameter) -> list[LayerParameter]:
     Args:
         net: with every blob name assigned once.
     """
-    norms = [layer for layer in net.layer if layer.type == "BatchNorm"]
+    norms = [layer for layer in net.layer if norm_places(layer) is not None]
     normed = {layer.name for layer in dependent_layers(net.layer, [norm.top[0] for norm in norms])}
     return [norm for norm in norms if norm.name not in normed]
 
@@ -314,13 +314,13 @@ class _Norm:
 
         That is where its third blob is 0, and where all means are 0 and all variances equal: as it was made.
         """
-        if layer.name not in weights or len(weights[layer.name]) != NORM_BLOBS:
+        places = norm_places(layer)
+        if places is None or layer.name not in weights or len(weights[layer.name]) != places.blobs:
             return None
-        mean, variance = stored_statistics(weights[layer.name])
+        mean, variance = stored_statistics(weights[layer.name], places)
         if not variance.any() or (not mean.any() and np.ptp(variance) == 0):
             return None
-        eps = layer.batch_norm_param.eps
-        return cls(layer.name, layer.bottom[0], mean, np.maximum(variance, 0), eps)
+        return cls(layer.name, layer.bottom[0], mean, np.maximum(variance, 0), epsilon(layer))
 
 
 class _Probe:
@@ -339,16 +339,16 @@ class _Probe:
         bottoms = list(dict.fromkeys(norm.bottom for norm in norms))
         self._range = engine.compile(0, len(engine.net.layer), [], bottoms)
 
-    def given(self) -> Fit:
+    def given(self) -> Match:
         """The fit of the images as they come."""
         transform = self._images.transform
-        values = Values(transform.mean_value, transform.scale)
+        values = Scaling(transform.mean_value, transform.scale)
         feeds = (batch.feeds for batch in self.feed.batches(self._batch))
         if transform.mean_file is None:
             return self._fit(str(values), values, feeds)
         return self._fit(f"mean file {transform.mean_file.name}, {_scale_text(transform.scale)}", None, feeds)
 
-    def others(self, first: Sequence[Values]) -> list[Fit]:
+    def others(self, first: Sequence[Scaling]) -> list[Match]:
         """The fits of some transforms and of the usual ones; with swapped channels if none of them fits."""
         few = self._images
         plain = replace(few.transform, mean_value=(), mean_file=None, scale=1.0)
@@ -362,7 +362,7 @@ class _Probe:
             fits += [self._transformed(replace(values, swapped=True), pixels) for values in transforms]
         return fits
 
-    def _transformed(self, values: Values, pixels: Iterable[Mapping[str, FloatArray]]) -> Fit:
+    def _transformed(self, values: Scaling, pixels: Iterable[Mapping[str, FloatArray]]) -> Match:
         mean = np.array(values.mean or (0.0,), np.float32).reshape(-1, 1, 1)
         order = slice(None, None, -1) if values.swapped else slice(None)
         scale = np.float32(values.scale)
@@ -372,7 +372,7 @@ class _Probe:
         )
         return self._fit(str(values), values, made)
 
-    def _fit(self, text: str, values: Values | None, fed: Iterable[Mapping[str, FloatArray]]) -> Fit:
+    def _fit(self, text: str, values: Scaling | None, fed: Iterable[Mapping[str, FloatArray]]) -> Match:
         """Run batches and compare the statistics of all channels with the stored ones."""
         batches = [
             self._range.run({name: feeds[name] for name in self._range.inputs}).moments for feeds in fed
@@ -387,4 +387,4 @@ class _Probe:
         with np.errstate(all="ignore"):  # a senseless transform may overflow
             divergence = (ratio + shift**2 - 1 - np.log(ratio)) / 2
             figures = [np.sqrt(np.mean(shift**2)), np.exp(np.mean(np.log(ratio))), np.mean(divergence)]
-        return Fit(text, values, *(float(np.nan_to_num(f, nan=1e30, posinf=1e30)) for f in figures))
+        return Match(text, values, *(float(np.nan_to_num(f, nan=1e30, posinf=1e30)) for f in figures))

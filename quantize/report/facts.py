@@ -11,6 +11,7 @@ from quantize.arrays import Floats
 from quantize.caffenet import LayerParameter, NetGraph, NetParameter, stored_statistics
 from quantize.caffenet.kernels import to_kernels
 from quantize.caffenet.model import Model
+from quantize.caffenet.norms import places_of
 from quantize.caffenet.quantized import alpha_of
 from quantize.caffenet.traits import Trait, traits_of
 from quantize.numerics.grids import make_grid
@@ -128,6 +129,8 @@ class NormPlot:
         return int((self.new_variance <= DEAD_VARIANCE * typical).sum()) if typical > 0 else 0
 
 
-def norm_plot(name: str, before: Model, after: Model) -> NormPlot:
+def norm_plot(layer: LayerParameter, before: Model, after: Model) -> NormPlot:
     """The statistics of a BatchNorm layer in two versions of a model."""
-    return NormPlot(name, *stored_statistics(before.weights[name]), *stored_statistics(after.weights[name]))
+    places = places_of(layer)
+    old, new = (stored_statistics(model.weights[layer.name], places) for model in (before, after))
+    return NormPlot(layer.name, *old, *new)

@@ -46,7 +46,8 @@ def render(record: RunRecord, full: Model, quantized: Model, renormed: Model | N
 
     rows = rows_of(record, full.inference.net)
     shifts = record.stages.renorm.layers if record.stages.renorm else []
-    norms = [norm_plot(shift.name, quantized, renormed) for shift in shifts if renormed is not None]
+    layers = {layer.name: layer for layer in full.inference.net.layer}
+    norms = [norm_plot(layers[shift.name], quantized, renormed) for shift in shifts if renormed is not None]
     moved = max(shifts, key=lambda shift: shift.mean_shift).name if shifts else None
     script = files("quantize.report").joinpath("sort.js").read_text(encoding="utf-8")
     environment = Environment(
@@ -56,7 +57,7 @@ def render(record: RunRecord, full: Model, quantized: Model, renormed: Model | N
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"db": decibels, "percent": percent, "size": size, "number": number}
+    environment.filters |= {"db": decibels_text, "percent": percent, "size": size, "number": number}
     pictures = {
         "depth": [plots.depth_plot(rows)] if any(row.weights for row in rows) else [],
         "weights": _weight_plots(rows, full, quantized),
@@ -98,7 +99,7 @@ def _activation_plots(record: RunRecord) -> list[str]:
     return [plots.activation_histogram(layer) for layer in seen[:SMALL_MULTIPLES]]
 
 
-def decibels(value: float | None) -> str:
+def decibels_text(value: float | None) -> str:
     """A ratio in decibels; a dash where there is none."""
     return "–" if value is None else f"{value:.1f}"
 

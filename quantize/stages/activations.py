@@ -18,7 +18,7 @@ from itertools import cycle
 import numpy as np
 
 from quantize.arrays import FLOAT_BYTES, FloatArray
-from quantize.caffenet import NetParameter, Weights, single_assignment
+from quantize.caffenet import NetParameter, Weights, names_in, single_assignment
 from quantize.caffenet.model import Model
 from quantize.caffenet.quantized import alpha_terms
 from quantize.caffenet.quantizers import MOST_SIGNED_LEVELS, with_quantizers
@@ -64,8 +64,7 @@ def activations_quan(
         LabelfreeError: a value is NaN or infinite.
     """
     test = model.inference
-    taken = [name for layer in model.net.layer for name in (layer.name, *layer.bottom, *layer.top)]
-    sites = find_sites(test.net, list(feed.shapes), alpha_terms(test.net), settings, taken)
+    sites = find_sites(test.net, list(feed.shapes), alpha_terms(test.net), settings, names_in(model.net))
     found = fit_steps(model, feed, sites, settings, open_engine, progress)
     full = model.full or (None if model.is_quantized else model)
     return replace(model, net=with_quantizers(model.net, found), full=full), found

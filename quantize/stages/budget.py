@@ -40,7 +40,7 @@ from quantize.numerics.solvers import fit
 from quantize.progress import SILENT, Progress
 from quantize.record import Budget
 from quantize.settings import GRID_BITS, GridChoice, WeightSettings
-from quantize.stages.data_aware import Calibration
+from quantize.stages.data_aware import CalibrationSweep
 from quantize.stages.renorm import only_normalized, variance_ratio
 from quantize.stages.weights import choices, free_layers
 from quantize.sweep.plan import Costs, Step, micro_batch_size
@@ -64,7 +64,7 @@ Sensitivities = dict[str, dict[int, float]]
 def keep_budget(
     model: Model,
     settings: WeightSettings,
-    calibration: Calibration,
+    calibration: CalibrationSweep,
     scores: Output,
     progress: Progress = SILENT,
 ) -> tuple[dict[str, GridChoice], Budget]:
@@ -181,7 +181,7 @@ def sensitivities(
     model: Model,
     layers: Sequence[str],
     grid: str,
-    calibration: Calibration,
+    calibration: CalibrationSweep,
     scores: Output,
     progress: Progress = SILENT,
     work: float = WORK,

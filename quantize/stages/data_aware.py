@@ -20,6 +20,7 @@ from quantize.arrays import FloatArray, Floats
 from quantize.caffenet import LayerParameter, NetParameter, Weights, single_assignment, users
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.caffenet.model import Model
+from quantize.caffenet.norms import norm_places
 from quantize.caffenet.patches import Patches
 from quantize.data.feed import Feed
 from quantize.engines.base import Engine, OpenEngine
@@ -46,7 +47,7 @@ MAX_COLUMNS = 7168
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationSweep:
     """Images for the stage weights, and how they are run through a net.
 
     Attributes:
@@ -84,7 +85,7 @@ class DataAwareFit:
 def data_aware(
     model: Model,
     chosen: Mapping[str, GridChoice],
-    calibration: Calibration,
+    calibration: CalibrationSweep,
     progress: Progress = SILENT,
 ) -> dict[str, DataAwareFit]:
     """Quantize the layers in ``chosen``.
@@ -185,14 +186,14 @@ class _Tour:
     stops: list[_Stop]
 
     @classmethod
-    def of(cls, model: Model, calibration: Calibration, chosen: Collection[str]) -> _Tour:
+    def of(cls, model: Model, calibration: CalibrationSweep, chosen: Collection[str]) -> _Tour:
         """For a model, its images and the layers to quantize."""
         inputs = list(calibration.feed.shapes)
         net = single_assignment(model.inference.net)
         same = users(net)
         uses = {name: same.get(name, [name]) for name in chosen}
         names = {use for each in uses.values() for use in each}
-        ordered, cuts = depth_order(net, lambda layer: layer.type == "BatchNorm" or layer.name in names)
+        ordered, cuts = depth_order(net, lambda layer: norm_places(layer) is not None or layer.name in names)
         groups = [list(ordered.layer[start:stop]) for start, stop in pairwise([0, *cuts])]
         while groups and not any(layer.name in names for layer in groups[-1]):
             groups.pop()
@@ -207,16 +208,17 @@ class _Tour:
             # Layers that share weights are quantized when the last of them has seen its input.
             ready = [name for name, each in uses.items() if all(use in passed for use in each)]
             rounded = [[passed[use] for use in uses.pop(name)] for name in ready]
-            norms = [_norm(layer, paired) for layer in behind if layer.type == "BatchNorm"]
+            norms = [
+                _norm(layer, model.weights, paired) for layer in behind if norm_places(layer) is not None
+            ]
             stops.append(_Stop(len(layers), seen, rounded, norms))
         return cls(ordered, of_layers(ordered, layers), stops)
 
 
-def _norm(layer: LayerParameter, full: Weights | None) -> renorm.Norm:
+def _norm(layer: LayerParameter, weights: Weights, full: Weights | None) -> renorm.Norm:
     """A BatchNorm, its statistics paired with full precision's where the blobs of that are given."""
-    bottom = layer.bottom[0]
-    reference = renorm.Reference.of(layer, beside(bottom), full) if full is not None else None
-    return renorm.Norm(layer.name, bottom, reference)
+    reference = renorm.Reference.of(layer, beside(layer.bottom[0]), full) if full is not None else None
+    return renorm.Norm.of(layer, weights, reference)
 
 
 def _add(sums: Mapping[str, LayerMoments], seed: int, images: range, blobs: Mapping[str, FloatArray]) -> None:

@@ -9,7 +9,7 @@ all images in training mode. Every other layer behaves as in the TEST phase.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -24,17 +24,15 @@ from quantize.caffenet import (
     LayerParameter,
     NetParameter,
     Weights,
-    check_weights,
     foreign_field_text,
     foreign_fields,
-    infer_shapes,
-    known_part,
     needed_layers,
     single_assignment,
     stored_statistics,
     users,
 )
 from quantize.caffenet.model import Model
+from quantize.caffenet.norms import NormPlaces, epsilon, norm_places, places_of, with_statistics
 from quantize.caffenet.quantized import alpha_terms, correctable
 from quantize.data.feed import Feed
 from quantize.engines.base import OpenEngine
@@ -94,7 +92,7 @@ def renorm(
             "renorm: paired statistics need the model in full precision, which the files of a quantized one "
             "do not hold: give full=Model.load(...), or settings={'statistics': 'measured'}"
         )
-    net, weights = model.inference.net, model.weights
+    net = model.inference.net
     corrected = full is not None and settings.bias_correction and model.solver != "data_aware"
     biases = correctable(net) if corrected else NO_BIASES
     if full is not None and settings.bias_correction and (moved := uncorrectable(net)):
@@ -103,15 +101,13 @@ def renorm(
             f"renorm: the mean of what {shown} puts out is not kept: no BatchNorm follows, and there is no "
             "bias of its own to correct"
         )
-    if not biases and not any(layer.type == "BatchNorm" for layer in net.layer):
+    if not biases and not any(map(norm_places, net.layer)):
         return done, []
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
-        if layer.type == "BatchNorm" and foreign is not None:
+        if norm_places(layer) is not None and foreign is not None:
             raise InputError(f"layer {layer.name!r} ({layer.type}): {foreign_field_text(foreign)}")
-    known = known_part(net, feed.shapes)
-    check_weights(
-        known, weights, infer_shapes(known, {name: (1, *shape) for name, shape in feed.shapes.items()})
-    )
+    model = model.checked(feed.shapes)
+    weights = model.weights
     tour = Tour.of(model, full, list(feed.shapes), biases)
     found: dict[str, Statistics | Correction] = {}
     with names_of_one_net(), closing(open_engine(tour.net, tour.weights, feed.shapes)) as engine:
@@ -132,7 +128,7 @@ def renorm(
     for layer in net.layer:
         repaired = found.get(layer.name)
         if isinstance(repaired, Statistics):
-            shifts.append(_shift(layer.name, weights, repaired))
+            shifts.append(_shift(weights, repaired))
             changed.replace(layer.name, repaired.stored)
         elif repaired is not None:
             repaired.write(changed)
@@ -157,8 +153,8 @@ class Reference:
     @classmethod
     def of(cls, layer: LayerParameter, bottom: str, weights: Weights) -> Reference:
         """For a layer, what it reads in full precision, and the blobs of full precision."""
-        mean, variance = stored_statistics(weights[layer.name])
-        return cls(bottom, mean, variance, layer.batch_norm_param.eps)
+        mean, variance = stored_statistics(weights[layer.name], places_of(layer))
+        return cls(bottom, mean, variance, epsilon(layer))
 
     def paired(self, full: Moments, seen: Moments) -> tuple[Floats, Floats]:
         """Mean and variance with which the channels normalise to what they do in full precision.
@@ -185,13 +181,23 @@ class Norm:
 
     Attributes:
         name: the layer.
+        places: where its blobs keep the statistics.
+        blobs: those.
         bottom: the blob that it takes its statistics from.
         reference: full precision there; None: the statistics are those of the batch.
     """
 
     name: str
+    places: NormPlaces
+    blobs: Sequence[FloatArray]
     bottom: str
     reference: Reference | None = None
+
+    @classmethod
+    def of(cls, layer: LayerParameter, weights: Weights, reference: Reference | None = None) -> Norm:
+        """For a layer, and its blobs as far as they are known (before anything is measured)."""
+        blobs = list(weights[layer.name]) if layer.name in weights else []
+        return cls(layer.name, places_of(layer), blobs, layer.bottom[0], reference)
 
     @property
     def full(self) -> str | None:
@@ -212,7 +218,7 @@ class Norm:
             else:
                 mean, variance = self.reference.paired(moments[self.reference.bottom], seen)
                 unbiased = variance
-            new = Statistics(mean, variance, unbiased, seen.count, int(constant(seen).sum()))
+            new = Statistics(self, mean, variance, unbiased, seen.count, int(constant(seen).sum()))
             if not all(np.isfinite(blob).all() for blob in (*new.blobs, *new.stored)):
                 raise LabelfreeError(
                     f"layer {self.name}: its input has statistics that are not finite; "
@@ -298,6 +304,7 @@ class Statistics:
     """What is found for one BatchNorm.
 
     Attributes:
+        norm: the layer.
         mean: float64 (channels,).
         variance: float64 (channels,): of the values seen.
         unbiased: float64 (channels,): the variance that is stored.
@@ -305,6 +312,7 @@ class Statistics:
         dead: number of channels that have one value for all images.
     """
 
+    norm: Norm
     mean: Floats
     variance: Floats
     unbiased: Floats
@@ -314,12 +322,12 @@ class Statistics:
     @property
     def blobs(self) -> list[FloatArray]:
         """What the layers behind are run with: the statistics of the batch."""
-        return _blobs(self.mean, self.variance)
+        return with_statistics(self.norm.blobs, self.norm.places, self.mean, self.variance)
 
     @property
     def stored(self) -> list[FloatArray]:
         """What is written."""
-        return _blobs(self.mean, self.unbiased)
+        return with_statistics(self.norm.blobs, self.norm.places, self.mean, self.unbiased)
 
 
 def measured(repairs: Iterable[Norm | Bias]) -> tuple[str, ...]:
@@ -431,14 +439,14 @@ def _front(
         flat: the net being quantized.
         weights: its blobs.
     """
-    norms = {layer.name: layer for layer in flat.layer if layer.type == "BatchNorm"}
+    norms = {layer.name: layer for layer in flat.layer if norm_places(layer) is not None}
     if full is None:
-        return [], {name: Norm(name, layer.bottom[0]) for name, layer in norms.items()}
+        return [], {name: Norm.of(layer, weights) for name, layer in norms.items()}
     layers = single_assignment(full.inference.net).layer
     bottoms = {layer.name: layer.bottom[0] for layer in layers if layer.name in norms}
     tops = {layer.name: layer.top[0] for layer in layers if layer.name in biases}
     repairs: dict[str, Norm | Bias] = {
-        name: Norm(name, layer.bottom[0], Reference.of(layer, beside(bottoms[name]), full.weights))
+        name: Norm.of(layer, weights, Reference.of(layer, beside(bottoms[name]), full.weights))
         for name, layer in norms.items()
     }
     scales = {layer.name: layer for layer in flat.layer}
@@ -467,16 +475,13 @@ def only_normalized(net: NetParameter, blob: str) -> bool:
     Args:
         net: with every blob name assigned once.
     """
-    readers = [layer.type for layer in net.layer if blob in layer.bottom]
-    return bool(readers) and all(reader == "BatchNorm" for reader in readers)
+    readers = [layer for layer in net.layer if blob in layer.bottom]
+    return bool(readers) and all(norm_places(reader) is not None for reader in readers)
 
 
-def _blobs(mean: Floats, variance: Floats) -> list[FloatArray]:
-    return [mean.astype(np.float32), variance.astype(np.float32), np.ones(1, np.float32)]
-
-
-def _shift(name: str, weights: Weights, found: Statistics) -> BatchNormShift:
-    mean, variance = stored_statistics(weights[name])
+def _shift(weights: Weights, found: Statistics) -> BatchNormShift:
+    name = found.norm.name
+    mean, variance = stored_statistics(weights[name], found.norm.places)
     alive = (variance > 0) & (found.unbiased > 0)
     deviations = (found.mean - mean)[alive] / np.sqrt(variance[alive])
     logs = np.log(found.unbiased[alive] / variance[alive])

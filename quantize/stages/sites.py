@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from quantize.caffenet import LayerParameter, NetGraph, NetParameter, dependent_layers, foreign_fields
+from quantize.caffenet import (
+    LayerParameter,
+    NetGraph,
+    NetParameter,
+    dependent_layers,
+    foreign_fields,
+    names_in,
+    unused_name,
+)
 from quantize.caffenet.graph import Bottom
 from quantize.caffenet.traits import passed_on
 from quantize.record import Reader
@@ -70,8 +78,7 @@ def find_sites(
         readers_of = search.activations()
     else:
         readers_of = search.inputs_of(set(quantized), settings.sums, settings.input)
-    names = {name for layer in net.layer for name in (layer.name, *layer.bottom, *layer.top)}
-    names.update(taken)
+    names = {*names_in(net), *taken}
     return [search.site(blob, readers, names) for blob, readers in readers_of.items()]
 
 
@@ -91,11 +98,7 @@ class _Search:
         maker = self.graph.makers.get(blob)
         if maker is not None and self._is_relu(blob):
             return Site(maker.name, blob, maker.name)
-        name = stem = f"{self.graph.given_names[blob]}_quantized"
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{stem}_{number}"
+        name = unused_name(f"{self.graph.given_names[blob]}_quantized", names)
         names.add(name)
         return Site(
             name, blob, maker.name if maker is not None else blob, tuple(Reader(*each) for each in readers)
@@ -171,4 +174,7 @@ def _clips_from_zero(layer: LayerParameter) -> bool:
 
 
 def _is_sum(layer: LayerParameter) -> bool:
+    """Whether the layer adds values: those of several blobs, or of a window."""
+    if layer.type == "Pooling":
+        return layer.pooling_param.pool == layer.pooling_param.AVE
     return layer.type == "Eltwise" and layer.eltwise_param.operation == layer.eltwise_param.SUM

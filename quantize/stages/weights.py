@@ -40,7 +40,7 @@ from quantize.numerics.solvers import Solver, fit
 from quantize.progress import SILENT, Progress
 from quantize.record import QuantizedLayer
 from quantize.settings import GridChoice, LayerChoice, SolverName, WeightSettings
-from quantize.stages.data_aware import Calibration, DataAwareFit, data_aware
+from quantize.stages.data_aware import CalibrationSweep, DataAwareFit, data_aware
 
 
 def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice]:
@@ -237,7 +237,7 @@ def weights_quan(
     chosen: Mapping[str, GridChoice],
     solver: SolverName,
     progress: Progress = SILENT,
-    calibration: Calibration | None = None,
+    calibration: CalibrationSweep | None = None,
 ) -> tuple[Model, list[QuantizedLayer]]:
     """Quantize the weights of the layers in ``chosen``.
 

@@ -8,7 +8,7 @@ from bisect import bisect
 
 import numpy as np
 
-from quantize.arrays import FLOAT_BYTES, FloatArray
+from quantize.arrays import FLOAT_BYTES, FloatArray, Shape
 from quantize.sweep.plan import aligned
 
 GAPS = 4
@@ -34,7 +34,7 @@ class Arena:
         self._free = [(0, size)]
         """Start and end of the free places, in order; no two are adjacent."""
 
-    def take(self, shape: tuple[int, ...]) -> FloatArray:
+    def take(self, shape: Shape) -> FloatArray:
         """An array with any content; outside of the arena should all gaps be too small."""
         size = FLOAT_BYTES * math.prod(shape)
         for index, (start, end) in enumerate(self._free):

@@ -17,6 +17,8 @@ from quantize.caffenet import (
     Weights,
     foreign_fields,
     layer_index,
+    names_in,
+    unused_name,
 )
 from quantize.caffenet.shape_rules import ShapeError, height_and_width
 from quantize.caffenet.traits import Trait, traits_of
@@ -96,7 +98,7 @@ def _move(net: NetParameter, weights: Weights, pool: str, chain: list[str]) -> N
     if (signs >= 0).all():
         net.layer.insert(place, moved)
         return
-    flip, back = (_unused(net, f"{pool}_{kind}") for kind in ("signs", "signs_back"))
+    flip, back = (unused_name(f"{pool}_{kind}", names_in(net)) for kind in ("signs", "signs_back"))
     moved.bottom[0], moved.top[0] = flip, back
     around = [
         LayerParameter(name=flip, type="Scale", bottom=[before], top=[flip]),
@@ -107,11 +109,3 @@ def _move(net: NetParameter, weights: Weights, pool: str, chain: list[str]) -> N
         net.layer.insert(place + offset, layer)
         if layer is not moved:
             weights.add(layer, [np.where(signs < 0, -1, 1).astype(np.float32)])
-
-
-def _unused(net: NetParameter, name: str) -> str:
-    """``name``, made unlike the names of all layers and blobs."""
-    taken = {used for layer in net.layer for used in (layer.name, *layer.bottom, *layer.top)}
-    while name in taken:
-        name += "_"
-    return name

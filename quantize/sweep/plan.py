@@ -215,7 +215,7 @@ def micro_batch_size(widest: int, images: int, memory: int | None) -> int:
     """
     if memory is not None and widest > memory:
         raise InputError(
-            f"renorm.memory: {memory} bytes is too small for even one image of this net; "
+            f"memory: {memory} bytes is too small for even one image of this net; "
             f"the least that would do is {widest} bytes ({-(-widest // (1 << 20))}MiB)"
         )
     allowed = MICRO_BATCH_BYTES if memory is None else min(MICRO_BATCH_BYTES, memory // 4)

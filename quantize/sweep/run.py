@@ -112,7 +112,7 @@ class Shard:
         images = len(self.feed)
         enough = plan(self.costs, self.steps, images, None).kept_bytes * RESERVE // (RESERVE - 1) + 1
         return (
-            f"with renorm.memory {mebibytes(self.memory)} this takes {times:.1f} times the work of one pass, "
+            f"with memory {mebibytes(self.memory)} this takes {times:.1f} times the work of one pass, "
             f"for what is kept of {images} images is too large; {mebibytes(enough)} would do with one"
         )
 

@@ -15,7 +15,7 @@ from quantize.engines.caffe.engine import CaffeEngine
 from quantize.measure.outputs import class_scores
 from quantize.settings import CaffeProcess
 from quantize.stages.budget import sensitivities
-from quantize.stages.data_aware import Calibration
+from quantize.stages.data_aware import CalibrationSweep
 from tests.nets import CROPPED, RESIDUAL, images_of, parse, random_weights, write_images
 
 
@@ -32,7 +32,7 @@ def test_both_engines_measure_the_same(caffe_python: list[str], tmp_path: Path) 
     layers = ["left", "right_a", "right_b", "fc1"]
     onnx = engine_opener("onnx", CaffeProcess(), 1)
     wanted, found = (
-        sensitivities(model, layers, "power_of_two", Calibration(feed, opener, 40_000), scores)
+        sensitivities(model, layers, "power_of_two", CalibrationSweep(feed, opener, 40_000), scores)
         for opener in (onnx, open_caffe)
     )
     assert found[1] == wanted[1] == 20

@@ -12,7 +12,8 @@ from quantize.commands.config import load
 from quantize.data.feed import Feed
 from quantize.engines import engine_opener
 from quantize.job.evaluation import evaluate_run
-from quantize.job.feeds import read_model_prototxt, validation_feed
+from quantize.job.feeds import validation_feed
+from quantize.job.given import Given
 from quantize.job.run import Run
 from quantize.settings import CaffeProcess, Config
 from tests.nets import write_several
@@ -60,7 +61,7 @@ def test_what_is_written_gives_the_same_in_caffe(
 ) -> None:
     assert caffe_plugin == PLUGIN
     Run(config).quantize()
-    feed = validation_feed(config, read_model_prototxt(config))
+    feed = validation_feed(Given(config))
     pairs = {
         "full": (config.model.prototxt, config.model.weights),
         "quantized": (
@@ -104,7 +105,7 @@ def test_either_engine_gives_the_same(
     if solver == "data_aware":
         return
     stages = [record.stages.activations for record in records]
-    feed = validation_feed(configs[0], read_model_prototxt(configs[0]))
+    feed = validation_feed(Given(configs[0]))
     ours, theirs = (
         in_onnx(each.output / "several_deploy.prototxt", each.output / "several_renorm.caffemodel", feed)
         for each in configs

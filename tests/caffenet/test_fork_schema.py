@@ -50,14 +50,14 @@ message LayerParameter {
   optional BatchNormParameter batch_norm_param = 139;
   optional PoolingParameter pooling_param = 121;
   optional ReLUParameter relu_param = 123;
-  optional PermuteParameter permute_param = 202;
+  optional RotateParameter rotate_param = 202;
   optional SmoothL1LossParameter smooth_l1_loss_param = 148;
   optional string engine = 149 [default = ""];
   optional Phase where = 150;
 }
-message PermuteParameter { repeated uint32 order = 1; }
+message RotateParameter { repeated uint32 order = 1; }
 message SmoothL1LossParameter { optional float sigma = 1; }
-message BatchNormParameter { optional float eps = 3 [default = 0.001]; optional bool scale_bias = 7; }
+message BatchNormParameter { optional float eps = 3 [default = 0.001]; optional bool clip_variance = 7; }
 message ReLUParameter { optional float negative_slope = 1; optional bool fuse = 3; }
 message PoolingParameter {
   enum PoolMethod { SUM = 0; AVE = 1; MAX = 2; }
@@ -118,30 +118,28 @@ def layer(text: str, name: str = "x", kind: str = "Convolution") -> str:
 
 
 def test_the_forks_fields_are_kept_and_belong_to_the_net(read) -> None:
-    text = layer("permute_param { order: 0 order: 2 } smooth_l1_loss_param { sigma: 3 }", "p", "Permute")
+    text = layer("rotate_param { order: 0 order: 2 } smooth_l1_loss_param { sigma: 3 }", "p", "Rotate")
     net = read(text)
     assert type(net) is NetParameter
-    assert (net.layer[0].type, net.layer[0].HasField("clip_param")) == ("Permute", False)
+    assert (net.layer[0].type, net.layer[0].HasField("clip_param")) == ("Rotate", False)
     copy = NetParameter()
     copy.CopyFrom(net)
     copy.layer.add(name="clip", type="Clip").clip_param.max = 6
     copy.layer[1].clip_param.min = 0
     written = format_prototxt(copy)
-    assert "permute_param {\n    order: 0\n    order: 2\n  }" in written
+    assert "rotate_param {\n    order: 0\n    order: 2\n  }" in written
     assert "smooth_l1_loss_param {\n    sigma: 3.0\n  }" in written
     assert "clip_param {\n    min: 0.0\n    max: 6.0\n  }" in written
     assert read(written) == copy
     moved = empty_like(net)
     moved.layer.extend(net.layer)
     assert format_prototxt(moved) == format_prototxt(net)
-    with pytest.raises(InputError, match="permute_param"):
-        read(text, with_schema=False)
     plain = read(layer("", kind="ReLU"), with_schema=False)
     assert schema_of(plain) is None
 
 
 def test_layers_of_a_fork_in_a_net_without_its_schema_are_not_lost_silently(read) -> None:
-    net = NetParameter(layer=read(layer("permute_param { order: 1 }")).layer)
+    net = NetParameter(layer=read(layer("rotate_param { order: 1 }")).layer)
     for function in (format_prototxt, foreign_fields):
         with pytest.raises(ValueError, match="without the fork's schema"):
             function(net)
@@ -177,7 +175,7 @@ FOREIGN = {
     "convolution_param.relu": "convolution_param { num_output: 4 kernel_size: 3 relu: true }",
     "convolution_param.more": "convolution_param { num_output: 4 kernel_size: 3 more { what: 1 } }",
     "where": "convolution_param { num_output: 4 kernel_size: 3 } where: TEST",
-    "permute_param": "convolution_param { num_output: 4 kernel_size: 3 } permute_param { }",
+    "rotate_param": "convolution_param { num_output: 4 kernel_size: 3 } rotate_param { }",
 }
 WITHOUT_EFFECT = (
     'engine: "M" convolution_param { num_output: 4 kernel_size: 3 cudnn_convolution_algo_seeker: "GET" }',
@@ -201,7 +199,7 @@ def test_a_foreign_field_of_an_executed_layer_is_an_error(read, field: str) -> N
 
 @pytest.mark.parametrize(
     ("norm", "pool", "moves"),
-    [("eps: 0.1", "MAX", True), ("scale_bias: true", "MAX", False), ("eps: 0.1", "SUM", False)],
+    [("eps: 0.1", "MAX", True), ("clip_variance: true", "MAX", False), ("eps: 0.1", "SUM", False)],
 )
 def test_pooling_is_not_moved_over_what_only_the_fork_knows(read, norm: str, pool: str, moves: bool) -> None:
     text = NET.replace('"BatchNorm"', f'"BatchNorm" batch_norm_param {{ {norm} }}') % (pool, "")
@@ -231,9 +229,9 @@ def test_a_relu_that_does_more_is_left_alone(read) -> None:
 
 
 def test_statistics_of_a_batch_norm_that_does_more_are_not_measured(read) -> None:
-    net = read(layer("batch_norm_param { scale_bias: true }", "bn", "BatchNorm"))
+    net = read(layer("batch_norm_param { clip_variance: true }", "bn", "BatchNorm"))
     with pytest.raises(
-        InputError, match=r"layer 'bn' \(BatchNorm\): batch_norm_param.scale_bias is a field of a fork"
+        InputError, match=r"layer 'bn' \(BatchNorm\): batch_norm_param.clip_variance is a field of a fork"
     ):
         renorm(model_of(net, Weights()), Feed({}), RenormSettings(), None, None)  # type: ignore[arg-type]
 

@@ -126,8 +126,22 @@ BAD = {
     "empty": ("", "no layers"),
     "no layers": ('name: "x"', "no layers"),
     "unknown field": (
-        'layer {\n  name: "a"\n  permute_param { order: 0 }\n}',
-        r"line 3, column 3: .*permute_param.*model\.caffe_proto",
+        'layer {\n  name: "a"\n  type: "ReLU"\n  rotate_param { order: 0 }\n}',
+        r"line 4, column 3: .*rotate_param.*model\.caffe_proto",
+    ),
+    "unknown fields": (
+        'layer { type: "ReLU" relu_param { fuse: true slop: 1 } }\nnam: "x"\n'
+        "layer { pooling_param { pool: A } }",
+        r"line 1, column 35: ReLUParameter has no field fuse; .*; and there are ReLUParameter\.slop "
+        r"\(line 1\), NetParameter\.nam \(line 2\), pool: A \(line 3\)$",
+    ),
+    "an unknown field of words and numbers": (
+        'layer { type: "X" x_param { a: 1 a: "b" } }',
+        "field a is given numbers and strings; correct it, or give",
+    ),
+    "an unknown phase": (
+        'layer { type: "X" include { phase: VAL } }',
+        "Phase has no value VAL; it has TRAIN",
     ),
     "unknown value": ("layer { pooling_param { pool: SUM } }", r"line 1, column \d+: .*SUM"),
     "wrong type": ('layer {\n convolution_param { num_output: "x" } }', r"line 2, column \d+"),

@@ -6,7 +6,7 @@ from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.caffenet import LayerParameter, NetParameter, Weights, check_weights, infer_shapes
+from quantize.caffenet import LayerParameter, NetParameter, Weights, check_weights, in_shape, infer_shapes
 from quantize.errors import InputError
 
 
@@ -317,10 +317,18 @@ def test_measures():
 
 CONV = 'type: "Convolution" convolution_param'
 IMPOSSIBLE = [
-    ('type: "Permute"', [IMAGE], "not supported .*; supported are: .*Convolution"),
-    ('type: "Filter"', [IMAGE, (2,)], "not supported"),
-    ('type: "Convolutoin"', [IMAGE], r"not supported; did you mean Convolution\? \(engine: caffe"),
-    ('type: "relu"', [IMAGE], r"not supported; did you mean ReLU\?"),
+    (
+        'type: "PriorBox"',
+        [IMAGE],
+        "not know this type, and the run needs .*; use engine: caffe.* Known types are: .*Conv",
+    ),
+    ('type: "Filter"', [IMAGE, (2,)], "does not know this type"),
+    (
+        'type: "Convolutoin"',
+        [IMAGE],
+        r"not know this type; did you mean Convolution\?, and the .*; use engine: caffe",
+    ),
+    ('type: "relu"', [IMAGE], r"does not know this type; did you mean ReLU\?"),
     ('type: "ReLU"', [], "0 bottoms"),
     ('type: "ReLU"', [IMAGE, IMAGE], "2 bottoms"),
     ('type: "Eltwise"', [IMAGE], "1 bottoms"),
@@ -391,8 +399,23 @@ IMPOSSIBLE = [
     ('type: "Input" input_param { shape { dim: [1, -3] } }', [], "impossible shape"),
     ('type: "Input" input_param { shape { dim: [1, 3, 9223372036854775807] } }', [], "larger than Caffe's"),
     ('type: "DummyData" dummy_data_param { num: 1 }', [], "differing numbers"),
-    ('type: "Data"', [], "not supported"),
+    ('type: "Data"', [], "does not know this type"),
 ]
+
+
+def test_all_that_cannot_be_run_is_named_and_who_needs_it() -> None:
+    text = """
+      layer { name: "a" type: "LSTM" bottom: "x" top: "a" }
+      layer { name: "b" type: "MyPooling" bottom: "a" top: "b" }
+      layer { name: "fc" type: "InnerProduct" bottom: "b" top: "b" inner_product_param { num_output: 2 } }
+    """
+    wanted = (
+        r"^layer 'a' \(LSTM\): the onnx engine does not know this type, and layer 'fc' \(InnerProduct\) "
+        r"behind it needs what it makes; use engine: caffe[^.]*\. So it is with the layers 'b' \(MyPooling\)"
+        r"\. Known types"
+    )
+    with pytest.raises(InputError, match=wanted):
+        infer_shapes(text_format.Parse(text, NetParameter()), {"x": (1, 3)})
 
 
 @pytest.mark.parametrize(("layer", "bottoms", "expected"), IMPOSSIBLE)
@@ -507,14 +530,18 @@ def test_weights_that_fit():
     check_weights(net, weights, shapes)
 
 
-def test_legacy_shapes_fit_and_are_changed():
+def test_legacy_shapes_fit_and_are_changed_in_a_copy():
     net = residual_net()
     shapes = infer_shapes(net, {"data": (1, 3, 224, 224)})
     weights = weights_for(shapes)
     fc = [blob.reshape((1,) * (4 - blob.ndim) + blob.shape) for blob in weights["fc"]]
     weights.replace("fc", fc)
     check_weights(net, weights, shapes)
-    assert [blob.shape for blob in weights["fc"]] == [(1000, 128), (1000,)]
+    changed = in_shape(weights, shapes)
+    assert [blob.shape for blob in changed["fc"]] == [(1000, 128), (1000,)]
+    assert [blob.shape for blob in weights["fc"]] == [(1, 1, 1000, 128), (1, 1, 1, 1000)]
+    assert all(np.shares_memory(one, other) for one, other in zip(changed["fc"], fc, strict=True))
+    assert in_shape(changed, shapes) is changed
     weights.replace("fc", [fc[0].reshape(1, 1000, 128), fc[1]])
     with pytest.raises(InputError, match=r"layer 'fc'.*blob 0"):
         check_weights(net, weights, shapes)

@@ -37,6 +37,15 @@ CASES = {
     "Reshape": ["reshape_param { shape { dim: 0 dim: -1 } }"],
     "Tile": ["tile_param { tiles: 2 }"],
     "Reduction": ["reduction_param { axis: 1 }"],
+    "BatchNorm": ["", "batch_norm_param { scale_bias: true }"],
+    "BN": ["", "bn_param { bn_mode: INFERENCE }"],
+    "Normalize": ["", "norm_param { across_spatial: false }"],
+    "HardSigmoid": ["", "hard_sigmoid_param { alpha: -1 }"],
+    "Permute": ["permute_param { order: 0 order: 2 }"],
+    "ShuffleChannel": ["shuffle_channel_param { group: 2 }"],
+    "Reorg": ["reorg_param { stride: 2 reverse: true }"],
+    "Upsample": ["upsample_param { scale: 2 }"],
+    "Interp": ["interp_param { zoom_factor: 2 }"],
 }
 """Parameters to try; none for the other types."""
 OF_TWO = {
@@ -48,13 +57,20 @@ OF_TWO = {
 }
 """Types that may have two bottoms, and with which parameters."""
 SOURCES = ("Parameter", "DummyData", "Input", "MemoryData")
-ODD = ("Embed", "BatchReindex", "Silence", "Accuracy")
-"""They take no values of pixels, or make none."""
+ODD = ("Embed", "BatchReindex", "Silence", "Accuracy", "Axpy")
+"""They take no values of pixels, or make none, or take several bottoms of different shapes."""
 TYPES = sorted(set(TRANSLATORS) - {*SOURCES, *ODD})
 
 
 LEFT_OUT = {
-    *("Scale", "Bias", "PReLU"),  # what they are depends on their blobs as well
+    *(
+        "Scale",
+        "Bias",
+        "PReLU",
+        "BN",
+        "CuDNNBatchNorm",
+        "BatchNorm",
+    ),  # what they are depends on their blobs as well
     *("Exp", "Log", "Power"),  # they may rise or fall: nobody has needed to know
     *("Split", "Slice", "Concat", "Crop", "Eltwise"),  # with one bottom and one top they may change nothing
 }
@@ -161,6 +177,9 @@ def test_a_layer_has_no_other_traits(one: LayerParameter) -> None:
         (layer("Pooling", "pooling_param { pool: AVE }"), Trait.PASSING, False),
         (layer("Pooling", 'top: "mask" pooling_param { pool: MAX }'), Trait.PASSING, False),
         (layer("SoftmaxWithLoss", "", 2), Trait.COMPARES, True),
+        (layer("SoftmaxWithLoss", "", 2), Trait.SCORES, True),
+        (layer("InfogainLoss", "", 2), Trait.SCORES, True),
+        (layer("EuclideanLoss", "", 2), Trait.SCORES, False),
         (layer("DetectionEvaluate", "", 2), Trait.COMPARES, True),
         (layer("CenterLossOfAFork", "", 2), Trait.COMPARES, True),
         (layer("Python", "loss_weight: 1", 2), Trait.COMPARES, True),

@@ -8,7 +8,7 @@ import pytest
 
 from quantize.commands.config import load
 from quantize.errors import InputError
-from quantize.settings import GridChoice, parse_size
+from quantize.settings import Config, GridChoice, parse_size
 
 LEAST = {"name": "net", "model.prototxt": "net.prototxt", "model.weights": "net.caffemodel", "output": "out"}
 
@@ -31,7 +31,7 @@ def test_the_defaults_are_the_contract() -> None:
     config = load(None, LEAST)
     assert (config.weights.bits, config.weights.grid, config.weights.solver) == (4, "power_of_two", "optimal")
     assert (config.weights.first_last.bits, config.weights.first_last.grid) == (8, "fixed_point")
-    assert (config.renorm.images, config.renorm.augment, config.renorm.memory) == (64, "train", 2 << 30)
+    assert (config.renorm.images, config.data.augment, config.memory) == (64, "train", 2 << 30)
     assert config.renorm.statistics == "paired"
     assert (config.activations.largest_code, config.activations.images) == (127, 64)
     assert config.engine == "auto"
@@ -57,8 +57,8 @@ def test_options_replace_the_file_and_set_replaces_both(tmp_path: Path) -> None:
     path = write(
         tmp_path, "name: a\nmodel: {prototxt: a, weights: b}\noutput: o\nengine: onnx\nweights: {bits: 3}\n"
     )
-    config = load(path, {"engine": "caffe"}, ["weights.bits=5", "renorm.memory=1GiB"])
-    assert (config.engine, config.weights.bits, config.renorm.memory) == ("caffe", 5, 1 << 30)
+    config = load(path, {"engine": "caffe"}, ["weights.bits=5", "memory=1GiB"])
+    assert (config.engine, config.weights.bits, config.memory) == ("caffe", 5, 1 << 30)
 
 
 def test_without_a_file_the_name_comes_from_the_prototxt() -> None:
@@ -103,6 +103,7 @@ def test_overrides_inherit_what_they_do_not_name() -> None:
         ("weights={budget: 3.5, layers: {a: {grid: uniform}}}", ["give layers.a.bits", "budget"]),
         ("weights.bits=four", ["weights.bits", "'four'", "integer"]),
         ("weights.grid=octal", ["weights.grid", "'octal'", "power_of_two"]),
+        ("memory=0", ["memory", "above zero"]),
         ("renorm.memory=0", ["renorm.memory", "above zero"]),
         ("renorm.memory=-1", ["renorm.memory", "-1", "2GiB"]),
         ("renorm.memory=2 potatoes", ["renorm.memory", "'2 potatoes'", "2GiB"]),
@@ -216,3 +217,33 @@ def test_the_published_solver_means_the_published_scope() -> None:
     assert scope() == "inputs"
     assert scope("weights.solver=reference") == scope("activations.solver=reference") == "relu"
     assert scope("weights.solver=reference", "activations.scope=inputs") == "inputs"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "value"),
+    [("renorm.memory", "memory", "1GiB"), ("renorm.augment", "data.augment", "test")],
+)
+def test_keys_that_have_moved_are_read_where_they_were(
+    tmp_path: Path, earlier: str, now: str, value: str
+) -> None:
+    def found(*assignments: str, path: Path | None = None) -> tuple[int | None, str]:
+        config = load(path, LEAST if path is None else {}, assignments)
+        again = Config.model_validate(config.model_dump(mode="json"))  # as in report.json
+        assert again.model_dump() == config.model_dump()
+        copied = config.model_copy(update={"data": config.data.model_copy(update={"seed": 1})})
+        assert Config.model_validate(copied).data.augment == config.data.augment  # as in a new RunRecord
+        return config.memory, config.data.augment
+
+    assert found(f"{earlier}={value}") == found(f"{now}={value}") != found()
+    section, _, name = earlier.rpartition(".")
+    path = tmp_path / "a.yaml"
+    given = "name: n\nmodel: {prototxt: a, weights: b}\noutput: o\n"
+    path.write_text(f"{given}{section}: {{{name}: {value}}}\n")
+    assert found(path=path) == found(f"{now}={value}")
+    before = {"memory": "memory=3GiB", "data.augment": "data.augment=train"}[now]
+    assert found(before, path=path) == found(before)  # the command line replaces what the file says
+    new = f"{now}: {value}" if "." not in now else f"data: {{augment: {value}}}"
+    path.write_text(f"{given}{section}: {{{name}: {value}}}\n{new}\n")
+    message = error_of(path=path)
+    assert f"{now} and {earlier}, its earlier place, are both given: keep the former" in message
+    assert load(None, LEAST).data.augment == "train"  # the default is nobody's to change

@@ -130,3 +130,16 @@ def test_a_tree_that_contains_itself(tmp_path):
     path.write_bytes(data)
     with pytest.raises(InputError, match="damaged"):
         contents(LmdbFile(path))
+
+
+def test_damage_is_the_same_whenever_one_asks(folder):
+    records = {b"%08d" % i: b"v" * 100 for i in range(3000)}
+    path = write(folder, records)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    said = set()
+    file = LmdbFile(path)
+    for _ in range(3):
+        with pytest.raises(InputError, match="damaged or was not copied whole") as caught:
+            file.record(2999)
+        said.add(str(caught.value))
+    assert len(said) == 1

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pictures import photograph, result_or_input_error
 
 from quantize.caffenet import Datum
+from quantize.caffenet.schema import AnnotatedDatum
 from quantize.data import files, sources
 from quantize.data.make_lmdb import make_datum, write_lmdb
 from quantize.data.sources import datum_pixels, open_source
@@ -56,6 +57,25 @@ def test_lmdb_of_all_kinds_of_datums_in_the_order_of_the_keys(tmp_path):
         assert source.read(3, color=False).pixels.shape == (1, 6, 5)
         assert np.array_equal(source.read(0, color=False).pixels, chw)  # raw stays as it is
         source.close()
+
+
+def test_annotated_datums_of_ssd_are_images(tmp_path):
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
+    inner = Datum(channels=3, height=2, width=2, data=pixels.tobytes(), label=4)
+    boxes = b"\x1a\x04\x08\x07\x12\x00"  # field 3, which holds boxes
+    environment = lmdb.open(str(tmp_path / "lmdb"))
+    with environment.begin(write=True) as writing:
+        writing.put(b"0", AnnotatedDatum(datum=inner, type=0).SerializeToString() + boxes)
+        writing.put(b"1", AnnotatedDatum(datum=inner).SerializeToString())
+        writing.put(b"2", boxes)
+    environment.close()
+    source = open_source(tmp_path / "lmdb")
+    for index, label in ((0, None), (1, 4)):
+        image = source.read(index)
+        np.testing.assert_array_equal(image.pixels, pixels)
+        assert image.label == label
+    with pytest.raises(InputError, match="record 2: the Datum"):
+        source.read(2)
 
 
 def test_lmdb_without_permission_to_write(tmp_path):
@@ -150,7 +170,7 @@ def test_list_with_labels_spaces_and_blank_lines(image_folder, tmp_path):
     assert len(source) == 4
     assert [source.read(i).label for i in range(4)] == [3, -4, None, 5]
     assert np.array_equal(source.read(2).pixels, source.read(3).pixels)
-    source.check(4)
+    source.check(range(4))
 
 
 def test_list_naming_a_missing_file(image_folder, tmp_path):
@@ -158,9 +178,9 @@ def test_list_naming_a_missing_file(image_folder, tmp_path):
     listing = tmp_path / "list.txt"
     listing.write_text("images/image00.png 0\nimages/gone.png 1\n")
     source = open_source(listing)
-    source.check(1)
+    source.check(range(1))
     with pytest.raises(InputError, match=r"list.txt, line 2: .*images/gone.png: no such file"):
-        source.check(2)
+        source.check(range(2))
     with pytest.raises(InputError, match=r"line 2: .*No such file"):
         source.read(1)
 
@@ -193,7 +213,7 @@ def test_any_list_opens_or_is_an_input_error(tmp_path_factory, content):
     path.write_bytes(content)
     source = result_or_input_error(lambda: open_source(path))
     if source is not None:
-        result_or_input_error(lambda: source.check(len(source)))
+        result_or_input_error(lambda: source.check(range(len(source))))
         result_or_input_error(lambda: source.read(0))
 
 

@@ -246,9 +246,13 @@ def lrn(layer: LayerParameter, bottoms: Sequence[Array], _blobs: Sequence[Array]
 
 @formula("BatchNorm")
 def batch_norm(layer: LayerParameter, bottoms: Sequence[Array], blobs: Sequence[Array]) -> list[Array]:
-    mean, variance, (factor,) = blobs
+    mean, variance, (factor,), *affine = blobs
     inverse = 1 / factor if factor else 0
     below = (-1, *[1] * (bottoms[0].ndim - 2))
+    if affine:  # NVCaffe
+        scale, bias = (blob.reshape(below) for blob in affine)
+        eps = max(layer.batch_norm_param.eps, 1e-5)
+        return [scale * (bottoms[0] - mean.reshape(below)) / np.sqrt(variance.reshape(below) + eps) + bias]
     mean, variance = (mean * inverse).reshape(below), (variance * inverse).reshape(below)
     return [(bottoms[0] - mean) / np.sqrt(variance + layer.batch_norm_param.eps)]
 

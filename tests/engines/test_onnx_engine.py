@@ -392,7 +392,10 @@ MANY_KINDS = parse(
     + conv("uneven", "odd", "num_output: 20 kernel_size: 1")
     + relu("uneven")
     + conv("dilated", "odd", "num_output: 16 kernel_size: 3 pad: 2 dilation: 2")
-    + layer("act", "ActQuantize", ["dilated"], "relu_param { negative_slope: 0.05 }")
+    # No value lies near the middle between two steps, where a fused operator may round the other way.
+    + layer(
+        "act", "ActQuantize", ["dilated"], "relu_param { negative_slope: 1 } threshold_param { threshold: 9 }"
+    )
     + layer("both", "Concat", ["act", "odd"])
     + layer("mixed", "Concat", ["both", "uneven"])
     + layer("average", "Pooling", ["both"], "pooling_param { pool: AVE kernel_size: 2 stride: 2 }")

@@ -8,7 +8,9 @@ from quantize.caffenet import NetParameter, Weights, infer_shapes
 from quantize.engines.onnx.engine import OnnxEngine
 from quantize.engines.onnx.layers import TRANSLATORS
 from quantize.errors import InputError, LabelfreeError
-from tests.caffe.test_parity import CASES, Case, feeds_of, net_of, relative_error, weights_of
+from tests.caffe import test_parity
+from tests.caffe.test_parity import Case, feeds_of, net_of, relative_error, weights_of
+from tests.engines import fork_formulas
 from tests.engines.layer_formulas import FORMULAS
 from tests.nets import parse
 
@@ -16,6 +18,7 @@ TOLERANCE = 1e-5
 """Of the largest absolute value of a blob."""
 
 BATCH = 3
+CASES = [*test_parity.CASES, *fork_formulas.CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -218,7 +218,7 @@ def test_inputs_that_shrink_while_running(job: Job, shortened: str) -> None:
 
 
 def test_ctrl_c_in_the_middle(job: Job) -> None:
-    process = started(job, "--set", "renorm.memory=40kB")
+    process = started(job, "--set", "memory=40kB")
     process.send_signal(signal.SIGINT)
     done = finished(process)
     assert_one_line(done, INTERRUPTED, "interrupted")

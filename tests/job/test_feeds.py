@@ -21,6 +21,7 @@ from quantize.job.feeds import (
     stage_feed,
     validation_feed,
 )
+from quantize.job.given import Given
 from quantize.progress import Progress
 from quantize.settings import Config
 from tests.heard import Heard
@@ -44,9 +45,9 @@ def test_a_net_of_one_channel_gets_gray_images(tmp_path: Path, channels: int, gi
         "data.calibration.source": str(tmp_path),
     }
     config = load(None, options, [f"data.transform={given}"])
-    assert effective_transform(net, TEST, config).force_gray is gray
+    assert effective_transform(Given(config, net), TEST).force_gray is gray
     if channels == 1:
-        assert calibration_feed(config, net, 1).shapes == {"in": (1, 8, 8)}
+        assert calibration_feed(Given(config, net), 1).shapes == {"in": (1, 8, 8)}
 
 
 def test_a_scale_of_0_is_questioned() -> None:
@@ -57,7 +58,7 @@ def test_a_scale_of_0_is_questioned() -> None:
     options = {"model.prototxt": "p", "model.weights": "w", "output": "o"}
     for scale, assignments in (("0", []), ("1", ["data.transform.scale=0"])):
         with pytest.raises(InputError, match="scale is 0, which makes every pixel 0"):
-            effective_transform(parse(text % scale), TEST, load(None, options, assignments))
+            effective_transform(Given(load(None, options, assignments), parse(text % scale)), TEST)
 
 
 def test_fields_of_a_fork_in_a_transform_are_said_not_to_be_applied(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_fields_of_a_fork_in_a_transform_are_said_not_to_be_applied(tmp_path: Pa
     notes: list[str] = []
     progress = Progress()
     progress.note = notes.append  # type: ignore[method-assign]
-    calibration_feed(load(None, options), net, 1, progress)
+    calibration_feed(Given(load(None, options), net), 1, progress)
     assert any(
         note.startswith(
             "layer 'data': transform_param.crop_h is a field of a fork of Caffe and is not applied"
@@ -135,7 +136,7 @@ def write_files(folder: Path, sizes: Sequence[tuple[int, int]]) -> Path:
 def test_images_as_large_as_the_input_are_taken_as_they_are(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "photos", [(8, 8)] * 5)
     heard = Heard()
-    feed = calibration_feed(config_for(folder), parse(PLAIN), 5, heard)
+    feed = calibration_feed(Given(config_for(folder), parse(PLAIN)), 5, heard)
     pixels = next(feed.batches(5)).feeds["in"]
     for number, found in enumerate(pixels):
         stored = cv2.imread(str(folder / f"{number:03}.png"))
@@ -151,12 +152,12 @@ def test_images_of_other_sizes_are_resized_and_that_is_said(
     """Also where one image of many is of another size: it is among those that are looked at, or refused."""
     folder = write_files(tmp_path / "photos", sizes[::-1])
     heard = Heard()
-    feed = calibration_feed(config_for(folder), parse(PLAIN), len(sizes), heard)
+    feed = calibration_feed(Given(config_for(folder), parse(PLAIN)), len(sizes), heard)
     assert feed.shapes == {"in": (3, 8, 8)}
     guess = "images are not all 8x8 as the net wants them: resizing the shorter side to 9"
     assert sum(guess in note for note in heard.notes) == 1
     said = Heard()
-    calibration_feed(config_for(folder, "data.transform.resize_short=12"), parse(PLAIN), 1, said)
+    calibration_feed(Given(config_for(folder, "data.transform.resize_short=12"), parse(PLAIN)), 1, said)
     assert not any("resizing" in note for note in said.notes)
 
 
@@ -165,7 +166,7 @@ def test_held_out_images_come_as_those_for_calibration(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "photos", [(20, 30)] * 10)
     config = config_for(folder, "data.calibration.images=6")
     heard = Heard()
-    feed = validation_feed(config, parse(PLAIN), None, heard)
+    feed = validation_feed(Given(config, parse(PLAIN)), None, heard)
     assert (len(feed), feed.shapes) == (4, {"in": (3, 8, 8)})
     assert any("resizing the shorter side to 9" in note for note in heard.notes)
     resized = cv2.resize(cv2.imread(str(folder / "006.png")), (14, 9))[0:8, 3:11]
@@ -176,21 +177,21 @@ def test_where_no_number_is_given_all_images_are_used_and_that_is_noted(tmp_path
     lmdb = write_images(tmp_path / "lmdb", 12, (3, 8, 8))
     for stage in ("weights", "renorm", "activations"):
         heard = Heard()
-        assert len(stage_feed(config_for(lmdb), parse(PLAIN), stage, heard)) == 12
+        assert len(stage_feed(Given(config_for(lmdb), parse(PLAIN)), stage, heard)) == 12
         assert [note.startswith(f"{lmdb} holds 12 images: all of them are used") for note in heard.notes] == [
             True
         ]
         with pytest.raises(InputError, match=rf"{stage}.images asks for 13 images but it holds 12"):
-            stage_feed(config_for(lmdb, f"{stage}.images=13"), parse(PLAIN), stage)
+            stage_feed(Given(config_for(lmdb, f"{stage}.images=13"), parse(PLAIN)), stage)
         cured = config_for(lmdb, f"{stage}.images=13", "data.calibration.images=12")
-        assert len(stage_feed(cured, parse(PLAIN), stage, heard)) == 12
+        assert len(stage_feed(Given(cured, parse(PLAIN)), stage, heard)) == 12
     for defaults in ("renorm.statistics=measured", "activations.solver=reference"):
         stage = defaults.split(".")[0]
-        assert len(stage_feed(config_for(lmdb, defaults), parse(PLAIN), stage)) == 12
+        assert len(stage_feed(Given(config_for(lmdb, defaults), parse(PLAIN)), stage)) == 12
     few = config_for(lmdb, "data.calibration.images=5", "renorm.images=9")
-    assert len(stage_feed(few, parse(PLAIN), "renorm")) == 5
+    assert len(stage_feed(Given(few, parse(PLAIN)), "renorm")) == 5
     with pytest.raises(InputError, match=r"data.calibration.images asks for 13 images but it holds 12"):
-        stage_feed(config_for(lmdb, "data.calibration.images=13"), parse(PLAIN), "renorm")
+        stage_feed(Given(config_for(lmdb, "data.calibration.images=13"), parse(PLAIN)), "renorm")
 
 
 def test_photographs_are_resized_to_the_size_of_the_mean_image(tmp_path: Path) -> None:
@@ -216,11 +217,11 @@ def test_photographs_are_resized_to_the_size_of_the_mean_image(tmp_path: Path) -
         "model.weights": str(tmp_path / "net.caffemodel"),
         "output": "o",
         "data.calibration.source": str(tmp_path / "photos"),
-        "renorm.augment": "test",
+        "data.augment": "test",
     }
     config = load(None, options)
     heard = Heard()
-    feed = calibration_feed(config, net, 1, heard)
+    feed = calibration_feed(Given(config, net), 1, heard)
     told = "images are not all 20x24 as the mean_file is: resizing to 20x24 (data.transform.resize)"
     assert heard.notes == [f"{tmp_path / 'photos'}: {told}"]
     wanted = cv2.resize(photo, (24, 20)).transpose(2, 0, 1) - mean
@@ -232,7 +233,7 @@ def test_photographs_are_resized_to_the_size_of_the_mean_image(tmp_path: Path) -
 
     assert cv2.imwrite(str(tmp_path / "photos/a.png"), cv2.resize(photo, (24, 20)))
     heard = Heard()
-    feed = calibration_feed(config, net, 1, heard)
+    feed = calibration_feed(Given(config, net), 1, heard)
     np.testing.assert_array_equal(next(feed.batches(1)).feeds["data"][0], wanted[:, 1:18, 3:20])
     assert heard.notes == []  # as large as the mean already
 

@@ -14,7 +14,8 @@ from quantize.commands.config import load
 from quantize.data import Images, open_source
 from quantize.errors import InputError
 from quantize.job.evaluation import evaluate_run
-from quantize.job.feeds import calibration_feed, effective_transform, read_model_prototxt, validation_feed
+from quantize.job.feeds import calibration_feed, effective_transform, validation_feed
+from quantize.job.given import Given
 from quantize.job.inputs import told_shapes
 from quantize.job.run import Run
 from quantize.settings import Config
@@ -39,9 +40,9 @@ def several(tmp_path: Path) -> Path:
 
 def test_each_image_goes_with_its_own_values(several: Path) -> None:
     config = load(several)
-    net = read_model_prototxt(config)
+    net = Given(config).net
     assert InferenceNet.of(net).inputs == ("target", "image", "info")
-    feed = calibration_feed(config, net, 20)
+    feed = calibration_feed(Given(config, net), 20)
     assert list(feed.shapes) == ["target", "image", "info"]
     assert len(feed) == 20
     batches = list(feed.batches(8))
@@ -58,7 +59,7 @@ def test_each_image_goes_with_its_own_values(several: Path) -> None:
 
 def test_images_that_no_stage_has_used_keep_their_values(several: Path) -> None:
     config = load(several, assignments=["renorm.images=13", "activations.images=5", "data.validation=null"])
-    feed = validation_feed(config, read_model_prototxt(config))
+    feed = validation_feed(Given(config))
     assert len(feed) == 7
     target = next(feed.batches(7)).feeds["target"]
     np.testing.assert_array_equal(target[0], np.load(several.parent / "targets/13.npy").astype(np.float32))
@@ -76,15 +77,15 @@ def test_images_in_subfolders_have_no_order_that_values_could_follow(several: Pa
         assert cv2.imwrite(str(several.parent / names[-1]), pixels)
     (several.parent / "list.txt").write_text("\n".join(names))
     config = load(several)
-    net = read_model_prototxt(config)
-    wanted = next(calibration_feed(config, net, 20).batches(20)).feeds
+    net = Given(config).net
+    wanted = next(calibration_feed(Given(config, net), 20).batches(20)).feeds
     listed = load(several, {"data.calibration.source": str(several.parent / "list.txt")})
-    found = next(calibration_feed(listed, net, 20).batches(20)).feeds
+    found = next(calibration_feed(Given(listed, net), 20).batches(20)).feeds
     for blob, values in wanted.items():
         np.testing.assert_array_equal(found[blob], values)
     folder = load(several, {"data.calibration.source": str(several.parent / "photos")})
     with pytest.raises(InputError, match=r"inputs\.target: .*photos lie in subfolders, .* list file"):
-        calibration_feed(folder, net, 20)
+        calibration_feed(Given(folder, net), 20)
 
 
 def without(config: Path, name: str) -> None:
@@ -277,7 +278,7 @@ def test_a_net_that_takes_no_images(features: Callable[..., Config]) -> None:
     found = evaluate_run(config)
     assert found.images == 10  # those that no stage had used
     assert found.accuracy["fp32"].top1 is None
-    feed = validation_feed(config, read_model_prototxt(config), 3)
+    feed = validation_feed(Given(config), 3)
     np.testing.assert_array_equal(
         next(feed.batches(3)).feeds["features"],
         np.load(config.data.calibration.inputs["features"])[20:23].astype(np.float32),  # type: ignore[index,union-attr]
@@ -486,7 +487,7 @@ def test_what_is_given_replaces_what_it_excludes(
     shaped: Callable[..., Path], text: str, given: str, expected: dict[str, object]
 ) -> None:
     config = load(shaped(text), assignments=[f"data.transform={given}"])
-    transform = effective_transform(read_model_prototxt(config), TEST, config)
+    transform = effective_transform(Given(config), TEST)
     assert {key: getattr(transform, key) for key in expected} == expected
 
 
@@ -611,11 +612,11 @@ def test_layers_behind_a_type_that_needs_an_input_nobody_feeds(
 def test_told_shapes_win_over_what_the_net_declares(several: Path) -> None:
     net = parse(SEVERAL)
     declared = {"target": (2, 9, 9), "image": (3, 9, 9), "info": (3,)}
-    assert told_shapes(load(several), net) == declared
+    assert told_shapes(Given(load(several), net)) == declared
     one = load(several, assignments=["data.input_shape=[3, 20, 30]"])
-    assert told_shapes(one, net) == {**declared, "image": (3, 20, 30)}
+    assert told_shapes(Given(one, net)) == {**declared, "image": (3, 20, 30)}
     by_name = load(several, assignments=["data.input_shape={info: [7], target: '2,5,5'}"])
-    assert told_shapes(by_name, net) == {**declared, "info": (7,), "target": (2, 5, 5)}
+    assert told_shapes(Given(by_name, net)) == {**declared, "info": (7,), "target": (2, 5, 5)}
 
 
 # ---- Phases, stages and levels ----
@@ -716,4 +717,4 @@ def test_a_data_layer_of_the_test_phase_only(tmp_path: Path) -> None:
         "output": str(tmp_path / "out"),
     }
     config = load(None, given)
-    assert calibration_feed(config, read_model_prototxt(config), 2).shapes == {"data": (3, 24, 24)}
+    assert calibration_feed(Given(config), 2).shapes == {"data": (3, 24, 24)}

@@ -29,8 +29,7 @@ def test_the_users_files_stay_and_what_a_killed_run_left_goes(tmp_path: Path) ->
     killed.write_text("half of it")
     with closing(OutputFolder(tmp_path)) as folder:
         assert not killed.exists()
-        with folder.writing("report.json") as file:
-            file.write(b"{}")
+        folder.write("report.json", b"{}")
     assert contents(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*USERS, "report.json"])
 

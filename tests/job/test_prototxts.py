@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from quantize.caffenet import NetParameter, check_net, filter_net, read_prototxt
+from quantize.job.given import Given
 from quantize.job.prototxts import caffe_test, deploy_prototxt, image_scores, validation_prototxt
 from quantize.job.run import Run
 from quantize.record import CaffeTest
@@ -37,7 +38,7 @@ def net_of(feed: str, loss: str = "", classes: int = 7) -> NetParameter:
 
 
 def val_prototxt(net: NetParameter, config: Config, shapes: dict[str, tuple[int, ...]]) -> NetParameter:
-    return validation_prototxt(net, config, image_scores(net, shapes))
+    return validation_prototxt(net, Given(config, net), image_scores(net, shapes))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_a_quantized_net_has_the_class_scores_of_the_net_it_was(job: Job) -> Non
 
 
 def test_caffe_test_runs_over_all_images_of_an_lmdb(job: Job) -> None:
-    assert caffe_test(net_of(INPUT, PROB), job.config()) == CaffeTest(3)  # 15 images, 5 at a time
+    assert caffe_test(Given(job.config(), net_of(INPUT, PROB))) == CaffeTest(3)  # 15 images, 5 at a time
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_caffe_test_says_what_it_would_need(job: Job, assignments: list[str], ne
     assert cv2.imwrite(str(folder / "a.png"), np.zeros((20, 30, 3), np.uint8))
     (job.folder / "list.txt").write_text("photos/a.png 3\n")
     given = [text.replace("LIST", str(job.folder / "list.txt")) for text in assignments]
-    found = caffe_test(net_of(INPUT, PROB), job.config(*given))
+    found = caffe_test(Given(job.config(*given), net_of(INPUT, PROB)))
     assert found.iterations is None
     text = found.needed.replace(str(job.folder / "list.txt"), "LIST").replace(f"{job.folder}/", "")
     assert needed in text
@@ -176,5 +177,5 @@ def test_caffe_test_says_what_it_would_need(job: Job, assignments: list[str], ne
 def test_caffe_test_cannot_feed_a_second_input(job: Job) -> None:
     second = 'layer { name: "in2" type: "Input" top: "info" input_param { shape { dim: [1, 3] } } }'
     reads = 'layer { name: "read" type: "ReLU" bottom: "info" top: "read" }'
-    found = caffe_test(net_of(INPUT + second, reads), job.config())
+    found = caffe_test(Given(job.config(), net_of(INPUT + second, reads)))
     assert found.needed == "a layer that feeds the input info, which a Data layer does not"

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from quantize.caffenet import read_prototxt
 from quantize.data.sources import open_source
 from quantize.job.evaluation import evaluate_run
-from quantize.job.feeds import read_model_prototxt
-from quantize.job.resume import IMAGES_INPUT, READ, READ_BY_NO_STAGE, STAGE_BEFORE, dependencies, model_hashes
+from quantize.job.given import Given
+from quantize.job.resume import IMAGES_INPUT, READ, READ_BY_NO_STAGE, STAGE_BEFORE, dependencies
 from quantize.job.run import Run
 from quantize.record import STAGES, StageName
 from quantize.settings import Config, Section
@@ -96,7 +96,7 @@ def test_stages_read_what_the_table_says(
     for stage in STAGES:
         run = Run(config)
         work = getattr(run, f"_{stage}")
-        declared = set(dependencies(config, run.net, run.inputs, stage))
+        declared = set(dependencies(run.given, stage))
         found: list[set[str]] = []
 
         def observed(begun: Any, work: Callable[[Any], Any] = work, found: list[set[str]] = found) -> Any:
@@ -105,7 +105,7 @@ def test_stages_read_what_the_table_says(
             return done[0]
 
         setattr(run, f"_{stage}", observed)
-        monkeypatch.setattr(run, "_check", lambda _: None)  # looks at an image, but changes no result
+        monkeypatch.setattr(run, "_checked", lambda model: model)  # looks at an image, but changes no result
         run.quantize((stage,))
         [seen] = found
         sections = {key.rsplit(".", 1)[0] for key in seen if "." in key}
@@ -135,20 +135,14 @@ def again(job: Job, *assignments: str, stages: tuple[StageName, ...] = STAGES) -
         ("renorm.images=19", ["renorm"]),
         ("data.seed=1", ["renorm", "activations"]),
         ("data.transform.scale=0.03", ["renorm", "activations"]),
-        ("renorm.augment=test", ["renorm", "activations"]),
+        ("data.augment=test", ["renorm", "activations"]),
         ("weights.layers={left: {bits: 5}}", ["weights"]),
         ("weights.budget=4.5", ["weights"]),
     ],
 )
 def test_what_depends_on_a_setting(job: Job, assignment: str, expected: list[str]) -> None:
-    before, now = job.config(), job.config(assignment)
-    net = read_model_prototxt(before)
-    inputs = model_hashes(before)
-    changed = [
-        stage
-        for stage in STAGES
-        if dependencies(before, net, inputs, stage) != dependencies(now, net, inputs, stage)
-    ]
+    before, now = Given(job.config()), Given(job.config(assignment))
+    changed = [stage for stage in STAGES if dependencies(before, stage) != dependencies(now, stage)]
     assert changed == expected
 
 
@@ -195,10 +189,9 @@ def test_the_schema_of_a_fork_is_read(job: Job) -> None:
     schema = job.folder / "caffe.proto"
     shutil.copy(Path(__file__).parents[2] / "quantize/caffenet/caffe.proto", schema)
     config = job.config(f"model.caffe_proto={schema}")
-    net = read_model_prototxt(job.config())
 
     def found(stage: StageName) -> object:
-        return dependencies(config, net, model_hashes(config), stage)
+        return dependencies(Given(config), stage)
 
     before = [found(stage) for stage in STAGES]
     schema.write_text(schema.read_text() + "\n")

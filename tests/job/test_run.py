@@ -12,6 +12,7 @@ import pytest
 
 from quantize.caffenet import InferenceNet, Weights, read_prototxt
 from quantize.errors import InputError, LabelfreeError
+from quantize.files import Writable
 from quantize.job.evaluation import evaluate_run
 from quantize.job.output import OutputFolder
 from quantize.job.run import Run
@@ -186,13 +187,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     folder = OutputFolder(tmp_path)
     (tmp_path / "a").write_text("old")
 
-    def fail_half_way() -> None:
-        with folder.writing("a") as file:
-            file.write(b"new")
-            raise OSError(28, os.strerror(28))
+    def fail_half_way(file: Writable) -> None:
+        file.write(b"new")
+        raise OSError(28, os.strerror(28))
 
     with pytest.raises(LabelfreeError, match=r"cannot write: No space"):
-        fail_half_way()
+        folder.write("a", fail_half_way)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
 
@@ -212,13 +212,13 @@ class Counted(Progress):
 
 def run_until(yaml: Path, deadly: int) -> None:
     """The job, killed at its advance of number ``deadly``."""
-    Run(Job(yaml.parent).config("renorm.memory=40000"), Counted(deadly)).quantize()
+    Run(Job(yaml.parent).config("memory=40000"), Counted(deadly)).quantize()
 
 
 def test_killed_and_resumed_is_the_same_as_not_killed(make_job: Callable[[str], Job]) -> None:
     whole, killed = make_job("whole"), make_job("killed")
     counted = Counted()
-    Run(whole.config("renorm.memory=40000"), counted).quantize()
+    Run(whole.config("memory=40000"), counted).quantize()
     context = multiprocessing.get_context("spawn")
     for quarter in (1, 2, 3):
         deadly = quarter * counted.advances // 4
@@ -228,9 +228,29 @@ def test_killed_and_resumed_is_the_same_as_not_killed(make_job: Callable[[str], 
         assert process.exitcode == -signal.SIGKILL
         for path in killed.out.glob("*.caffemodel"):
             Weights.read(path)
-    Run(killed.config("renorm.memory=40000")).quantize(resume=True)
+    Run(killed.config("memory=40000")).quantize(resume=True)
     found = {n: c.replace(b"/killed/", b"/whole/") for n, c in contents(killed.out).items()}
     assert found == contents(whole.out)
+
+
+def test_blobs_of_old_files_are_written_in_the_shapes_of_caffe(
+    make_job: Callable[[str], Job],
+) -> None:
+    old, new = make_job("old"), make_job("new")
+    weights = Weights.read(old.folder / "net.caffemodel")
+    for layer in ("fc1", "fc2", "scale1"):
+        weights.replace(layer, [blob.reshape((1,) * (4 - blob.ndim) + blob.shape) for blob in weights[layer]])
+    with open(old.folder / "net.caffemodel", "wb") as file:
+        weights.write(file)
+    Run(old.config()).quantize()
+    Run(new.config()).quantize()
+    for name in ("residual_quantized.caffemodel", "residual_renorm.caffemodel"):
+        ours, theirs = Weights.read(old.out / name), Weights.read(new.out / name)
+        for layer in ("fc1", "fc2"):
+            assert [blob.shape for blob in ours[layer]] == [blob.shape for blob in theirs[layer]]
+        for layer in theirs.layers():
+            for own, other in zip(ours[layer], theirs[layer], strict=True):
+                np.testing.assert_array_equal(own.reshape(other.shape), other)
 
 
 def test_dead_relus_and_negative_slopes_are_reported(job: Job) -> None:
@@ -292,3 +312,23 @@ def test_layers_behind_all_work_may_be_of_any_type(job: Job) -> None:
         file.write(strange)
     assert list(Run(job.config()).quantize().stages.done) == ["weights", "renorm", "activations"]
     assert 'type: "NobodyKnows"' in (job.out / "residual_val.prototxt").read_text()
+
+
+def test_keys_in_their_earlier_place_are_pointed_out(job: Job) -> None:
+    notes = Heard()
+    Run(job.config("renorm.memory=1GiB", "renorm.augment=test"), notes).quantize(("weights",))
+    assert "renorm.memory holds for every stage; write memory instead" in notes.notes
+    assert "renorm.augment holds for every stage; write data.augment instead" in notes.notes
+    report = json.loads((job.out / "report.json").read_text())
+    assert (report["settings"]["memory"], report["settings"]["data"]["augment"]) == (1 << 30, "test")
+    assert not {"memory", "augment"} & report["settings"]["renorm"].keys()
+
+
+def test_the_page_is_made_again_where_it_is_missing(job: Job) -> None:
+    """A run that was killed before it could make it has left everything else behind."""
+    Run(job.config()).quantize()
+    (job.out / "report.html").unlink()
+    before = contents(job.out)
+    Run(job.config()).quantize(resume=True)
+    assert (job.out / "report.html").exists()
+    assert contents(job.out) == before

@@ -20,7 +20,7 @@ from quantize.data.feed import Feed
 from quantize.job.evaluation import evaluate_run
 from quantize.job.prototxts import deploy_prototxt
 from quantize.job.run import Run
-from quantize.measure.transform_check import Values
+from quantize.measure.transform_check import Scaling
 from quantize.settings import RenormSettings
 from tests.heard import Heard
 from tests.nets import CROPPED, RESIDUAL, parse, random_weights, trained_statistics, write_photos
@@ -47,7 +47,7 @@ class Published:
         return [*words, *(part for option in given.items() for part in option)]
 
 
-def publish(folder: Path, values: Values, text: str = RESIDUAL) -> Published:
+def publish(folder: Path, values: Scaling, text: str = RESIDUAL) -> Published:
     """A net whose BatchNorms stored what images like the photographs give with a transform."""
     folder.mkdir()
     deploy = deploy_prototxt(parse(text), {"data": CROPPED})
@@ -68,7 +68,7 @@ def publish(folder: Path, values: Values, text: str = RESIDUAL) -> Published:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return publish(tmp_path_factory.mktemp("published") / "net", Values((104, 117, 123)))
+    return publish(tmp_path_factory.mktemp("published") / "net", Scaling((104, 117, 123)))
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_what_a_yaml_file_says_is_not_overruled(published: Published) -> None:
 
 def test_what_the_prototxt_says_is_tried(published: Published) -> None:
     """A transform that is not among the usual ones: the prototxt's own is what fits."""
-    values = Values((60, 70, 80), 0.05)
+    values = Scaling((60, 70, 80), 0.05)
     other = publish(published.folder / "other", values)
     text = (other.folder / "deploy.prototxt").read_text()
     param = "mean_value: 60 mean_value: 70 mean_value: 80 scale: 0.05"
@@ -200,7 +200,7 @@ def test_what_the_prototxt_says_is_tried(published: Published) -> None:
 
 def test_without_batch_norm_the_usual_mean_is_taken_and_said_to_be_a_guess(tmp_path: Path) -> None:
     lines = [line for line in RESIDUAL.splitlines() if '"BatchNorm"' not in line]
-    plain = publish(tmp_path / "plain", Values((104, 117, 123)), "\n".join(lines))
+    plain = publish(tmp_path / "plain", Scaling((104, 117, 123)), "\n".join(lines))
     heard = Heard()
     Run(load(None, as_keys(plain)), heard, choose_transform=True).quantize(("weights",))
     why = "that is usual, and cannot be checked: the net has no BatchNorm"

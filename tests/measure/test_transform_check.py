@@ -23,8 +23,8 @@ from quantize.measure.transform_check import (
     COLOR,
     DOUBTFUL,
     IMAGES,
+    Scaling,
     TransformCheck,
-    Values,
     check_transform,
     first_norms,
 )
@@ -56,20 +56,20 @@ class Swapped(Selection):
         return replace(image, pixels=image.pixels[::-1])
 
 
-def feed(source: Source, numbers: Sequence[int], values: Values, crop: int = 9) -> Feed:
+def feed(source: Source, numbers: Sequence[int], values: Scaling, crop: int = 9) -> Feed:
     transform = Transform(crop_size=crop, mirror=True, mean_value=values.mean, scale=values.scale)
     chosen = (Swapped if values.swapped else Selection)(source, numbers)
     return Feed({"data": Images(chosen, transform, TRAIN, None)})
 
 
-def trained(net: NetParameter, source: Source, values: Values) -> Weights:
+def trained(net: NetParameter, source: Source, values: Scaling) -> Weights:
     return trained_statistics(net, random_weights(net, {"data": CROPPED}), feed(source, TRAINING, values))
 
 
-def mistakes(right: Values) -> list[Values]:
+def mistakes(right: Scaling) -> list[Scaling]:
     """Five kinds: no mean, the mean in RGB order, no scale, another scale, neither."""
     found = [replace(right, mean=()), replace(right, mean=right.mean[::-1]), replace(right, scale=1.0)]
-    found += [replace(right, scale=1 / 255), Values()]
+    found += [replace(right, scale=1 / 255), Scaling()]
     return [values for values in found if replace(values, about="") != replace(right, about="")]
 
 
@@ -100,18 +100,18 @@ def test_whatever_the_net_was_trained_with_is_found(
         )
 
 
-def digits(values: Values, numbers: Sequence[int]) -> TransformCheck:
+def digits(values: Scaling, numbers: Sequence[int]) -> TransformCheck:
     """The digits network with a transform of another than its own, which is among those tried."""
     net = InferenceNet.of(read_prototxt(DIGITS / "digits.prototxt")).net
     weights = Weights.read(DIGITS / "digits.caffemodel")
-    own = Values((5.0,), 0.125, about="as the prototxt says")
+    own = Scaling((5.0,), 0.125, about="as the prototxt says")
     source = open_source(DIGITS / "calibration_lmdb")
     return check_transform(model_of(net, weights), feed(source, numbers, values, 0), OPENER, [own])
 
 
 def test_the_digits_network() -> None:
     """A real trained net, with images of 64 pixels and one channel."""
-    right = Values((5.0,), 0.125)
+    right = Scaling((5.0,), 0.125)
     rng = np.random.default_rng(0)
     for count in (IMAGES, IMAGES, IMAGES, 16, 4):
         found = digits(right, sorted(rng.choice(997, count, replace=False)))
@@ -128,14 +128,14 @@ def test_a_wrong_transform_that_no_usual_one_explains_is_only_doubted_if_it_is_h
     weights = Weights.read(DIGITS / "digits.caffemodel")
     source = open_source(DIGITS / "calibration_lmdb")
 
-    def check(values: Values) -> TransformCheck:
+    def check(values: Scaling) -> TransformCheck:
         return check_transform(model_of(net, weights), feed(source, range(100), values, 0), OPENER)
 
-    hopeless = check(Values())
+    hopeless = check(Scaling())
     assert (hopeless.doubtful, hopeless.better) == (True, [])
     assert "no usual transform fits better" in hopeless.finding
     assert "check data.transform" in hopeless.remedy
-    little = check(Values((), 0.125))
+    little = check(Scaling((), 0.125))
     assert (little.doubtful, little.remedy) == (False, "")
 
 
@@ -163,7 +163,7 @@ def test_swapped_channels_are_said_where_no_other_transform_fits(
     residual: NetParameter, photos: Source
 ) -> None:
     """One mean for all channels: those of the images tell their order."""
-    right = Values((127.5,), 1 / 127.5, swapped=True)
+    right = Scaling((127.5,), 1 / 127.5, swapped=True)
     weights = trained(residual, photos, right)
     assert not check_transform(model_of(residual, weights), feed(photos, OTHERS, right), OPENER).doubtful
     found = check_transform(
@@ -201,7 +201,7 @@ def test_the_figures_are_what_the_formulas_say(photos: Source) -> None:
     factor = 2.5
     stored = [factor * mean, factor * variance, np.array([factor])]
     weights.replace("data_bn", [blob.astype(np.float32) for blob in stored])
-    images = feed(photos, range(50), Values()).inputs["data"]
+    images = feed(photos, range(50), Scaling()).inputs["data"]
     pixels = next(iter(images.batches(50)))[0].astype(np.float64)
     seen, spread = pixels.mean(axis=(0, 2, 3)), pixels.var(axis=(0, 2, 3), ddof=1)
     shift = (seen - mean) / np.sqrt(variance + 1e-3)
@@ -233,6 +233,6 @@ def test_what_cannot_be_checked_is_said(photos: Source, blobs: tuple[int, ...] |
     if blobs is not None:
         sizes = zip((3, 3, 1), blobs, strict=True)
         weights.replace("data_bn", [np.full(size, value, np.float32) for size, value in sizes])
-    found = check_transform(model_of(net, weights), feed(photos, range(9), Values()), OPENER)
+    found = check_transform(model_of(net, weights), feed(photos, range(9), Scaling()), OPENER)
     assert (found.given, found.doubtful, found.images) == (None, False, 0)
     assert why in found.finding

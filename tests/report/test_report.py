@@ -114,8 +114,8 @@ def test_output_sqnr_is_what_numpy_says(done: Job) -> None:
     assert [layer["name"] for layer in layers] == [
         layer["name"] for layer in report["stages"]["weights"]["layers"]
     ]
-    record = Run(done.config("renorm.augment=test")).quantize()
-    found = evaluate_run(done.config("data.validation=null", "renorm.augment=test"), 16)
+    record = Run(done.config("data.augment=test")).quantize()
+    found = evaluate_run(done.config("data.validation=null", "data.augment=test"), 16)
     assert record.output_sqnr is not None
     last = record.output_sqnr.layers[-1].sqnr_db["quantized"]
     assert last == pytest.approx(found.closeness["quantized"].sqnr_db, abs=1e-3)

@@ -36,7 +36,7 @@ from quantize.numerics.solvers import fit
 from quantize.record import QuantizedLayer, RunRecord
 from quantize.settings import CaffeProcess, WeightSettings
 from quantize.stages.budget import Sensitivities, allocate, bits_left, keep_budget, sensitivities
-from quantize.stages.data_aware import Calibration
+from quantize.stages.data_aware import CalibrationSweep
 from quantize.sweep.plan import Costs
 from tests.conftest import Job
 from tests.heard import Heard
@@ -162,11 +162,11 @@ def test_a_budget_with_nothing_to_choose() -> None:
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> CalibrationSweep:
     path = write_images(tmp_path_factory.mktemp("images") / "lmdb", IMAGES)
     images = images_of(path, Transform(crop_size=9, scale=0.02, mean_value=(100.0,)), phase=1)
     test = InferenceNet.of(parse(RESIDUAL))
-    return Calibration(Feed({test.blob: images}), ONNX, None)
+    return CalibrationSweep(Feed({test.blob: images}), ONNX, None)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def model(weights: Weights) -> Model:
     return Model(parse(RESIDUAL), weights)
 
 
-def run(net: NetParameter, weights: Weights, calibration: Calibration, blob: str) -> np.ndarray:
+def run(net: NetParameter, weights: Weights, calibration: CalibrationSweep, blob: str) -> np.ndarray:
     """A blob for all images in one batch."""
     pixels = next(calibration.feed.batches(IMAGES)).feeds["data"]
     engine = ONNX(net, weights, {"data": CROPPED})
@@ -187,7 +187,7 @@ def run(net: NetParameter, weights: Weights, calibration: Calibration, blob: str
 
 
 def divergence_by_hand(
-    net: NetParameter, weights: Weights, calibration: Calibration, name: str, norm: str | None, bits: int
+    net: NetParameter, weights: Weights, calibration: CalibrationSweep, name: str, norm: str | None, bits: int
 ) -> float:
     """Quantize a layer, give its BatchNorm statistics that undo the shift, and compare probabilities."""
     net = single_assignment(net)
@@ -214,10 +214,10 @@ NORMS = {"left": "bn_left", "right_a": "bn_right_a", "right_b": "bn_right_b", "f
 
 @pytest.mark.parametrize("memory", [None, 40_000])
 def test_sensitivities_are_what_they_are_defined_to_be(
-    calibration: Calibration, model: Model, weights: Weights, memory: int | None
+    calibration: CalibrationSweep, model: Model, weights: Weights, memory: int | None
 ) -> None:
     """Also where the memory is too little to keep what is before a layer, and micro-batches are small."""
-    bounded = Calibration(calibration.feed, ONNX, memory)
+    bounded = CalibrationSweep(calibration.feed, ONNX, memory)
     heard = Heard()
     found, images = sensitivities(model, list(NORMS), "power_of_two", bounded, SCORES, heard)
     assert images == IMAGES
@@ -231,7 +231,7 @@ def test_sensitivities_are_what_they_are_defined_to_be(
 
 
 def test_without_a_batchnorm_or_with_another_reader_nothing_is_repaired(
-    calibration: Calibration, weights: Weights
+    calibration: CalibrationSweep, weights: Weights
 ) -> None:
     net = NetParameter()
     net.CopyFrom(parse(RESIDUAL))
@@ -245,7 +245,9 @@ def test_without_a_batchnorm_or_with_another_reader_nothing_is_repaired(
         assert found[name][3] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_net_that_costs_much_is_measured_on_fewer_images(calibration: Calibration, model: Model) -> None:
+def test_a_net_that_costs_much_is_measured_on_fewer_images(
+    calibration: CalibrationSweep, model: Model
+) -> None:
     _, images = sensitivities(model, ["left"], "uniform", calibration, SCORES)
     assert images == IMAGES
     net = single_assignment(NET)
@@ -257,14 +259,18 @@ def test_a_net_that_costs_much_is_measured_on_fewer_images(calibration: Calibrat
         assert images == wanted
 
 
-def test_more_bits_of_the_uniform_grid_move_the_output_less(calibration: Calibration, model: Model) -> None:
+def test_more_bits_of_the_uniform_grid_move_the_output_less(
+    calibration: CalibrationSweep, model: Model
+) -> None:
     found, _ = sensitivities(model, list(NORMS), "uniform", calibration, SCORES)
     for by_bits in found.values():
         assert list(by_bits) == list(range(2, 9))
         assert by_bits[2] > 4 * by_bits[4] > 16 * by_bits[6] > 0
 
 
-def test_a_layer_without_influence_on_the_scores_is_named(calibration: Calibration, model: Model) -> None:
+def test_a_layer_without_influence_on_the_scores_is_named(
+    calibration: CalibrationSweep, model: Model
+) -> None:
     with pytest.raises(
         InputError, match=r"do not depend on layer right_b.*give weights\.layers\.right_b\.bits"
     ):
@@ -274,7 +280,7 @@ def test_a_layer_without_influence_on_the_scores_is_named(calibration: Calibrati
 
 
 def test_scores_that_are_not_finite_are_one_line(
-    calibration: Calibration, model: Model, weights: Weights
+    calibration: CalibrationSweep, model: Model, weights: Weights
 ) -> None:
     huge = weights.copy()
     huge.replace("scale1", [np.full(6, 3e38, np.float32), np.full(6, 3e38, np.float32)])
@@ -282,19 +288,17 @@ def test_scores_that_are_not_finite_are_one_line(
         sensitivities(Model(model.net, huge), ["left"], "uniform", calibration, SCORES)
 
 
-def test_too_little_memory_says_how_much_would_do(calibration: Calibration, model: Model) -> None:
-    tight = Calibration(calibration.feed, ONNX, 1000)
-    with pytest.raises(
-        InputError, match=r"renorm\.memory: 1000 bytes.*least that would do is (\d+)"
-    ) as caught:
+def test_too_little_memory_says_how_much_would_do(calibration: CalibrationSweep, model: Model) -> None:
+    tight = CalibrationSweep(calibration.feed, ONNX, 1000)
+    with pytest.raises(InputError, match=r"^memory: 1000 bytes.*least that would do is (\d+)") as caught:
         sensitivities(model, ["left"], "uniform", tight, SCORES)
     least = int(str(caught.value).split("least that would do is ")[1].split()[0])
-    enough = Calibration(calibration.feed, ONNX, least)
+    enough = CalibrationSweep(calibration.feed, ONNX, least)
     assert sensitivities(model, ["left"], "power_of_two", enough, SCORES)
 
 
 def test_overrides_and_the_ends_keep_their_bits(
-    calibration: Calibration, model: Model, weights: Weights
+    calibration: CalibrationSweep, model: Model, weights: Weights
 ) -> None:
     layers = {"left": {"bits": 6, "grid": "uniform"}, "right_a": {"skip": True}}
     settings = WeightSettings.model_validate({"budget": 5, "layers": layers})

@@ -15,7 +15,7 @@ from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.numerics.moments import Moments, moments_of
 from quantize.settings import CaffeProcess, Config, RenormSettings, WeightSettings
-from quantize.stages.data_aware import Calibration, data_aware
+from quantize.stages.data_aware import CalibrationSweep, data_aware
 from quantize.stages.renorm import Reference, renorm, stored_statistics, variance_ratio
 from quantize.stages.weights import choices
 from tests.heard import Heard
@@ -277,7 +277,7 @@ def test_the_solver_fits_to_the_statistics_that_renorm_gives(
         monkeypatch.setattr(engine, "set_blobs", recorded)
         return engine
 
-    calibration = Calibration(feed, opened, None, statistics)  # type: ignore[arg-type]
+    calibration = CalibrationSweep(feed, opened, None, statistics)  # type: ignore[arg-type]
     chosen = choices(full.inference.net, WeightSettings(bits=3))
     changed, weights, _ = quantized_weights(net, full.weights, chosen, "data_aware", calibration=calibration)
     reference = full if statistics == "paired" else None
@@ -291,7 +291,7 @@ def test_the_solver_fits_to_the_statistics_that_renorm_gives(
 def test_nothing_to_round_leaves_the_solver_with_what_is_stored(full: Model, feed: Feed) -> None:
     """8 bits of the first layer alone: the layers behind are fitted as if nothing had happened."""
     chosen = {"fc2": WeightSettings(bits=8, grid="uniform")}
-    found = data_aware(full, chosen, Calibration(feed, OPEN, None))
+    found = data_aware(full, chosen, CalibrationSweep(feed, OPEN, None))
     assert found["fc2"].output_sqnr_db is not None
     assert found["fc2"].output_sqnr_db > 35
 
@@ -436,7 +436,7 @@ def test_shared_statistics_of_nothing_quantized_stay(siamese: Model, feed: Feed)
 def test_shared_weights_are_fitted_to_all_that_they_see(siamese: Model, feed: Feed) -> None:
     """Side by side and one behind the other: one alpha and Q, a bias for each use."""
     chosen = {name: WeightSettings(bits=2) for name in ("one", "again")}
-    found = data_aware(siamese, chosen, Calibration(feed, OPEN, None))
+    found = data_aware(siamese, chosen, CalibrationSweep(feed, OPEN, None))
     assert set(found) == {"one", "two", "again", "and_again"}
     for first, second in (("one", "two"), ("again", "and_again")):
         np.testing.assert_array_equal(found[first].Q, found[second].Q)
@@ -451,7 +451,7 @@ def test_shared_weights_are_fitted_to_all_that_they_see(siamese: Model, feed: Fe
     for layer in alone.layer:
         del layer.param[:]
     first = data_aware(
-        model_of(alone, siamese.weights), {"one": chosen["one"]}, Calibration(feed, OPEN, None)
+        model_of(alone, siamese.weights), {"one": chosen["one"]}, CalibrationSweep(feed, OPEN, None)
     )["one"]
     pixels = next(feed.batches(COUNT)).feeds["data"]
     kernels = siamese.weights["one"][0].reshape(4, -1)

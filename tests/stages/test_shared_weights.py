@@ -17,7 +17,7 @@ from quantize.errors import InputError
 from quantize.job.run import Run
 from quantize.record import RunRecord
 from quantize.settings import CaffeProcess, GridChoice, WeightSettings
-from quantize.stages.data_aware import Calibration, data_aware
+from quantize.stages.data_aware import CalibrationSweep, data_aware
 from quantize.stages.weights import check_unquantized, choices, free_layers, unquantizable
 from tests.nets import images_of, parse, quantized_weights, random_weights, write_images
 
@@ -251,7 +251,7 @@ def test_a_shared_bias_stays_and_its_alpha_terms_make_up_for_it(tmp_path: Path) 
     test = InferenceNet.of(net).net
     weights = loaded(filter_net(net, TEST), random_weights(test, {"data": IMAGE}))
     images = images_of(write_images(tmp_path / "lmdb", 12, IMAGE), Transform(scale=0.01), TEST)
-    calibration = Calibration(Feed({"data": images}), OPEN, None)
+    calibration = CalibrationSweep(Feed({"data": images}), OPEN, None)
     found = choices(test, settings())
     wanted = data_aware(Model(net, weights), found, calibration)
     _, quantized, _ = quantized_weights(net, weights, found, "data_aware", calibration=calibration)

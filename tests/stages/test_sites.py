@@ -73,7 +73,7 @@ def test_the_input_and_the_branches_of_sums() -> None:
     assert sites_of(family("lite"), input=True)[0] == "data_quantized"
     assert sites_of(family("resnet"), sums=True) == [
         *("stem/relu", "left_quantized", "right_a/relu", "right_b_quantized", "sum1/relu", "c2/relu"),
-        *("c3_quantized", "gap_quantized"),
+        *("c3_quantized", "sum2/relu", "gap_quantized"),
     ]
 
 

@@ -34,6 +34,7 @@ def test_the_layers_and_their_grids() -> None:
     assert list(chosen) == QUANTIZED
     eight, four = (8, "fixed_point"), (4, "power_of_two")
     assert [(c.bits, c.grid) for c in chosen.values()] == [eight, four, four, four, four, eight]
+    assert {type(choice) for choice in chosen.values()} == {GridChoice}  # no whole section of settings
 
 
 def test_overrides_and_skips() -> None:

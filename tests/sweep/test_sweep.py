@@ -121,7 +121,7 @@ def test_without_a_bound_nothing_is_computed_twice(problem: tuple[Costs, list[St
 
 
 def test_too_small_a_bound_names_the_least() -> None:
-    with pytest.raises(InputError, match=r"renorm.memory: 1000 bytes is too small.*2000000 bytes \(2MiB\)"):
+    with pytest.raises(InputError, match=r"memory: 1000 bytes is too small.*2000000 bytes \(2MiB\)"):
         micro_batch_size(2_000_000, 10, 1000)
 
 

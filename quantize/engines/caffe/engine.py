@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from quantize.arrays import FloatArray, Shape
-from quantize.caffenet import LayerShapes, NetParameter, Weights, check_weights, format_prototxt
+from quantize.caffenet import LayerShapes, NetParameter, Weights, format_prototxt
 from quantize.engines.base import Engine, Range, RangeResult
 from quantize.engines.caffe.worker import READY
 from quantize.errors import InputError, LabelfreeError
@@ -392,7 +392,6 @@ class CaffeEngine(Engine):
             batch = {name: (1, *shape) for name, shape in inputs.items()}
             self.number, told = self.worker.open(_for_inference(net), batch)
             super().__init__(net, weights, inputs, told)
-            check_weights(net, self.weights, self.shapes)
             for layer in self.shapes.params:
                 self._send_blobs(layer)
         except BaseException:

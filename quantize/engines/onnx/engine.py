@@ -18,11 +18,11 @@ from quantize.caffenet import (
     NetParameter,
     Shapes,
     Weights,
-    check_weights,
     infer_shapes,
     needed_layers,
 )
 from quantize.engines.base import Engine, Range, RangeResult
+from quantize.engines.onnx import fork_layers as fork_layers  # registers the translators
 from quantize.engines.onnx.graph import Graph, open_session
 from quantize.engines.onnx.layers import TRANSLATORS, Layer, UnsupportedError
 from quantize.errors import InputError, LabelfreeError
@@ -60,7 +60,6 @@ class OnnxEngine(Engine):
         part_bytes: int = CACHE_BYTES,
     ) -> None:
         super().__init__(net, weights, inputs)
-        check_weights(net, self.weights, self.shapes)
         self.threads = threads or available_threads()
         self.part_bytes = part_bytes
         self.per_image = _values_per_image(net, inputs, self.shapes)
@@ -304,6 +303,10 @@ class Translation:
             self._tensors[name] = self.graph.input(shape, grows)
             self.inputs[name] = _Blob(name, self._tensors[name], shape, grows)
         return _Blob(name, self._tensors[name], shape, grows)
+
+    def define(self, name: str, tensor: str) -> None:
+        """Have a blob's name stand for a tensor from here on."""
+        self._tensors[name] = tensor
 
     def output(self, blob: _Blob) -> _Blob:
         """Make a blob an output of the graph."""

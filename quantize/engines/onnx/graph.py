@@ -13,8 +13,7 @@ from onnx import helper, numpy_helper
 
 from quantize.arrays import FloatArray, Shape
 
-OPSET = 18
-IR_VERSION = 8
+OPSET, IR_VERSION = 18, 8
 """Of the file format; this pair is read by onnxruntime from 1.14 on."""
 
 FATAL_ONLY = 4
@@ -29,21 +28,26 @@ class Graph:
     """Operators and constants; what no output needs is left out of the model.
 
     Every tensor is assigned once; tensor names are our own, for blob names may hold any characters.
+
+    Args:
+        prefix: of the tensors' names.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "t") -> None:
+        self._prefix = prefix
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: dict[str, onnx.ValueInfoProto] = {}
         self._outputs: list[str] = []
         self._constants: dict[str, npt.NDArray[Any]] = {}
+        self._tensors: dict[str, onnx.TensorProto] = {}
         self._affines: dict[str, tuple[str, npt.NDArray[np.float64], npt.NDArray[np.float64]]] = {}
         self._count = 0
 
-    def input(self, shape: Shape, grows: bool) -> str:
-        """A float32 tensor from outside; ``grows``: it has a first axis of any size."""
+    def input(self, shape: Shape, grows: bool, kind: int = onnx.TensorProto.FLOAT) -> str:
+        """A tensor from outside, float32 by default; ``grows``: it has a first axis of any size."""
         name = self._name()
         dims = [None, *shape[1:]] if grows else shape
-        self._inputs[name] = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims)
+        self._inputs[name] = helper.make_tensor_value_info(name, kind, dims)
         return name
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
@@ -59,11 +63,23 @@ class Graph:
     def floats(self, values: npt.ArrayLike) -> str:
         """A float32 constant; aligned C-contiguous float32 arrays are not copied. Too large is inf."""
         with np.errstate(over="ignore"):
-            return self._constant(np.require(values, np.float32, ["C", "A"]))
+            return self.constant(np.require(values, np.float32, ["C", "A"]))
 
     def integers(self, values: Iterable[int]) -> str:
         """A vector of int64 constants."""
-        return self._constant(np.array(list(values), np.int64))
+        return self.constant(np.array(list(values), np.int64))
+
+    def constant(self, array: npt.NDArray[Any]) -> str:
+        """A constant of the array's type."""
+        name = self._name()
+        self._constants[name] = array
+        return name
+
+    def tensor(self, tensor: onnx.TensorProto) -> str:
+        """A constant of a type that numpy does not know; it gets a name."""
+        tensor.name = self._name()
+        self._tensors[tensor.name] = tensor
+        return tensor.name
 
     def reshape(self, x: str, dims: Iterable[int]) -> str:
         """``x`` in another shape; -1 stands for what is left."""
@@ -101,38 +117,49 @@ class Graph:
         return x
 
     def model(self) -> tuple[onnx.ModelProto, list[str], dict[str, FloatArray]]:
-        """What computes the outputs.
+        """What computes the outputs, for `open_session`.
 
         Returns:
             The model; the inputs that it reads; and the constants that it names but does not contain.
         """
+        constants = self._needed_constants()
+        external = {name: array for name, array in constants.items() if array.nbytes >= EXTERNAL_BYTES}
+        model = self._model(_initializers(constants, external), OPSET, IR_VERSION)
+        return model, [value.name for value in model.graph.input], external
+
+    def whole_model(self, opset: int, ir_version: int) -> onnx.ModelProto:
+        """What computes the outputs, with all constants, for a file."""
+        return self._model(_initializers(self._needed_constants(), {}), opset, ir_version)
+
+    def _needed_nodes(self) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The operators that outputs depend on, and the tensors."""
         nodes: list[onnx.NodeProto] = []
         needed = set(self._outputs)
         for node in reversed(self._nodes):
             if needed.intersection(node.output):
                 needed.update(node.input)
                 nodes.append(node)
-        inputs = [name for name in self._inputs if name in needed]
-        constants = {name: array for name, array in self._constants.items() if name in needed}
-        external = {name: array for name, array in constants.items() if array.nbytes >= EXTERNAL_BYTES}
-        graph = helper.make_graph(
-            nodes[::-1],
-            "range",
-            [self._inputs[name] for name in inputs],
-            [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in self._outputs],
-            _initializers(constants, external),
-        )
-        opsets = [helper.make_opsetid("", OPSET)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION), inputs, external
+        return nodes[::-1], needed
 
-    def _constant(self, array: npt.NDArray[Any]) -> str:
-        name = self._name()
-        self._constants[name] = array
-        return name
+    def _needed_constants(self) -> dict[str, npt.NDArray[Any]]:
+        _, needed = self._needed_nodes()
+        return {name: array for name, array in self._constants.items() if name in needed}
+
+    def _model(self, initializers: list[onnx.TensorProto], opset: int, ir_version: int) -> onnx.ModelProto:
+        nodes, needed = self._needed_nodes()
+        graph = helper.make_graph(
+            nodes,
+            "range",
+            [value for name, value in self._inputs.items() if name in needed],
+            [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in self._outputs],
+            [*initializers, *(tensor for name, tensor in self._tensors.items() if name in needed)],
+        )
+        opsets = [helper.make_opsetid("", opset)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
 
     def _name(self) -> str:
         self._count += 1
-        return f"t{self._count}"
+        return f"{self._prefix}{self._count}"
 
 
 def _initializers(

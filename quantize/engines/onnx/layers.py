@@ -17,7 +17,8 @@ import numpy.typing as npt
 from onnx import TensorProto, helper
 
 from quantize.arrays import FloatArray, Shape
-from quantize.caffenet import LayerParameter, PoolingParameter
+from quantize.caffenet import LayerParameter, PoolingParameter, stored_statistics
+from quantize.caffenet.norms import epsilon, places_of
 from quantize.caffenet.quantized import DEFAULT_LEVELS
 from quantize.caffenet.quantizers import MOST_SIGNED_LEVELS
 from quantize.caffenet.shape_rules import canonical_axis, convolution_window, height_and_width, spp_pooling
@@ -202,12 +203,22 @@ def batch_norm(g: Graph, layer: Layer) -> str:
     """y = (x - mean / f) / sqrt(variance / f + eps), per channel; f is the third blob.
 
     For f = 0, 1 / f is 0. The stored statistics are used whatever use_global_stats says: labelfree runs nets
-    for inference. x (N, C, ...). prototxt: batch_norm_param.eps
+    for inference. x (N, C, ...). NVCaffe's, with scale_bias or one of the fillers, has two more blobs: y is
+    multiplied by the first and the second is added; f is not looked at, and eps at least 1e-5.
+    prototxt: batch_norm_param.{eps, scale_bias, scale_filler, bias_filler}
     """
-    mean, variance, factor = (blob.astype(np.float64).reshape(-1) for blob in layer.blobs)
-    inverse = 1 / factor[0] if factor[0] else 0.0
-    scale = 1 / np.sqrt(variance * inverse + layer.proto.batch_norm_param.eps)
-    shift = -mean * inverse * scale
+    return normalization(g, layer)
+
+
+def normalization(g: Graph, layer: Layer) -> str:
+    """y of a layer that normalizes with stored statistics, see ``caffenet.norms``."""
+    places = places_of(layer.proto)
+    mean, variance = stored_statistics(layer.blobs, places)
+    scale = 1 / np.sqrt(variance + epsilon(layer.proto))
+    shift = -mean * scale
+    if places.affine is not None:
+        a, b = (layer.blobs[place].astype(np.float64).reshape(-1) for place in places.affine)
+        scale, shift = a * scale, a * shift + b
     if len(layer.shape) == 1:
         return _plus(g, _times(g, layer.x, scale), shift)
     return g.affine(layer.x, layer.shape, scale, shift)

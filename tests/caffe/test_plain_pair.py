@@ -1,0 +1,78 @@
+"""The plain pair of `labelfree export --to caffe`, run by real Caffe: what the quantized weights compute."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantize.caffenet import InferenceNet, read_prototxt
+from quantize.caffenet.model import Model
+from quantize.caffenet.quantized import ALPHA_SUFFIX, QUANTIZER_TYPES, with_alpha_terms
+from quantize.engines import engine_opener
+from quantize.exports.caffe import FORKS_DEPTHWISE, export_caffe
+from quantize.exports.integers import IntegerNet
+from quantize.exports.packed import unpack
+from quantize.settings import CaffeProcess
+from tests.families import FAMILIES, HEAD, INPUT, act, conv, dense, family, layer
+from tests.nets import parse
+from tests.stages.test_sites import quantized_net
+
+FORKS = (
+    HEAD
+    + conv("stem", "data", 4)
+    + act("stem")
+    + layer(
+        "all", "DepthwiseConvolution", "stem", "all", "convolution_param { num_output: 8 kernel_size: 3 }"
+    )
+    + act("all")
+    + layer(
+        "two",
+        "ConvolutionDepthwise",
+        "all",
+        "two",
+        "convolution_param { num_output: 4 kernel_size: 3 group: 2 }",
+    )
+    + act("two")
+    + dense("fc", "two", 7)
+)
+"""Two outputs for each channel; and a group that is given counts."""
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "kept"])
+@pytest.mark.parametrize("name", [*FAMILIES, "depthwise of forks"])
+def test_caffe_computes_what_the_weights_are(
+    name: str, fold: bool, tmp_path: Path, caffe_forward: Callable[..., list[np.ndarray]]
+) -> None:
+    given = family(name) if name in FAMILIES else parse(FORKS)
+    net, weights, feeds = quantized_net(given)
+    model = Model(net, weights)
+    integers = IntegerNet.of(model)
+    export_caffe(model, integers, "net", fold).write(tmp_path)
+    plain = read_prototxt(tmp_path / "net_plain.prototxt")
+    assert not {layer.type for layer in plain.layer} & {*QUANTIZER_TYPES, *FORKS_DEPTHWISE}
+    assert fold != any(layer.name.endswith(ALPHA_SUFFIX) for layer in plain.layer)
+
+    before = InferenceNet.of(with_alpha_terms(given, weights)).net
+    outputs = list(integers.outputs)
+    engine = engine_opener("onnx", CaffeProcess(), 1)(before, weights, INPUT)
+    ours = engine.compile(0, len(before.layer), outputs).run(feeds).blobs
+    pair = (tmp_path / "net_plain.prototxt", tmp_path / "net_plain.caffemodel")
+    for blob, found in zip(outputs, caffe_forward(*pair, feeds, outputs), strict=True):
+        assert np.abs(found - ours[blob]).max() <= 2e-5 * np.abs(ours[blob]).max()
+
+
+def test_the_packed_pair_computes_the_same(
+    tmp_path: Path, caffe_forward: Callable[..., list[np.ndarray]]
+) -> None:
+    net, weights, feeds = quantized_net(family("mobilenet_v2"))
+    model = Model(net, weights)
+    integers = IntegerNet.of(model)
+    export_caffe(model, integers, "net").write(tmp_path)
+    engine = engine_opener("onnx", CaffeProcess(), 1)(model.inference.net, weights, INPUT)
+    outputs = list(integers.outputs)
+    ours = engine.compile(0, len(model.inference.net.layer), outputs).run(feeds).blobs
+    pair = unpack(tmp_path / "net.lfq", tmp_path / "unpacked")
+    for blob, found in zip(outputs, caffe_forward(*pair, feeds, outputs), strict=True):
+        assert np.abs(found - ours[blob]).max() <= 0.02 * np.abs(ours[blob]).max()
+        assert np.median(np.abs(found - ours[blob])) <= 1e-5 * np.abs(ours[blob]).max()
