@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import quantize
-from quantize.caffenet import InferenceNet, LayerParameter
+from quantize.caffenet import InferenceNet
 from quantize.caffenet.model import Model
 from quantize.errors import InputError
 from quantize.exports.integers import IntegerNet
