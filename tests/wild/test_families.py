@@ -118,6 +118,10 @@ def test_a_family_through_the_commands(
         print(name, json.dumps(each))
     check_statistics(tmp_path, name)
 
+    exported = labelfree("export", "--config", "job.yaml", "--to", "onnx")
+    assert exported.code == 0, exported.err
+    assert list(out.rglob("*.onnx"))
+
 
 def test_a_detector_as_it_is_trained(
     tmp_path: Path, labelfree: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
