@@ -134,16 +134,17 @@ class IntegerNet:
         return name
 
 
-def whole_codes(layer: IntegerLayer) -> IntegerLayer:
-    """The same layer with the least whole numbers as Q.
-
-    The levels of every grid are whole multiples of a power of two; 2^-20 is below all of them.
-    """
-    finest = 2.0**-20
-    codes = np.rint(layer.codes.astype(np.float64) / finest).astype(np.int64)
-    unit = np.gcd.reduce(codes, axis=None) or 1
-    unit &= -unit
-    return replace(layer, codes=(codes // unit).astype(np.float32), scale=layer.scale * (unit * finest))
+def whole_codes(integers: IntegerLayer) -> IntegerLayer:
+    """The layer with whole numbers as codes, which have no power of two in common."""
+    values = np.unique(np.abs(integers.codes))
+    values = values[values > 0]
+    if not len(values):
+        return integers
+    mantissas, exponents = np.frexp(values.astype(np.float64))
+    whole = (mantissas * 2.0**24).astype(np.int64)
+    unit = float(2.0 ** np.min(exponents - 24 + np.log2(whole & -whole)))
+    codes = (integers.codes / np.float32(unit)).astype(np.float32)
+    return replace(integers, codes=codes, scale=integers.scale * unit)
 
 
 def _known_inputs(test: InferenceNet, known: Mapping[str, Shape]) -> dict[str, Shape]:
