@@ -126,9 +126,9 @@ def ours(subject: Subject, setting: str, numbers: list[int]) -> Iterator[Result]
     activations = subject.config.activations.model_copy(update={"levels": 2**activation_bits - 1})
     for name, solver in OURS.items():
         start = time.monotonic()
-        net = subject.quantized(solver, (WeightSettings.model_validate(general), activations), numbers)
+        model = subject.quantized(solver, (WeightSettings.model_validate(general), activations), numbers)
         seconds = time.monotonic() - start
-        yield Result(name, scores(subject, net), seconds)
+        yield Result(name, scores(subject, model), seconds)
 
 
 def row(name: str, setting: str, result: Result, full: FloatArray, labels: list[int | None]) -> str:

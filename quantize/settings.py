@@ -263,7 +263,7 @@ class WeightSettings(GridChoice):
         ge=2,
         le=8,
         description="mean bits per weight, instead of bits: every layer gets the bits that change the "
-        "net's output least; the first, the last and those in weights.layers keep theirs",
+        "net's output least; first_last, depthwise and those in weights.layers keep theirs",
     )
     solver: SolverName = Field(
         "optimal",
@@ -274,17 +274,23 @@ class WeightSettings(GridChoice):
     first_last: GridChoice = Field(
         GridChoice(bits=8, grid="fixed_point"), description="for the first and the last quantized layer"
     )
+    depthwise: GridChoice | None = Field(
+        None,
+        description="for depthwise convolutions, whose few weights have few others to make up for them; such "
+        "as {bits: 8, grid: fixed_point}; null: as the other layers",
+    )
     layers: dict[str, LayerChoice] = Field({}, description="overrides by layer name: bits, grid, skip")
 
     @model_validator(mode="before")
     @classmethod
     def _fill_overrides(cls, values: Any) -> Any:
-        """An override inherits from this section, and first_last from its default, what it does not name."""
+        """What an override does not name comes from this section; of first_last and depthwise 8 bits."""
         if not isinstance(values, dict):
             return values
         filled = dict(values)
-        if isinstance(values.get("first_last"), dict):
-            filled["first_last"] = {"bits": 8, "grid": "fixed_point", **values["first_last"]}
+        for key in ("first_last", "depthwise"):
+            if isinstance(values.get(key), dict):
+                filled[key] = {"bits": 8, "grid": "fixed_point", **values[key]}
         if isinstance(values.get("layers"), dict):
             general = {key: values[key] for key in ("bits", "grid") if key in values}
             filled["layers"] = {

@@ -23,15 +23,16 @@ from quantize.caffenet import (
     Shapes,
     Weights,
     check_weights,
+    empty_like,
     infer_shapes,
     loaded,
     needed_layers,
     single_assignment,
-    stored_statistics,
 )
 from quantize.caffenet.graph import NetGraph
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.caffenet.model import Model
+from quantize.caffenet.norms import NORM_TYPES, scale_and_shift
 from quantize.caffenet.quantized import QuantizedWeights, Quantizer, read_quantizer
 from quantize.caffenet.shape_rules import canonical_axis, has_rule
 from quantize.caffenet.traits import Trait, traits_of
@@ -372,7 +373,9 @@ class _Folding:
 
     def result(self, name: str) -> IntegerNet:
         """What has become of the net."""
-        net = NetParameter(name=name, layer=needed_layers(self.net.layer, self.outputs))
+        net = empty_like(self.net)
+        net.name = name
+        net.layer.extend(needed_layers(self.net.layer, self.outputs))
         names = self._names(net)
         weights = Weights()
         for layer in net.layer:
@@ -451,10 +454,8 @@ def _affine(
     layer: LayerParameter, blobs: list[FloatArray], shape: Shape, axis: int
 ) -> tuple[Floats, Floats] | None:
     """Scale and shift (channels,) of a layer that rescales the channels along an axis; else None."""
-    if layer.type == "BatchNorm" and axis == CHANNEL_AXIS:
-        mean, variance = stored_statistics(blobs)
-        scale = 1 / np.sqrt(variance + layer.batch_norm_param.eps)
-        return scale, -mean * scale
+    if layer.type in NORM_TYPES and axis == CHANNEL_AXIS:
+        return scale_and_shift(layer, blobs)
     if layer.type not in ("Scale", "Bias") or not blobs or blobs[0].shape != (shape[axis],):
         return None
     given = layer.scale_param.axis if layer.type == "Scale" else layer.bias_param.axis

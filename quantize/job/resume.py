@@ -69,6 +69,7 @@ READ: Mapping[str, Mapping[StageName, When]] = {
     "weights.solver": {"weights": ALWAYS, "renorm": PAIRED},
     "weights.images": {"weights": DATA_AWARE_OR_BUDGET},
     "weights.first_last": WEIGHTS,
+    "weights.depthwise": WEIGHTS,
     "weights.layers": WEIGHTS,
     "renorm.statistics": {"weights": DATA_AWARE_OR_BUDGET, "renorm": ALWAYS},
     "renorm.images": {"renorm": ALWAYS},

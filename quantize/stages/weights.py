@@ -47,8 +47,9 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
     """The grid of every layer to quantize, in network order.
 
     The first and the last layer of a quantized type get ``settings.first_last``, a layer named in
-    ``settings.layers`` its override, all others the general setting. Layers with the same weights count as
-    one, under the name of the first: they have what any of them has.
+    ``settings.layers`` its override, a depthwise one ``settings.depthwise`` where that is set, all others the
+    general setting. Layers with the same weights count as one, named like the first: they have what any
+    of them has.
 
     Args:
         net: the inference net.
@@ -69,14 +70,18 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
     if not names:
         types = ", ".join(types_with(Trait.KERNELS))
         raise InputError(f"the net has no layer to quantize (types {types}); check model.prototxt")
-    free = free_layers(net, settings)
+    ends = {names[0], names[-1]}
+    depthwise = depthwise_layers(net)
     users = weight_users(net)
     found: dict[str, GridChoice] = {}
     for name in users:
         override = _override(users[name], settings)
         if override is None or not override.skip:
-            general = settings if name in free else settings.first_last
-            choice = override or general
+            choice: GridChoice = override or settings
+            if override is None and not ends.isdisjoint(users[name]):
+                choice = settings.first_last
+            elif override is None and settings.depthwise and not depthwise.isdisjoint(users[name]):
+                choice = settings.depthwise
             found[name] = GridChoice(bits=choice.bits, grid=choice.grid)
     quantized = {user for name in found for user in users[name]}
     for layer, foreign in zip(net.layer, foreign_fields(net), strict=True):
@@ -89,14 +94,33 @@ def choices(net: NetParameter, settings: WeightSettings) -> dict[str, GridChoice
 
 
 def free_layers(net: NetParameter, settings: WeightSettings) -> list[str]:
-    """The layers that the general setting is for: neither the first nor the last one, nor overridden.
+    """The layers that the general setting is for, and no more special one.
 
     Args:
         net: the inference net.
     """
     names = _names(net)
     fixed = {names[0], names[-1], *settings.layers}
+    if settings.depthwise is not None:
+        fixed |= depthwise_layers(net)
     return [name for name, users in weight_users(net).items() if fixed.isdisjoint(users)]
+
+
+def depthwise_layers(net: NetParameter) -> set[str]:
+    """The convolutions with one output channel for each group, which see one channel each.
+
+    Args:
+        net: of one phase.
+    """
+    return {
+        layer.name
+        for layer in net.layer
+        if layer.type in ("DepthwiseConvolution", "ConvolutionDepthwise")
+        or (
+            layer.type == "Convolution"
+            and layer.convolution_param.num_output == layer.convolution_param.group > 1
+        )
+    }
 
 
 def weight_users(net: NetParameter) -> dict[str, list[str]]:

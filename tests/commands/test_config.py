@@ -8,7 +8,7 @@ import pytest
 
 from quantize.commands.config import load
 from quantize.errors import InputError
-from quantize.settings import Config, parse_size
+from quantize.settings import Config, GridChoice, parse_size
 
 LEAST = {"name": "net", "model.prototxt": "net.prototxt", "model.weights": "net.caffemodel", "output": "out"}
 
@@ -85,6 +85,9 @@ def test_overrides_inherit_what_they_do_not_name() -> None:
     )
     assert (config.weights.layers["fc8"].bits, config.weights.layers["fc8"].grid) == (3, "fixed_point")
     assert (config.weights.first_last.bits, config.weights.first_last.grid) == (6, "fixed_point")
+    assert config.weights.depthwise is None
+    config = load(None, LEAST, ["weights.depthwise.bits=5"])
+    assert config.weights.depthwise == GridChoice(bits=5, grid="fixed_point")
 
 
 @pytest.mark.parametrize(

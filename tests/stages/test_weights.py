@@ -12,8 +12,8 @@ from quantize.caffenet.quantized import with_alpha_terms
 from quantize.engines import engine_opener
 from quantize.errors import InputError
 from quantize.numerics.grids import make_grid
-from quantize.settings import CaffeProcess, GridChoice, WeightSettings
-from quantize.stages.weights import check_kernels, choices
+from quantize.settings import CaffeProcess, GridChoice, LayerChoice, WeightSettings
+from quantize.stages.weights import check_kernels, choices, free_layers
 from tests.nets import CROPPED, RESIDUAL, parse, quantized_weights, random_weights
 
 OPEN = engine_opener("onnx", CaffeProcess(), 2)
@@ -181,3 +181,43 @@ def serialized(weights: Weights) -> bytes:
 def layer_bytes(weights: Weights) -> dict[str, bytes]:
     net = NetParameter.FromString(serialized(weights))
     return {layer.name: layer.SerializeToString() for layer in net.layer}
+
+
+DEPTHWISE = """
+  layer { name: "data" type: "Input" top: "data" input_param { shape { dim: 1 dim: 4 dim: 6 dim: 6 } } }
+  layer { name: "dw_first" type: "Convolution" bottom: "data" top: "a"
+    convolution_param { num_output: 4 kernel_size: 3 group: 4 } }
+  layer { name: "dw" type: "Convolution" bottom: "a" top: "b"
+    convolution_param { num_output: 4 kernel_size: 3 group: 4 } }
+  layer { name: "dw_of_a_fork" type: "ConvolutionDepthwise" bottom: "b" top: "c"
+    convolution_param { num_output: 4 kernel_size: 1 } }
+  layer { name: "grouped" type: "Convolution" bottom: "c" top: "d"
+    convolution_param { num_output: 4 kernel_size: 1 group: 2 } }
+  layer { name: "one_output" type: "Convolution" bottom: "d" top: "e"
+    convolution_param { num_output: 1 kernel_size: 1 } }
+  layer { name: "dw_named" type: "Convolution" bottom: "d" top: "f"
+    convolution_param { num_output: 4 kernel_size: 1 group: 4 } }
+  layer { name: "fc" type: "InnerProduct" bottom: "f" top: "g" inner_product_param { num_output: 3 } }
+"""
+
+
+def test_depthwise_layers_may_have_a_setting_of_their_own() -> None:
+    net = parse(DEPTHWISE)
+    overrides = {"dw_named": LayerChoice(bits=3)}
+    plain = choices(net, WeightSettings(layers=overrides))
+    assert {choice.bits for choice in (plain["dw"], plain["dw_of_a_fork"])} == {4}
+    settings = WeightSettings.model_validate(
+        {"depthwise": {"bits": 6}, "layers": {"dw_named": {"bits": 3}}, "first_last": {"bits": 7}}
+    )
+    found = {name: (choice.bits, choice.grid) for name, choice in choices(net, settings).items()}
+    assert found == {
+        "dw_first": (7, "fixed_point"),
+        "dw": (6, "fixed_point"),
+        "dw_of_a_fork": (6, "fixed_point"),
+        "grouped": (4, "power_of_two"),
+        "one_output": (4, "power_of_two"),
+        "dw_named": (3, "power_of_two"),
+        "fc": (7, "fixed_point"),
+    }
+    # A budget leaves them their bits.
+    assert free_layers(net, settings.model_copy(update={"budget": 3.0})) == ["grouped", "one_output"]
