@@ -29,11 +29,7 @@ from quantize.data.transform import shape_text
 from quantize.data.values import Values as FedValues
 from quantize.engines import engine_opener
 from quantize.errors import InputError
-from quantize.exports.integers import IntegerNet
-from quantize.exports.onnx import OnnxOptions
-from quantize.exports.targets import TARGETS, Order
 from quantize.host import using_threads
-from quantize.job.export import pixels_of
 from quantize.job.feeds import calibration_feed, calibration_images, stage_feed, validation_feed
 from quantize.job.given import Given
 from quantize.job.inputs import told_shapes
@@ -637,6 +633,11 @@ def export(
         InputError: nothing is quantized, or the target cannot express it; nothing is written.
         LabelfreeError: a file could not be written.
     """
+    from quantize.exports.integers import IntegerNet  # the rest of the API goes without onnxruntime
+    from quantize.exports.onnx import OnnxOptions
+    from quantize.exports.targets import TARGETS, Order
+    from quantize.job.export import pixels_of
+
     name = (model.net.name or "model") if name is None else name
     if not NAME.fullmatch(name):
         raise InputError(f"{name!r} cannot be a file's name: use letters, digits and . + - _")

@@ -13,6 +13,8 @@ from quantize.caffenet.weights import Weights
 
 NAMED = 5
 """So many layers are named in one line."""
+NORM_TYPES = ("BatchNorm", "BN", "CuDNNBatchNorm")
+"""Layers that normalize; SegNet's BN has been made to rescale only."""
 NVCAFFE_LEAST_EPS = 1e-5
 
 
@@ -107,6 +109,19 @@ def stored_statistics(
     factor = _channels(blobs[places.factor])[0]
     inverse = 1 / factor if factor else 0.0
     return mean * inverse, variance * inverse
+
+
+def scale_and_shift(layer: LayerParameter, blobs: Sequence[FloatArray]) -> tuple[Floats, Floats]:
+    """a and b, float64 (channels,), of the y = a x + b that a layer of one of ``NORM_TYPES`` computes."""
+    if layer.type == "BN" and norm_places(layer) is None:
+        return _channels(blobs[0]), _channels(blobs[1])
+    places = places_of(layer)
+    mean, variance = stored_statistics(blobs, places)
+    a = 1 / np.sqrt(variance + epsilon(layer))
+    if places.affine is None:
+        return a, -mean * a
+    scale, shift = (_channels(blobs[place]) for place in places.affine)
+    return scale * a, shift - scale * mean * a
 
 
 def with_statistics(

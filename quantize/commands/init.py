@@ -23,10 +23,9 @@ from quantize.caffenet import (
 )
 from quantize.caffenet.kernels import are_kernels, to_kernels
 from quantize.caffenet.phases import takes_images
-from quantize.data.sources import Source, open_source
 from quantize.data.transform import shape_text
 from quantize.errors import InputError
-from quantize.job.feeds import effective_transform, resized_before_crop
+from quantize.job.feeds import effective_transform, resizing
 from quantize.job.given import Given
 from quantize.job.inputs import GivenShapes, is_placeholder, placeholder_text, shapes_of_inputs
 from quantize.job.output import OutputFolder
@@ -128,18 +127,14 @@ def initial_config(
     name = re.sub(r"[^\w.+-]+", "_", net.name or model.prototxt.stem).strip("_.+-") or "net"
     data = {"calibration": {"source": calibration}, "input_shape": shapes}
     config = Config.model_validate({"name": name, "model": model, "data": data, "output": f"out/{name}"})
-    source = open_source(calibration)
-    try:
-        count = len(source)
-        keys = _geometry(net, config, source, told.get(blob), guesses)
-    finally:
-        source.close()
-    images = min(MOST_IMAGES, count - count // KEPT_SHARE)
-    kept = f"{count - images} are kept for evaluate" if count > images else "none are left for evaluate"
-    guesses.append(f"data.calibration.images {images} of {count}: {kept}")
-    config = with_transform(config, TransformKeys.model_validate(keys))
     with closing(Given(config, net)) as given:
-        config, why = with_chosen_transform(given)
+        count = len(given.source(calibration))
+        keys = _geometry(given, calibration, told.get(blob), guesses)
+        images = min(MOST_IMAGES, count - count // KEPT_SHARE)
+        kept = f"{count - images} are kept for evaluate" if count > images else "none are left for evaluate"
+        guesses.append(f"data.calibration.images {images} of {count}: {kept}")
+        config = with_transform(config, TransformKeys.model_validate(keys))
+        config, why = with_chosen_transform(given.with_config(config))
         grid_guesses = _better_grid(given.inference.net, given.model.weights)
     guesses.append(f"data.transform: {why}")
     guesses += grid_guesses
@@ -163,12 +158,10 @@ def initial_config(
     return Initial(name, text, guesses)
 
 
-def _geometry(
-    net: NetParameter, config: Config, source: Source, shape: Shape | None, guesses: list[str]
-) -> dict[str, object]:
+def _geometry(given: Given, calibration: Path, shape: Shape | None, guesses: list[str]) -> dict[str, object]:
     """The keys of data.transform that say how large images become, as far as the prototxt does not."""
     keys: dict[str, object] = {}
-    transform = effective_transform(Given(config, net), TRAIN)
+    net, transform = given.net, effective_transform(given, TRAIN)
     if not has_data_layer(net) and transform.crop_size:
         keys["crop_size"] = transform.crop_size
         guesses.append(f"crop_size {transform.crop_size} from the shape of the input")
@@ -176,7 +169,7 @@ def _geometry(
         keys["resize"] = list(shape[1:])
         guesses.append(f"images are resized to {shape_text(shape[1:])}, the input's height and width")
     try:
-        resized = resized_before_crop(source, transform)
+        resized = resizing(given, calibration, transform)
     except InputError as error:
         guesses.append(f"nothing about the images' size before the crop, for {error}")
         return keys

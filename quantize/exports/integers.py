@@ -23,15 +23,16 @@ from quantize.caffenet import (
     Shapes,
     Weights,
     check_weights,
+    empty_like,
     infer_shapes,
     loaded,
     needed_layers,
     single_assignment,
-    stored_statistics,
 )
 from quantize.caffenet.graph import NetGraph
 from quantize.caffenet.kernels import from_kernels, outputs, to_kernels
 from quantize.caffenet.model import Model
+from quantize.caffenet.norms import NORM_TYPES, scale_and_shift
 from quantize.caffenet.quantized import QuantizedWeights, Quantizer, read_quantizer
 from quantize.caffenet.shape_rules import canonical_axis, has_rule
 from quantize.caffenet.traits import Trait, traits_of
@@ -133,16 +134,17 @@ class IntegerNet:
         return name
 
 
-def whole_codes(layer: IntegerLayer) -> IntegerLayer:
-    """The same layer with the least whole numbers as Q.
-
-    The levels of every grid are whole multiples of a power of two; 2^-20 is below all of them.
-    """
-    finest = 2.0**-20
-    codes = np.rint(layer.codes.astype(np.float64) / finest).astype(np.int64)
-    unit = np.gcd.reduce(codes, axis=None) or 1
-    unit &= -unit
-    return replace(layer, codes=(codes // unit).astype(np.float32), scale=layer.scale * (unit * finest))
+def whole_codes(integers: IntegerLayer) -> IntegerLayer:
+    """The layer with whole numbers as codes, which have no power of two in common."""
+    values = np.unique(np.abs(integers.codes))
+    values = values[values > 0]
+    if not len(values):
+        return integers
+    mantissas, exponents = np.frexp(values.astype(np.float64))
+    whole = (mantissas * 2.0**24).astype(np.int64)
+    unit = float(2.0 ** np.min(exponents - 24 + np.log2(whole & -whole)))
+    codes = (integers.codes / np.float32(unit)).astype(np.float32)
+    return replace(integers, codes=codes, scale=integers.scale * unit)
 
 
 def _known_inputs(test: InferenceNet, known: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -371,7 +373,9 @@ class _Folding:
 
     def result(self, name: str) -> IntegerNet:
         """What has become of the net."""
-        net = NetParameter(name=name, layer=needed_layers(self.net.layer, self.outputs))
+        net = empty_like(self.net)
+        net.name = name
+        net.layer.extend(needed_layers(self.net.layer, self.outputs))
         names = self._names(net)
         weights = Weights()
         for layer in net.layer:
@@ -450,10 +454,8 @@ def _affine(
     layer: LayerParameter, blobs: list[FloatArray], shape: Shape, axis: int
 ) -> tuple[Floats, Floats] | None:
     """Scale and shift (channels,) of a layer that rescales the channels along an axis; else None."""
-    if layer.type == "BatchNorm" and axis == CHANNEL_AXIS:
-        mean, variance = stored_statistics(blobs)
-        scale = 1 / np.sqrt(variance + layer.batch_norm_param.eps)
-        return scale, -mean * scale
+    if layer.type in NORM_TYPES and axis == CHANNEL_AXIS:
+        return scale_and_shift(layer, blobs)
     if layer.type not in ("Scale", "Bias") or not blobs or blobs[0].shape != (shape[axis],):
         return None
     given = layer.scale_param.axis if layer.type == "Scale" else layer.bias_param.axis

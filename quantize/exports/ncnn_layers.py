@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from quantize.arrays import FloatArray, Shape
-from quantize.caffenet import LayerParameter, stored_statistics
+from quantize.caffenet import LayerParameter
 from quantize.caffenet.kernels import outputs, to_kernels
+from quantize.caffenet.norms import NORM_TYPES, scale_and_shift
 from quantize.caffenet.schema import PoolingParameter
 from quantize.caffenet.shape_rules import canonical_axis, convolution_window, height_and_width
 
@@ -211,12 +212,11 @@ def with_weights(layer: Layer) -> list[Op]:
 # ---- Per channel ----
 
 
-@translator("BatchNorm")
+@translator(*NORM_TYPES)
 def batch_norm(layer: Layer) -> list[Op]:
-    """y = (x - mean) / sqrt(variance + eps)."""
-    mean, variance = stored_statistics(layer.blobs)
-    weights = [np.ones_like(mean), mean, variance, np.zeros_like(mean)]
-    return [layer.op("BatchNorm", {0: len(mean), 1: layer.proto.batch_norm_param.eps}, map(raw, weights))]
+    """y = a * x + b of stored statistics and, in forks, a scale and a shift."""
+    a, b = scale_and_shift(layer.proto, layer.blobs)
+    return [layer.op("Scale", {0: len(a), 1: 1}, map(raw, (a, b)))]
 
 
 @translator("Scale")

@@ -41,7 +41,7 @@ from quantize.engines.onnx.engine import OnnxEngine, Translation
 from quantize.engines.onnx.file import MEAN, SCALE
 from quantize.engines.onnx.graph import Graph
 from quantize.errors import InputError
-from quantize.exports.integers import IMAGE_AXES, IntegerLayer, IntegerNet, has_kernels
+from quantize.exports.integers import IMAGE_AXES, IntegerLayer, IntegerNet, has_kernels, whole_codes
 from quantize.exports.target import Exported
 
 OPSET, IR_VERSION = 21, 10
@@ -275,7 +275,7 @@ class _Writer:
     def _add_quantized(self, layer: LayerParameter, given: IntegerLayer) -> None:
         """A layer whose weights are quantized, in integers where the runtime can."""
         on_pixels = self._is_on_pixels(layer)
-        given = _whole(given)
+        given = whole_codes(given)
         why = None if on_pixels else self.floats.get(layer.name)
         why, integers = why or self._why_float(layer), given
         if why is None and not _fit(given.codes, INT8):
@@ -544,19 +544,6 @@ def _limits(layer: LayerParameter) -> tuple[float, float] | None:
 
 def _fills_byte(lowest: int, highest: int) -> bool:
     return (lowest, highest) in ((0, 255), (-MOST_SIGNED_LEVELS, MOST_SIGNED_LEVELS))
-
-
-def _whole(integers: IntegerLayer) -> IntegerLayer:
-    """The layer with whole numbers as codes, which have no power of two in common."""
-    values = np.unique(np.abs(integers.codes))
-    values = values[values > 0]
-    if not len(values):
-        return integers
-    mantissas, exponents = np.frexp(values.astype(np.float64))
-    whole = (mantissas * 2.0**24).astype(np.int64)
-    unit = float(2.0 ** np.min(exponents - 24 + np.log2(whole & -whole)))
-    codes = (integers.codes / np.float32(unit)).astype(np.float32)
-    return replace(integers, codes=codes, scale=integers.scale * unit)
 
 
 def _fit(codes: FloatArray, allowed: range) -> bool:

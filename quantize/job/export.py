@@ -107,6 +107,7 @@ def export_run(
         with closing(OutputFolder(folder)):
             paths = exported.write(folder)
         notes = [*exported.notes, *(f"not finished: {stage} has not run" for stage in missing)]
+        notes += _left_out(model)
         runtime, comparison = _runtime(target, options), None
         if runtime is not None and not is_installed(runtime):
             notes.append(f"not compared: {runtime} is not installed (pip install 'labelfree[{runtime}]')")
@@ -125,6 +126,14 @@ def export_run(
         tuple(notes),
         comparison,
     )
+
+
+def _left_out(model: Model) -> list[str]:
+    """A sentence about the layers behind the net that nobody knows how to run, where there are any."""
+    test = model.inference
+    names = [f"{layer.name} ({layer.type})" for layer in test.whole.layer if layer.name in test.trailing]
+    why = "not in the files, for labelfree does not know what they compute"
+    return [f"{why}: {', '.join(names)}"] if names else []
 
 
 def _runtime(target: str, options: OnnxOptions) -> str | None:

@@ -100,7 +100,8 @@ class Given:
         return self.once(("source", path), lambda: open_source(path))
 
     def close(self) -> None:
-        """Close the images."""
+        """Close the images; whatever is asked for again is opened and read anew."""
         for made in self._made.values():
             if isinstance(made, Source):
                 made.close()
+        self._made.clear()

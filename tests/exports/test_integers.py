@@ -169,9 +169,12 @@ def test_a_net_that_is_not_quantized_is_refused() -> None:
 
 def test_a_layer_of_an_unknown_type_is_refused_by_name() -> None:
     known = conv("a", "data", 4) + layer("relu", "ReLU", "a", "a")
-    known += layer("fc", "InnerProduct", "a", "fc", "inner_product_param { num_output: 5 }")
-    odd = parse('name: "net"\n' + input_text() + known + layer("odd", "FooBar", "a"))
-    model = quantize.quantize_weights(Model(odd, model_of(known).weights))
+    odd, plain = (
+        known + between + layer("fc", "InnerProduct", read, "fc", "inner_product_param { num_output: 5 }")
+        for between, read in ((layer("odd", "FooBar", "a"), "odd"), ("", "a"))
+    )
+    net = parse('name: "net"\n' + input_text() + odd)
+    model = quantize.quantize_weights(Model(net, model_of(plain).weights))
     with pytest.raises(InputError, match=r"layer 'odd' \(FooBar\): labelfree does not know what this type"):
         IntegerNet.of(model)
 

@@ -123,6 +123,16 @@ def test_results_that_lack_a_stage_are_exported_and_that_is_said(job: Job) -> No
     assert found.comparison.kernels.integer == 0
 
 
+def test_layers_that_labelfree_does_not_run_are_left_out_and_that_is_said(job: Job) -> None:
+    with open(job.folder / "net.prototxt", "a") as file:
+        file.write('layer { name: "odd" type: "DetectionHead" bottom: "fc2" top: "odd" }\n')
+    Run(job.config()).quantize()
+    found = export_run(job.config(), "onnx", images=4)
+    left_out = "not in the files, for labelfree does not know what they compute: odd (DetectionHead)"
+    assert left_out in found.notes
+    assert [value.name for value in onnx.load(job.out / "residual.onnx").graph.output] == ["fc2"]
+
+
 def test_changed_results_are_refused(done: Job) -> None:
     with open(done.out / "residual_renorm.caffemodel", "ab") as file:
         file.write(b"x")

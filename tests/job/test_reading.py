@@ -12,10 +12,12 @@ import cv2
 import numpy as np
 import pytest
 
+from quantize.commands.init import write_initial
 from quantize.data.files import files_in_folder
 from quantize.job.evaluation import evaluate_run
 from quantize.job.run import Run
 from quantize.record import STAGES
+from quantize.settings import ModelFiles
 from tests.conftest import Job
 from tests.heard import Heard
 
@@ -114,6 +116,20 @@ def test_evaluate_reads_and_hashes(job: Job) -> None:
     assert opened.reads[GIVEN] == 1
     assert max(opened.reads[QUANTIZED], opened.reads[RENORM]) <= 2
     assert opened.reads["test_lmdb/data.mdb"] == 1
+
+
+def test_a_run_can_be_run_again(job: Job) -> None:
+    run = Run(job.config())
+    first = run.quantize()
+    again = run.quantize(force=True)
+    assert again.outputs == first.outputs
+
+
+def test_init_opens_the_images_once(job: Job) -> None:
+    model = ModelFiles(prototxt=job.folder / "net.prototxt", weights=job.folder / "net.caffemodel")
+    with counted(job) as opened:
+        write_initial(model, job.folder / "train_lmdb", job.folder / "new.yaml", force=False)
+    assert opened.reads[GIVEN] == opened.reads["train_lmdb/data.mdb"] == 1
 
 
 # ---- Folders of images ----

@@ -332,3 +332,23 @@ def test_the_page_is_made_again_where_it_is_missing(job: Job) -> None:
     Run(job.config()).quantize(resume=True)
     assert (job.out / "report.html").exists()
     assert contents(job.out) == before
+
+
+def test_blobs_of_old_files_count_as_those_of_new_ones(make_job: Callable[[str], Job]) -> None:
+    """Their shapes are always four numbers."""
+    new, old = make_job("new"), make_job("old")
+    weights = Weights.read(old.folder / "net.caffemodel")
+    for name in weights.layers():
+        weights.replace(name, [blob.reshape((1,) * (4 - blob.ndim) + blob.shape) for blob in weights[name]])
+    (old.folder / "net.caffemodel").unlink()
+    with open(old.folder / "net.caffemodel", "wb") as file:
+        weights.write(file)
+    for given in ((), ("weights.solver=data_aware", "weights.images=20")):
+        found = []
+        for job in (new, old):
+            Run(job.config(*given)).quantize()
+            final = Weights.read(job.out / "residual_renorm.caffemodel")
+            found.append({name: [blob.reshape(-1) for blob in final[name]] for name in final.layers()})
+        for name in found[0]:
+            for one, other in zip(found[0][name], found[1][name], strict=True):
+                np.testing.assert_array_equal(one, other)

@@ -23,9 +23,6 @@ def bn(g: Graph, layer: Layer) -> str:
     yjxiong's Caffe and PSPNet: four blobs (1, C, 1, 1): scale, shift, mean, variance, used as stored. SegNet
     and ENet, where bn_mode is INFERENCE: the first two. x (N, C, ...). prototxt: bn_param.{eps, bn_mode}
     """
-    if len(layer.blobs) == 2:
-        scale, shift = (blob.reshape(-1) for blob in layer.blobs)
-        return g.affine(layer.x, layer.shape, scale, shift)
     return normalization(g, layer)
 
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from onnx import TensorProto, helper
 
 from quantize.arrays import FloatArray, Shape
-from quantize.caffenet import LayerParameter, PoolingParameter, stored_statistics
-from quantize.caffenet.norms import epsilon, places_of
+from quantize.caffenet import LayerParameter, PoolingParameter
+from quantize.caffenet.norms import scale_and_shift
 from quantize.caffenet.quantized import DEFAULT_LEVELS
 from quantize.caffenet.quantizers import MOST_SIGNED_LEVELS
 from quantize.caffenet.shape_rules import canonical_axis, convolution_window, height_and_width, spp_pooling
@@ -211,14 +211,8 @@ def batch_norm(g: Graph, layer: Layer) -> str:
 
 
 def normalization(g: Graph, layer: Layer) -> str:
-    """y of a layer that normalizes with stored statistics, see ``caffenet.norms``."""
-    places = places_of(layer.proto)
-    mean, variance = stored_statistics(layer.blobs, places)
-    scale = 1 / np.sqrt(variance + epsilon(layer.proto))
-    shift = -mean * scale
-    if places.affine is not None:
-        a, b = (layer.blobs[place].astype(np.float64).reshape(-1) for place in places.affine)
-        scale, shift = a * scale, a * shift + b
+    """y of a layer of one of the types that normalize, see ``caffenet.norms``."""
+    scale, shift = scale_and_shift(layer.proto, layer.blobs)
     if len(layer.shape) == 1:
         return _plus(g, _times(g, layer.x, scale), shift)
     return g.affine(layer.x, layer.shape, scale, shift)
