@@ -150,7 +150,7 @@ def whole_codes(integers: IntegerLayer) -> IntegerLayer:
 def _known_inputs(test: InferenceNet, known: Mapping[str, Shape]) -> dict[str, Shape]:
     for name in test.inputs:
         if name not in known:
-            raise InputError(f"the shape of input {name!r} is not in the prototxt: give data.input_shape")
+            raise InputError(f"the shape of input {name!r} is not in the prototxt: give (data.)input_shape")
     return {name: known[name] for name in test.inputs}
 
 
