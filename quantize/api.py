@@ -610,7 +610,7 @@ def export(
     >>> model = quantize.Model.load("digits.prototxt", "digits.caffemodel")
     >>> images = quantize.Images("calibration_lmdb", model)
     >>> small = quantize.quantize(model, images, activations={"levels": 255, "sums": True})
-    >>> [path] = quantize.export(small, "out", input_shape=(1, 8, 8))
+    >>> [path] = quantize.export(small, "out", input_shape=images.shapes["data"])
     >>> path.name, path.stat().st_size < 60_000
     ('digits.onnx', True)
 

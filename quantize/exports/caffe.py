@@ -18,6 +18,7 @@ from quantize.caffenet.model import Model
 from quantize.caffenet.norms import with_stored_statistics
 from quantize.caffenet.quantized import Quantizer, read_quantizer
 from quantize.caffenet.strings import to_bytes
+from quantize.errors import InputError
 from quantize.exports.integers import IntegerNet
 from quantize.exports.packed import SUFFIX, packed
 from quantize.exports.scales import scales_json
@@ -37,16 +38,17 @@ def export_caffe(model: Model, net: IntegerNet, name: str, fold: bool = True) ->
         fold: alpha, BatchNorm and Scale into the weights; else the pair keeps them as layers.
 
     Raises:
+        InputError: a layer that is carried over reads what folding has taken away.
         LabelfreeError: a caffemodel would be larger than Caffe can read.
     """
-    given = with_stored_statistics(model.inference.net)
-    quantized = with_inputs(given, net.inputs)
+    test = model.inference
+    quantized, weights = with_inputs(with_stored_statistics(test.whole), net.inputs), model.weights
     if fold:
-        plain, _ = plain_net(net)
+        plain, weights = plain_net(net)[0], net.weights.copy()
+        _carry_over(model, plain, weights)
     else:
-        shapes = infer_shapes(given, {blob: (1, *shape) for blob, shape in net.inputs.items()})
+        shapes = infer_shapes(test.net, {blob: (1, *shape) for blob, shape in net.inputs.items()})
         plain, _ = without_quantizers(quantized, shapes)
-    weights = net.weights if fold else model.weights
     files = {
         f"{name}_plain.prototxt": to_bytes(format_prototxt(plain)),
         f"{name}_plain.caffemodel": caffemodel(weights),
@@ -65,6 +67,23 @@ def caffemodel(weights: Weights) -> bytes:
     file = BytesIO()
     weights.write(file)
     return file.getvalue()
+
+
+def _carry_over(model: Model, plain: NetParameter, weights: Weights) -> None:
+    """Add the layers that labelfree does not know, behind which nothing is quantized, to a folded net."""
+    made = {top for layer in plain.layer for top in layer.top}
+    for layer in model.inference.whole.layer:
+        if layer.name in model.inference.trailing:
+            for bottom in layer.bottom:
+                if bottom not in made:
+                    raise InputError(
+                        f"layer {layer.name!r} ({layer.type}): it reads {bottom!r}, which is gone where "
+                        "BatchNorm and Scale are folded: export with --keep-layers"
+                    )
+            made.update(layer.top)
+            plain.layer.append(layer)
+            if layer.name in model.weights:
+                weights.add(layer, model.weights[layer.name])
 
 
 def with_inputs(net: NetParameter, inputs: Mapping[str, Shape]) -> NetParameter:

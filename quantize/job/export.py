@@ -107,7 +107,7 @@ def export_run(
         with closing(OutputFolder(folder)):
             paths = exported.write(folder)
         notes = [*exported.notes, *(f"not finished: {stage} has not run" for stage in missing)]
-        notes += _left_out(model)
+        notes += _left_out(model) if target != "caffe" else []
         runtime, comparison = _runtime(target, options), None
         if runtime is not None and not is_installed(runtime):
             notes.append(f"not compared: {runtime} is not installed (pip install 'labelfree[{runtime}]')")

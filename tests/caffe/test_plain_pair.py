@@ -8,8 +8,9 @@ import pytest
 
 from quantize.caffenet import InferenceNet, read_prototxt
 from quantize.caffenet.model import Model
-from quantize.caffenet.quantized import ALPHA_SUFFIX, QUANTIZER_TYPES, with_alpha_terms
+from quantize.caffenet.quantized import ALPHA_SUFFIX, read_quantizer, with_alpha_terms
 from quantize.engines import engine_opener
+from quantize.errors import InputError
 from quantize.exports.caffe import FORKS_DEPTHWISE, export_caffe
 from quantize.exports.integers import IntegerNet
 from quantize.exports.packed import unpack
@@ -50,7 +51,8 @@ def test_caffe_computes_what_the_weights_are(
     integers = IntegerNet.of(model)
     export_caffe(model, integers, "net", fold).write(tmp_path)
     plain = read_prototxt(tmp_path / "net_plain.prototxt")
-    assert not {layer.type for layer in plain.layer} & {*QUANTIZER_TYPES, *FORKS_DEPTHWISE}
+    assert not any(read_quantizer(layer) for layer in plain.layer)
+    assert not {layer.type for layer in plain.layer} & {*FORKS_DEPTHWISE}
     assert fold != any(layer.name.endswith(ALPHA_SUFFIX) for layer in plain.layer)
 
     before = InferenceNet.of(with_alpha_terms(given, weights)).net
@@ -76,3 +78,42 @@ def test_the_packed_pair_computes_the_same(
     for blob, found in zip(outputs, caffe_forward(*pair, feeds, outputs), strict=True):
         assert np.abs(found - ours[blob]).max() <= 0.02 * np.abs(ours[blob]).max()
         assert np.median(np.abs(found - ours[blob])) <= 1e-5 * np.abs(ours[blob]).max()
+
+
+DETECTOR = (
+    HEAD
+    + conv("stem", "data", 8)
+    + act("stem")
+    + conv("boxes", "stem", 8)
+    + layer("last", "Convolution", "boxes", "last", "convolution_param { num_output: 4 kernel_size: 1 }")
+    + layer("fc", "InnerProduct", "stem", "fc", "inner_product_param { num_output: 4 }")
+    + layer("found", "DetectionOutput", "last stem", "found")
+)
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "kept"])
+def test_layers_that_nobody_knows_are_carried_over(fold: bool, tmp_path: Path) -> None:
+    net, weights, _ = quantized_net(parse(DETECTOR))
+    model = Model(net, weights)
+    assert model.inference.trailing == {"found"}
+    export_caffe(model, IntegerNet.of(model), "net", fold).write(tmp_path)
+    for prototxt in (tmp_path / "net_plain.prototxt", unpack(tmp_path / "net.lfq", tmp_path / "unpacked")[0]):
+        found = read_prototxt(prototxt).layer[-1]
+        assert (found.name, found.type, list(found.bottom)) == ("found", "DetectionOutput", ["last", "stem"])
+
+
+def test_what_folding_takes_away_from_them_is_told() -> None:
+    text = DETECTOR
+    for given, changed in (
+        ('"BatchNorm" bottom: "boxes" top: "boxes"', '"BatchNorm" bottom: "boxes" top: "b2"'),
+        ('"Scale" bottom: "boxes" top: "boxes"', '"Scale" bottom: "b2" top: "b3"'),
+        ('bottom: "boxes" top: "last"', 'bottom: "b3" top: "last"'),
+        ('bottom: "stem" top: "found"', 'bottom: "b2" top: "found"'),
+    ):
+        assert given in text
+        text = text.replace(given, changed)
+    net, weights, _ = quantized_net(parse(text))
+    model = Model(net, weights)
+    with pytest.raises(InputError, match=r"layer 'found' \(DetectionOutput\): it reads 'b2', which is gone"):
+        export_caffe(model, IntegerNet.of(model), "net")
+    assert export_caffe(model, IntegerNet.of(model), "net", fold=False).files

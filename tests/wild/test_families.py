@@ -1,6 +1,7 @@
 """Nets of every family of forks through the commands, without their caffe.proto, with random weights."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,6 +118,13 @@ def test_a_family_through_the_commands(
     for each in found:
         print(name, json.dumps(each))
     check_statistics(tmp_path, name)
+
+    exported = labelfree("export", "--config", "job.yaml", "--to", "onnx")
+    assert exported.code == 0, exported.err
+    assert list(out.rglob("*.onnx"))
+    close = re.findall(r"against labelfree's scores, .* SQNR (\S+) dB", exported.out)
+    assert all(float(decibels) > 30 for decibels in close), exported.out
+    assert "against labelfree's scores" in exported.out
 
 
 def test_a_detector_as_it_is_trained(

@@ -530,7 +530,10 @@ def _max_with_places(g: Graph, layer: Layer) -> list[str]:
             "its last window lies outside the image wholly, so the second top has no place to name; "
             "use engine: caffe"
         )
-    y, place = g.ops("MaxPool", 2, layer.x, **window.attributes())
+    # An operator for each: onnxruntime moves what rounds y in front of the operator that makes it, and maxima
+    # that have become equal would stand elsewhere.
+    y = g.op("MaxPool", layer.x, **window.attributes())
+    _, place = g.ops("MaxPool", 2, layer.x, **window.attributes())
     in_channel = g.op("Mod", place, g.integers([height * width]))
     return [y, g.op("Cast", in_channel, to=TensorProto.FLOAT)]
 
