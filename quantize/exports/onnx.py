@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from quantize.arrays import FloatArray, Floats
 from quantize.caffenet import LayerParameter
@@ -147,6 +147,7 @@ class _Writer:
         model = self.graph.whole_model(OPSET, IR_VERSION)
         model.producer_name = "labelfree"
         model.graph.name = _text(self.net.name)
+        _pad_averages(model.graph)
         _rename(model, {tensor: _text(name) for tensor, name in names.items()})
         _declare(model, self.net)
         if self.pixels is not None:
@@ -575,6 +576,27 @@ def _free_prefix(taken: Collection[str]) -> str:
 def _text(name: str) -> str:
     """A name of any bytes as what protobuf takes for a string."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _pad_averages(graph: onnx.GraphProto) -> None:
+    """Give averages over padding an operator for that.
+
+    AveragePool of opsets from 19 on divides by wrong numbers there in onnxruntime 1.23.
+    """
+    nodes = []
+    for node in graph.node:
+        pads = next((each.ints for each in node.attribute if each.name == "pads"), None)
+        if node.op_type == "AveragePool" and pads is not None and any(pads):
+            amounts, padded = f"{node.output[0]}_pads", f"{node.output[0]}_padded"
+            half = len(pads) // 2
+            values = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
+            graph.initializer.append(numpy_helper.from_array(values, amounts))
+            nodes.append(helper.make_node("Pad", [node.input[0], amounts], [padded]))
+            node.input[0] = padded
+            pads[:] = [0] * len(pads)
+        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _rename(model: onnx.ModelProto, names: Mapping[str, str]) -> None:
