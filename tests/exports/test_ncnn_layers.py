@@ -13,13 +13,16 @@ from quantize.exports.integers import IntegerNet
 from quantize.exports.ncnn import export_ncnn
 from quantize.exports.ncnn_layers import TRANSLATORS
 from tests.caffe.test_parity import CASES, Case, feeds_of, net_of, relative_error, weights_of
+from tests.engines import fork_formulas
 from tests.engines.layer_formulas import FORMULAS
 
 ncnn = pytest.importorskip("ncnn")
 TOLERANCE = 2e-5
 """Of the largest absolute value of a blob: ncnn computes exp, log and powers by polynomials."""
 KNOWN = [
-    case for case in CASES if case.type in TRANSLATORS and not (case.tops > 1 and "Convolution" in case.type)
+    case
+    for case in (*CASES, *fork_formulas.CASES)
+    if case.type in TRANSLATORS and not (case.tops > 1 and "Convolution" in case.type)
 ]
 REFUSED = ("batch axis", "not over", "axis is not 1", "per channel", "second bottom", "second top")
 REFUSED += ("more than 4 axes", "1 to 3 axes", "beta", "behind the image")
