@@ -441,9 +441,12 @@ class Export:
         return layers
 
     def replaces(self, earlier: Export) -> bool:
-        """Whether it is of the same kind as an earlier one, or has written over a file of it."""
-        same = (self.target, self.runtime) == (earlier.target, earlier.runtime)
-        return same or not self.paths.keys().isdisjoint(earlier.paths)
+        """Whether it is for the same runtime as an earlier one of its target, or has written over its files.
+
+        Files of several targets, such as the plain Caffe pair, are the same whoever writes them.
+        """
+        same_place = self.runtime == earlier.runtime or self.folder == earlier.folder
+        return self.target == earlier.target and same_place
 
 
 # ---- The record of a run ----

@@ -51,26 +51,34 @@ def test_what_is_written_is_read(config: Config) -> None:
     assert RunRecord.parse(record.to_json(indent=1).encode()) == record
 
 
-def exported(target: str, folder: str, *names: str) -> Export:
+def exported(target: str, folder: str, runtime: str | None = None) -> Export:
     compared = FileComparison(64, None, 99.5, 0.001, 0.002, Kernels(5, 1))
-    files = dict.fromkeys(names, 3)
-    return Export(target, None, Path(folder), files, 3, 9, {"conv1": "reads the input"}, ("slow",), compared)
+    in_float = {"conv1": "reads the input"}
+    return Export(target, runtime, Path(folder), {"a.bin": 3}, 3, 9, in_float, ("slow",), compared)
 
 
 def test_exports_are_read_as_they_were_written() -> None:
     """Wherever they are: a folder's name need not be UTF-8."""
-    record = record_of(load(None, OPTIONS)).with_export(exported("onnx", os.fsdecode(b"/o/\xff"), "a.onnx"))
+    record = record_of(load(None, OPTIONS)).with_export(exported("onnx", os.fsdecode(b"/o/\xff")))
     assert RunRecord.parse(record.to_json(indent=1).encode()) == record
 
 
 def test_an_export_takes_the_place_of_the_one_before() -> None:
-    first, other, again = exported("ncnn", "a", "n"), exported("mnn", "a", "m"), exported("ncnn", "b", "n")
-    over = exported("onnx", "b", "x", "n")
+    first, other = exported("onnx", "a", "onnx"), exported("mnn", "a")
+    beside, over = exported("onnx", "b", "openvino"), exported("onnx", "a", "openvino")
+    elsewhere = exported("onnx", "c", "onnx")
     record = record_of(load(None, OPTIONS))
-    for export, left in ((first, [first]), (other, [first, other]), (again, [other, again])):
+    for export, left in (
+        (first, [first]),
+        (other, [first, other]),  # which has the plain pair in common with others
+        (beside, [first, other, beside]),
+        (elsewhere, [other, beside, elsewhere]),
+        (exported("onnx", "c", "onnx"), [other, beside, elsewhere]),
+        (over, [other, elsewhere, over]),
+        (first, [other, first]),
+    ):
         record = record.with_export(export)
         assert record.exports == left
-    assert record.with_export(over).exports == [other, over]
 
 
 def test_a_report_from_before_there_were_exports_is_read() -> None:

@@ -201,6 +201,7 @@ def test_the_report_tells_of_the_last_files_of_a_kind(done: Job) -> None:
     config = done.config(*SETTINGS)
     export_run(config, "onnx", done.folder / "other", images=4)
     tables = export_run(config, "ranges")
+    assert [each.target for each in read_record(done.out).exports] == ["onnx", "ranges"]
     last = export_run(config, "onnx", images=4)
     assert read_record(done.out).exports == [tables, last]
     over = export_run(config, "onnx", options=OnnxOptions("openvino"), images=4)
