@@ -155,14 +155,14 @@ def print_trained(path: Path, folder: Path) -> None:
                     *(config, "onnx", folder / kind / f"{runtime}_{taken}", options, taken),
                     images=IMAGES_COMPARED,
                 )
-                [file] = outcome.files
+                [file] = outcome.paths
                 scored = evaluate_exported(config, runtime, file)
                 top1 = ", ".join(f"{name} {each.top1}" for name, each in scored.accuracy.items())
                 close = outcome.comparison
                 assert close is not None
                 takes = "pixels" if taken else "floats"
                 print(
-                    f"{kind:<14} {runtime:<9} {takes}: {outcome.files[file]} bytes; top-1 {top1}; against "
+                    f"{kind:<14} {runtime:<9} {takes}: {outcome.paths[file]} bytes; top-1 {top1}; against "
                     f"labelfree's scores {close.sqnr_db:.1f} dB, agreement {close.agreement} % on "
                     f"{close.images} images; {close.float_seconds / close.seconds:.2f}x as fast",
                     flush=True,

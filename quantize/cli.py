@@ -415,7 +415,7 @@ def export(
 
     With --config, --output is the folder of the files (default: that of the results); without, it is the
     folder of the results and of the files. Ends with how small, how close and how fast the file is, and which
-    layers stay in float.
+    layers stay in float; report.json and report.html of the results say it from then on, too.
     """
     check_options_of_target(target)
     folder = given.pop("output") if given["path"] is not None else None
@@ -425,15 +425,15 @@ def export(
     from quantize.job.export import export_run
 
     options = OnnxOptions(runtime, codes)
-    outcome = export_run(
-        config,
-        target,
-        None if folder is None else Path(folder),
-        options,
-        taken == "pixels",
-        not keep_layers,
-        images,
-    )
+    folder = None if folder is None else Path(folder)
+    with showing_progress() as progress:
+        outcome = export_run(
+            *(config, target, folder, options),
+            takes_pixels=taken == "pixels",
+            fold=not keep_layers,
+            images=images,
+            progress=progress,
+        )
     click.echo(export_json(outcome) if as_json else export_text(outcome))
 
 

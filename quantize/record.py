@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import (
@@ -368,6 +369,86 @@ class Evaluation:
         return (self.main.classes if self.main is not None else None) or 0
 
 
+# ---- What is exported ----
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How many layers with weights a runtime computes in integers, and how many in floats."""
+
+    integer: int
+    floating: int
+
+
+@dataclass(frozen=True)
+class FileComparison:
+    """An exported file against what it was made from.
+
+    Attributes:
+        images: on how many.
+        sqnr_db: of the scores, relative to those of the quantized net in labelfree's engine; None: the same.
+        agreement: percent of the images on which both put the same class first; None without classes.
+        seconds: that an image takes, the median; one image at a time.
+        float_seconds: the same of the net in full precision, in the same runtime, the two taking turns.
+        kernels: how much the runtime does in integers.
+    """
+
+    images: int
+    sqnr_db: float | None
+    agreement: float | None
+    seconds: float
+    float_seconds: float
+    kernels: Kernels
+
+
+@dataclass(frozen=True)
+class Export:
+    """Files that the results have been exported to.
+
+    Attributes:
+        target: the kind of files, as `labelfree export` calls it.
+        runtime: that opens them, as `labelfree evaluate` calls it; None where none does.
+        folder: where they are.
+        files: their bytes by name.
+        model_bytes: of those that are the model; None where they are tables for another one.
+        float_bytes: of the net in full precision, exported the same way.
+        in_float: the layers with weights that stay in float, and why.
+        notes: what else there is to know.
+        comparison: None where there are no images, or the runtime is not installed.
+    """
+
+    target: str
+    runtime: str | None
+    folder: Path
+    files: dict[str, int]
+    model_bytes: int | None
+    float_bytes: int | None
+    in_float: dict[str, str]
+    notes: tuple[str, ...] = ()
+    comparison: FileComparison | None = None
+
+    @property
+    def paths(self) -> dict[Path, int]:
+        """The files' bytes by path."""
+        return {self.folder / name: size for name, size in self.files.items()}
+
+    @property
+    def in_float_by_reason(self) -> dict[str, list[str]]:
+        """The layers that stay in float, by why they do."""
+        layers: dict[str, list[str]] = {}
+        for name, why in self.in_float.items():
+            layers.setdefault(why, []).append(name)
+        return layers
+
+    def replaces(self, earlier: Export) -> bool:
+        """Whether it is for the same runtime as an earlier one of its target, or has written over its files.
+
+        Files of several targets, such as the plain Caffe pair, are the same whoever writes them.
+        """
+        same_place = self.runtime == earlier.runtime or self.folder == earlier.folder
+        return self.target == earlier.target and same_place
+
+
 # ---- The record of a run ----
 
 
@@ -497,6 +578,7 @@ class RunRecord(Part):
         coverage: how much of the net's work is quantized; None where no shapes are known.
         output_sqnr: of every quantized layer.
         evaluation: what `labelfree evaluate` has found for these stages.
+        exports: what `labelfree export` has made of them, the last of each kind.
     """
 
     format: Literal[2] = 2
@@ -513,12 +595,18 @@ class RunRecord(Part):
     transform: TransformRecord | None = None
     output_sqnr: OutputSqnr | None = None
     evaluation: Evaluation | None = None
+    exports: list[Export] = []
 
     @property
     def outputs(self) -> dict[str, str]:
         """sha256 of all files by name, report.json and report.html apart."""
         written = [stage.outputs for stage in self.stages.done.values()]
         return {name: digest for files in (*written, self.prototxts) for name, digest in files.items()}
+
+    def with_export(self, export: Export) -> RunRecord:
+        """The record with another export."""
+        kept = [each for each in self.exports if not export.replaces(each)]
+        return self.model_copy(update={"exports": [*kept, export]})
 
     def to_json(self, indent: int | None = None) -> str:
         """The text of report.json, with its digest."""

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quantize.commands.config import load
-from quantize.record import CaffeTest, RunRecord, Sizes, Stages
+from quantize.record import CaffeTest, Export, FileComparison, Kernels, RunRecord, Sizes, Stages
 from quantize.settings import Config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -48,6 +49,43 @@ def signed(content: dict[str, Any]) -> bytes:
 def test_what_is_written_is_read(config: Config) -> None:
     record = record_of(config)
     assert RunRecord.parse(record.to_json(indent=1).encode()) == record
+
+
+def exported(target: str, folder: str, runtime: str | None = None) -> Export:
+    compared = FileComparison(64, None, 99.5, 0.001, 0.002, Kernels(5, 1))
+    in_float = {"conv1": "reads the input"}
+    return Export(target, runtime, Path(folder), {"a.bin": 3}, 3, 9, in_float, ("slow",), compared)
+
+
+def test_exports_are_read_as_they_were_written() -> None:
+    """Wherever they are: a folder's name need not be UTF-8."""
+    record = record_of(load(None, OPTIONS)).with_export(exported("onnx", os.fsdecode(b"/o/\xff")))
+    assert RunRecord.parse(record.to_json(indent=1).encode()) == record
+
+
+def test_an_export_takes_the_place_of_the_one_before() -> None:
+    first, other = exported("onnx", "a", "onnx"), exported("mnn", "a")
+    beside, over = exported("onnx", "b", "openvino"), exported("onnx", "a", "openvino")
+    elsewhere = exported("onnx", "c", "onnx")
+    record = record_of(load(None, OPTIONS))
+    for export, left in (
+        (first, [first]),
+        (other, [first, other]),  # which has the plain pair in common with others
+        (beside, [first, other, beside]),
+        (elsewhere, [other, beside, elsewhere]),
+        (exported("onnx", "c", "onnx"), [other, beside, elsewhere]),
+        (over, [other, elsewhere, over]),
+        (first, [other, first]),
+    ):
+        record = record.with_export(export)
+        assert record.exports == left
+
+
+def test_a_report_from_before_there_were_exports_is_read() -> None:
+    record = record_of(load(None, OPTIONS))
+    content = json.loads(record.to_json())
+    del content["exports"], content["digest"]
+    assert RunRecord.parse(signed(content)) == record
 
 
 def test_what_there_is_not_has_no_key() -> None:

@@ -6,27 +6,27 @@ import json
 from dataclasses import asdict
 
 from quantize.commands.summary import size_text, table
-from quantize.job.export import Outcome
+from quantize.record import Export
 
 
-def export_json(outcome: Outcome) -> str:
+def export_json(outcome: Export) -> str:
     """One JSON object; sizes in bytes, agreement in percent, SQNR in decibels."""
     found = outcome.comparison
     return json.dumps(
         {
-            "files": {str(path): size for path, size in outcome.files.items()},
+            "files": {str(path): size for path, size in outcome.paths.items()},
             "model_bytes": outcome.model_bytes,
             "float_bytes": outcome.float_bytes,
-            "float_layers": dict(outcome.floats),
+            "float_layers": outcome.in_float,
             "notes": list(outcome.notes),
             "comparison": None if found is None else asdict(found),
         }
     )
 
 
-def export_text(outcome: Outcome) -> str:
+def export_text(outcome: Export) -> str:
     """A table of the files, a line of what has been compared, and one for each layer that stays in float."""
-    rows = [("file", "size"), *((str(path), size_text(size)) for path, size in outcome.files.items())]
+    rows = [("file", "size"), *((str(path), size_text(size)) for path, size in outcome.paths.items())]
     lines = [table(rows)]
     if outcome.model_bytes is not None and outcome.float_bytes is not None:
         smaller = outcome.float_bytes / outcome.model_bytes
@@ -43,8 +43,5 @@ def export_text(outcome: Outcome) -> str:
             f"{1 / found.float_seconds:.1f}: {found.float_seconds / found.seconds:.2f}x as fast",
             f"in integers: {found.kernels.integer} of {layers} layers with weights",
         ]
-    by_reason: dict[str, list[str]] = {}
-    for name, why in outcome.floats.items():
-        by_reason.setdefault(why, []).append(name)
-    lines += [f"in float: {', '.join(names)}: {why}" for why, names in by_reason.items()]
+    lines += [f"in float: {', '.join(names)}: {why}" for why, names in outcome.in_float_by_reason.items()]
     return "\n".join([*lines, *outcome.notes])

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from quantize.arrays import FloatArray, Floats
 from quantize.engines.base import Range, RangeResult
 from quantize.errors import InputError
+from quantize.record import Kernels
 
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "ncnn": "ncnn"}
 """The Python modules of the runtimes that can score files, by the runtime's name here."""
@@ -37,14 +38,6 @@ class Pixels:
         """The pixels (N, channels, height, width) that values were made of."""
         pixels = values / self.scale + self.mean.reshape(-1, 1, 1)
         return np.rint(pixels).clip(0, 255).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """How many layers with weights a runtime computes in integers, and how many in floats."""
-
-    integer: int
-    floating: int
 
 
 class ExportedFile(Range):

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from quantize.arrays import FloatArray
-from quantize.engines.exported import ExportedFile, Kernels
+from quantize.engines.exported import ExportedFile
 from quantize.errors import InputError, LabelfreeError
 from quantize.files import open_file, read_file
+from quantize.record import Kernels
 
 MAGIC = "7767517"
 MAX_PARAM = 64 << 20

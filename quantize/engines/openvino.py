@@ -10,9 +10,10 @@ import numpy.typing as npt
 import openvino
 
 from quantize.arrays import FloatArray
-from quantize.engines.exported import ExportedFile, Kernels
+from quantize.engines.exported import ExportedFile
 from quantize.engines.onnx.file import pixels_of, read_onnx
 from quantize.errors import InputError, LabelfreeError
+from quantize.record import Kernels
 
 WITH_WEIGHTS = frozenset({"Convolution", "FullyConnected", "MatMul", "Deconvolution"})
 """Layer types in OpenVINO's runtime model."""

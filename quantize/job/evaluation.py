@@ -19,7 +19,7 @@ from quantize.job.labels import with_labels_that_fit
 from quantize.job.output import Files, OutputFolder, is_held
 from quantize.job.results import Results
 from quantize.job.resume import made_from
-from quantize.job.store import PAGE, REPORT, read_record, show_page, write_page, write_record
+from quantize.job.store import PAGE, REPORT, add_to_report, read_record, write_page
 from quantize.measure.evaluate import evaluate
 from quantize.measure.outputs import net_outputs
 from quantize.measure.sqnr import images_to_measure, output_sqnr
@@ -65,15 +65,7 @@ def _evaluate(
     with using_threads(config.threads):
         found = evaluate(candidates, net_outputs(net), feed, open_engine, progress)
     found = replace(found, missing=record.stages.missing, images_from=evaluation_images(given))
-    try:
-        with closing(OutputFolder(config.output)) as folder:
-            now = read_record(config.output)
-            if now.stages == record.stages:
-                now = now.model_copy(update={"evaluation": found})
-                write_record(folder, now)
-                show_page(folder, results, now, progress)
-    except LabelfreeError as error:
-        progress.note(f"not added to {REPORT}: {error}")
+    add_to_report(results, lambda now: now.model_copy(update={"evaluation": found}), progress)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,38 +36,17 @@ from quantize.job.given import Given
 from quantize.job.labels import with_labels_that_fit
 from quantize.job.output import Files, OutputFolder
 from quantize.job.results import Results
-from quantize.job.store import read_record
+from quantize.job.store import add_to_report, read_record
 from quantize.measure.evaluate import evaluate
-from quantize.measure.exported import FileComparison, compare_file
+from quantize.measure.exported import compare_file
 from quantize.measure.outputs import Output, net_outputs, tapped
 from quantize.progress import SILENT, Progress
-from quantize.record import Evaluation, StageName
+from quantize.record import Evaluation, Export, FileComparison
 from quantize.settings import Config, GridChoice
 
 IMAGES = 64
 """So many are compared by default."""
 ONNX_RUNTIMES: dict[str, Literal["ort", "openvino"]] = {"onnx": "ort", "openvino": "openvino"}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an export has made.
-
-    Attributes:
-        files: their bytes by path.
-        model_bytes: of those that are the model; None where they are tables for another one.
-        float_bytes: of the net in full precision, exported the same way.
-        floats: the layers with weights that stay in float, and why.
-        notes: what else there is to know.
-        comparison: None where there are no images, or the runtime is not installed.
-    """
-
-    files: dict[Path, int]
-    model_bytes: int | None
-    float_bytes: int | None
-    floats: Mapping[str, str]
-    notes: tuple[str, ...]
-    comparison: FileComparison | None
 
 
 def export_run(
@@ -78,8 +57,11 @@ def export_run(
     takes_pixels: bool = False,
     fold: bool = True,
     images: int = IMAGES,
-) -> Outcome:
+    progress: Progress = SILENT,
+) -> Export:
     """Export what is in the output folder.
+
+    What was made is added to its report.json and report.html.
 
     Args:
         config: the settings.
@@ -89,13 +71,14 @@ def export_run(
         takes_pixels: an ONNX file takes pixels of 8 bits, transformed as the configuration says.
         fold: alpha, BatchNorm and Scale into the weights of a plain Caffe pair.
         images: so many calibration images are compared, or all where there are fewer.
+        progress: what hears where that cannot be added to the report.
 
     Raises:
         InputError: nothing has been quantized, or a target cannot express it; nothing is written.
     """
     given = Given(config)
     with closing(given):
-        model, missing = _result(given)
+        model, results = _result(given)
         shapes = input_shapes(given)
         if takes_pixels:
             options = replace(options, pixels=pixels_of(given))
@@ -105,8 +88,8 @@ def export_run(
         plain = kind.write(Order(given.model, whole, config.name, replace(options, pixels=None), fold))
         folder = config.output if folder is None else folder
         with closing(OutputFolder(folder)):
-            paths = exported.write(folder)
-        notes = [*exported.notes, *(f"not finished: {stage} has not run" for stage in missing)]
+            exported.write(folder)
+        notes = [*exported.notes, *(f"not finished: {stage} has not run" for stage in results.stages.missing)]
         notes += _left_out(model) if target != "caffe" else []
         runtime, comparison = _runtime(target, options), None
         if runtime is not None and not is_installed(runtime):
@@ -117,15 +100,21 @@ def export_run(
             path = folder / f"{config.name}{kind.model[0]}"
             with using_threads(config.threads):
                 comparison = _compared(given, net, model, path, plain, runtime, feed)
-    names = {f"{config.name}{ending}" for ending in kind.model} & set(exported.files)
-    return Outcome(
-        {path: path.stat().st_size for path in paths},
-        sum(len(exported.files[name]) for name in names) or None,
-        _float_bytes(config, target, plain, names),
-        exported.floats,
-        tuple(notes),
-        comparison,
-    )
+        names = {f"{config.name}{ending}" for ending in kind.model} & set(exported.files)
+        found = Export(
+            target,
+            runtime,
+            folder,
+            {name: len(content) for name, content in exported.files.items()},
+            sum(len(exported.files[name]) for name in names) or None,
+            _float_bytes(config, target, plain, names),
+            dict(exported.floats),
+            tuple(notes),
+            comparison,
+        )
+        at = replace(found, folder=folder.resolve())
+        add_to_report(results, lambda record: record.with_export(at), progress)
+    return found
 
 
 def _left_out(model: Model) -> list[str]:
@@ -173,7 +162,7 @@ def evaluate_exported(
     check_installed(runtime)
     given = Given(config)
     with closing(given):
-        model, missing = _result(given)
+        model, results = _result(given)
         ending = next(target.model[0] for target in TARGETS.values() if runtime in target.runtimes)
         path = config.output / f"{config.name}{ending}" if path is None else path
         if not path.exists():
@@ -186,7 +175,7 @@ def evaluate_exported(
             file = open_exported(runtime, path, names, config.threads or available_threads())
             opener = engine_opener(config.engine, config.caffe, config.threads)
             found = evaluate(candidates, outputs, feed, opener, progress, {runtime: file})
-        return replace(found, missing=missing, images_from=evaluation_images(given))
+        return replace(found, missing=results.stages.missing, images_from=evaluation_images(given))
 
 
 def pixels_of(given: Given) -> Pixels:
@@ -208,8 +197,8 @@ def pixels_of(given: Given) -> Pixels:
     return Pixels(np.array(mean * (channels if len(mean) == 1 else 1), np.float64), transform.scale)
 
 
-def _result(given: Given) -> tuple[Model, list[StageName]]:
-    """The quantized model in the output folder, with the one that it was made from; the stages it lacks."""
+def _result(given: Given) -> tuple[Model, Results]:
+    """The quantized model in the output folder, with the one that it was made from; the results it is of."""
     config, record = given.config, read_record(given.config.output)
     check_results(given, record)
     check_files(config, record)
@@ -220,8 +209,8 @@ def _result(given: Given) -> tuple[Model, list[StageName]]:
         layer.name: GridChoice(bits=layer.bits, grid=layer.grid)
         for layer in (stage.layers if stage is not None else ())
     }
-    weights = Results(given, record.stages).final.weights
-    return Model(net, weights, path, grids, full=given.model), record.stages.missing
+    results = Results(given, record.stages)
+    return Model(net, results.final.weights, path, grids, full=given.model), results
 
 
 def _some_images(given: Given, count: int) -> Feed | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
-from quantize.errors import InputError
+from quantize.errors import InputError, LabelfreeError
 from quantize.files import read_file
 from quantize.job.output import OutputFolder
 from quantize.job.results import Results
@@ -80,3 +82,25 @@ def show_page(folder: OutputFolder, results: Results, record: RunRecord, progres
         progress.note(
             f"{PAGE} could not be made ({type(error).__name__}: {error}); see `labelfree --verbose report`"
         )
+
+
+def add_to_report(results: Results, added: Callable[[RunRecord], RunRecord], progress: Progress) -> None:
+    """Write both again with what has been found about results, if these are still what the folder holds.
+
+    What goes wrong is said.
+
+    Args:
+        results: the models.
+        added: a record with what has been found.
+        progress: what hears of it.
+    """
+    output = results.given.config.output
+    try:
+        with closing(OutputFolder(output)) as folder:
+            now = read_record(output)
+            if now.stages == results.stages:
+                now = added(now)
+                write_record(folder, now)
+                show_page(folder, results, now, progress)
+    except LabelfreeError as error:
+        progress.note(f"not added to {REPORT}: {error}")

@@ -5,36 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from quantize.arrays import FloatArray
-from quantize.engines.exported import ExportedFile, Kernels
+from quantize.engines.exported import ExportedFile
 from quantize.measure.closeness import Sums
+from quantize.record import FileComparison
 
 LEAST_SECONDS = 2.0
 """How long the two files take turns."""
 LEAST_TURNS = 5
-
-
-@dataclass(frozen=True)
-class FileComparison:
-    """What has been found.
-
-    Attributes:
-        images: on how many.
-        sqnr_db: of the scores, relative to those of the quantized net in labelfree's engine; None: the same.
-        agreement: percent of the images on which both put the same class first; None without classes.
-        seconds: that an image takes, the median; one image at a time.
-        float_seconds: the same of the net in full precision, in the same runtime, the two taking turns.
-        kernels: how much the runtime does in integers.
-    """
-
-    images: int
-    sqnr_db: float | None
-    agreement: float | None
-    seconds: float
-    float_seconds: float
-    kernels: Kernels
 
 
 def compare_file(

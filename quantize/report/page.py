@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from quantize.caffenet.model import Model
+from quantize.caffenet.strings import from_path
 from quantize.record import RunRecord
 from quantize.report import plots
 from quantize.report.advice import advise
@@ -57,7 +58,13 @@ def render(record: RunRecord, full: Model, quantized: Model, renormed: Model | N
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"db": decibels_text, "percent": percent, "size": size, "number": number}
+    environment.filters |= {
+        "db": decibels_text,
+        "percent": percent,
+        "size": size,
+        "number": number,
+        "path": from_path,
+    }
     pictures = {
         "depth": [plots.depth_plot(rows)] if any(row.weights for row in rows) else [],
         "weights": _weight_plots(rows, full, quantized),

@@ -17,10 +17,11 @@ from onnx import TensorProto, numpy_helper
 import quantize
 from quantize.arrays import FloatArray, Shape
 from quantize.caffenet.model import Model
-from quantize.engines.exported import Kernels, Pixels, open_exported
+from quantize.engines.exported import Pixels, open_exported
 from quantize.errors import InputError, LabelfreeError
 from quantize.exports.integers import IntegerNet
 from quantize.exports.onnx import OnnxOptions, export_onnx
+from quantize.record import Kernels
 from tests.exports.quantized import IMAGE, RUNTIMES, images_for, model_of, quantized, scores_of, sqnr
 from tests.families import FAMILIES, act, add, conv, dense, family, layer, pool
 from tests.nets import SEVERAL, parse

@@ -1,6 +1,7 @@
 """`labelfree export` and `evaluate --runtime` on the results in an output folder."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,13 @@ from quantize.exports.onnx import OnnxOptions
 from quantize.job.evaluation import evaluate_run
 from quantize.job.export import evaluate_exported, export_run, pixels_of
 from quantize.job.given import Given
+from quantize.job.output import OutputFolder
+from quantize.job.results import Results
 from quantize.job.run import Run
+from quantize.job.store import add_to_report, read_record
+from quantize.record import Stages
 from tests.conftest import Job
+from tests.heard import Heard
 
 SETTINGS = ("activations.levels=255", "activations.sums=true")
 
@@ -33,10 +39,10 @@ def done(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
 def test_the_file_is_small_close_and_runs_in_integers(done: Job, written_for: str, runtime: str) -> None:
     options = OnnxOptions(written_for)  # type: ignore[arg-type]
     found = export_run(done.config(*SETTINGS), "onnx", options=options, images=16)
-    [path] = found.files
+    [path] = found.paths
     assert path == done.out / "residual.onnx"
-    assert found.files[path] == path.stat().st_size
-    assert list(found.floats) == ["conv1"]
+    assert found.paths[path] == path.stat().st_size
+    assert list(found.in_float) == ["conv1"]
     assert found.notes == ()
     compared = found.comparison
     assert compared is not None
@@ -60,9 +66,9 @@ def test_the_file_is_small_close_and_runs_in_integers(done: Job, written_for: st
 def test_pixels(done: Job) -> None:
     config = done.config(*SETTINGS)
     found = export_run(config, "onnx", done.folder / "pixels", takes_pixels=True, images=8)
-    [path] = found.files
+    [path] = found.paths
     assert path == done.folder / "pixels/residual.onnx"
-    assert found.floats == {}
+    assert found.in_float == {}
     assert found.comparison is not None
     assert found.comparison.kernels.floating == 0
     assert found.comparison.agreement is not None
@@ -118,7 +124,7 @@ def test_results_that_lack_a_stage_are_exported_and_that_is_said(job: Job) -> No
     Run(job.config()).quantize(["weights"])
     found = export_run(job.config(), "onnx", images=4)
     assert found.notes == ("not finished: renorm has not run", "not finished: activations has not run")
-    assert set(found.floats.values()) >= {"activations are not quantized (labelfree activations-quan)"}
+    assert set(found.in_float.values()) >= {"activations are not quantized (labelfree activations-quan)"}
     assert found.comparison is not None
     assert found.comparison.kernels.integer == 0
 
@@ -163,5 +169,60 @@ def test_what_is_printed(done: Job) -> None:
     assert "images per second, one at a time" in text
     assert "in float: conv1: reads the input data" in text
     told = json.loads(export_json(found))
-    assert told["files"] == {str(done.out / "residual.onnx"): found.files[done.out / "residual.onnx"]}
+    assert told["files"] == {str(done.out / "residual.onnx"): found.files["residual.onnx"]}
     assert told["comparison"]["kernels"]["integer"] == 5
+
+
+def test_the_report_tells_of_the_files(done: Job) -> None:
+    config = done.config(*SETTINGS)
+    evaluate_run(config)
+    before, heard = read_record(done.out), Heard()
+    assert before.exports == []
+    assert "<h2>Files</h2>" not in (done.out / "report.html").read_text()
+    found = export_run(config, "onnx", images=4, progress=heard)
+    tables = export_run(config, "caffe", done.folder / "other", progress=heard)
+    assert heard.notes == []
+    record = read_record(done.out)
+    assert record.exports == [found, tables]
+    assert record.model_copy(update={"exports": []}) == before
+    page = (done.out / "report.html").read_text()
+    assert found.model_bytes is not None
+    assert found.float_bytes is not None
+    assert found.comparison is not None
+    assert f'<td class="n">{found.model_bytes / 1000:.1f} kB</td>' in page
+    assert f">{found.float_bytes / found.model_bytes:.1f}×</td>" in page
+    assert f">{found.comparison.agreement:.2f}</td>" in page
+    assert "<dd>In float: conv1: reads the input data" in page
+    for name in tables.files:
+        assert f'<td title="{done.folder / "other"}">{name}</td>' in page
+
+
+def test_the_report_tells_of_the_last_files_of_a_kind(done: Job) -> None:
+    config = done.config(*SETTINGS)
+    export_run(config, "onnx", done.folder / "other", images=4)
+    tables = export_run(config, "ranges")
+    assert [each.target for each in read_record(done.out).exports] == ["onnx", "ranges"]
+    last = export_run(config, "onnx", images=4)
+    assert read_record(done.out).exports == [tables, last]
+    over = export_run(config, "onnx", options=OnnxOptions("openvino"), images=4)
+    assert list(over.paths) == list(last.paths)
+    assert read_record(done.out).exports == [tables, over]
+    Run(config).quantize(resume=True)
+    assert read_record(done.out).exports == [tables, over]
+    Run(config).quantize(("activations",))
+    assert read_record(done.out).exports == []
+    assert "<h2>Files</h2>" not in (done.out / "report.html").read_text()
+
+
+def test_files_that_the_report_cannot_tell_of_are_there_all_the_same(done: Job) -> None:
+    config, heard = done.config(*SETTINGS), Heard()
+    before = (done.out / "report.json").read_bytes()
+    with closing(OutputFolder(done.out)):
+        [path, *_] = export_run(config, "ranges", done.folder / "other", progress=heard).paths
+    assert path.exists()
+    [note] = heard.notes
+    assert note.startswith(f"not added to report.json: output: {done.out}: another labelfree run is writing")
+    made_before = Results(Given(config), Stages())  # of results that are no longer in the folder
+    add_to_report(made_before, lambda record: record.model_copy(update={"tool": "changed"}), heard)
+    assert len(heard.notes) == 1
+    assert (done.out / "report.json").read_bytes() == before

@@ -34,6 +34,9 @@ from quantize.record import (
     Closeness,
     Coverage,
     Evaluation,
+    Export,
+    FileComparison,
+    Kernels,
     LayerSqnr,
     OutputCloseness,
     OutputSqnr,
@@ -619,3 +622,26 @@ def test_the_page_says_what_is_in_float() -> None:
     assert "70.0 %" in page
     assert "inputs on codes 72.5 %" in page
     assert "reads the net&#39;s input &lt;data&gt;" in page
+
+
+def test_the_page_says_which_files_there_are() -> None:
+    compared = FileComparison(64, 41.26, 99.5, 0.001, 0.002, Kernels(5, 1))
+    folder, why = Path(os.fsdecode(b"/o/<b>\xff")), "reads the input <data>"
+    files = {"n.param": 1200, "n.bin": 98_800}
+    record = a_record()
+    record = record.with_export(
+        Export("ncnn", "ncnn", folder, files, 100_000, 400_000, {"a": why, "<b>": why}, (), compared)
+    )
+    record = record.with_export(Export("ranges", None, folder, {"n.txt": 5}, None, None, {}, ("a note",)))
+    model = model_of(parse('layer { name: "x" type: "ReLU" bottom: "d" top: "x" }'), Weights())
+    page = render(record, model, model, None)
+    page.encode()
+    assert "<b>\U0010feff" not in page
+    table = re.search(r"<h2>Files</h2>(.*?)<h2>", page, re.DOTALL)
+    assert table is not None
+    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table[1].split("<tr>")[2:]]
+    assert rows[0] == ["ncnn", "n.param", "1.2", "kB", "400.0", "kB", "4.0×", "99.50", "41.3"]
+    assert rows[1] == ["n.bin", "98.8", "kB"]
+    assert rows[2][:8] == ["ranges", "n.txt", "0.0", "kB", "–", "–", "–", "–"]
+    assert "<dt>ncnn</dt>\n<dd>In float: a, &lt;b&gt;: reads the input &lt;data&gt;</dd>" in page
+    assert "<dt>ranges</dt>\n<dd>A note</dd>" in page

@@ -15,10 +15,11 @@ import onnxruntime
 from google.protobuf.message import DecodeError
 
 from quantize.arrays import FloatArray
-from quantize.engines.exported import ExportedFile, Kernels, Pixels
+from quantize.engines.exported import ExportedFile, Pixels
 from quantize.engines.onnx.graph import FATAL_ONLY
 from quantize.errors import InputError, LabelfreeError
 from quantize.files import read_file
+from quantize.record import Kernels
 
 MAX_BYTES = 2**31 - 1
 MEAN, SCALE = "labelfree.mean", "labelfree.scale"
