@@ -645,7 +645,7 @@ def weights_quan(resume: bool, force: bool, **given: Any) -> None:
 @RESUME
 @FORCE
 def renorm(resume: bool, force: bool, **given: Any) -> None:
-    """Stage 2: BatchNorm statistics measured again over the calibration images."""
+    """Stage 2: BatchNorm statistics that fit the quantized weights, from the calibration images."""
     run_stages(given, ("renorm",), resume, force)
 
 

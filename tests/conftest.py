@@ -6,13 +6,16 @@ With CI=true a skipped test counts as failed, but for what needs a GPU, its comp
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 import pytest
 
+from quantize import cli
 from quantize.caffenet import InferenceNet
 from quantize.commands.config import load
 from quantize.settings import Config
@@ -90,3 +93,31 @@ def make_job(job_template: Path, tmp_path: Path) -> Callable[[str], Job]:
 @pytest.fixture
 def job(make_job: Callable[[str], Job]) -> Job:
     return make_job("job")
+
+
+class Outcome(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Labelfree = Callable[..., Outcome]
+
+
+@pytest.fixture
+def labelfree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Labelfree:
+    """The command line, in this process."""
+
+    def run(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["labelfree", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return Outcome(code, printed.out, printed.err)
+
+    return run

@@ -14,7 +14,6 @@ import sys
 import termios
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,33 +26,9 @@ from quantize.caffenet.traits import Trait, traits_of
 from quantize.errors import InputError
 from quantize.numerics.grids import make_grid
 from quantize.numerics.solvers import fit
-from tests.conftest import Job
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
+from tests.conftest import Job, Labelfree, Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
-Labelfree = Callable[..., Outcome]
-
-
-@pytest.fixture
-def labelfree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Labelfree:
-    def run(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["labelfree", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        printed = capsys.readouterr()
-        return Outcome(code, printed.out, printed.err)
-
-    return run
 
 
 def assert_one_line(outcome: Outcome, *parts: str) -> None:

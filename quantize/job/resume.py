@@ -21,7 +21,7 @@ from quantize.job.feeds import calibration_phase, effective_transform, resizing,
 from quantize.job.given import Given
 from quantize.job.inputs import image_input
 from quantize.record import STAGES, Dependencies, RunRecord, StageName
-from quantize.settings import MOVED, Config
+from quantize.settings import Config
 
 LONGEST_SHOWN = 60
 
@@ -95,8 +95,6 @@ READ: Mapping[str, Mapping[StageName, When]] = {
 """Settings and files, and which stage's result depends on them. Memory and threads are among them because
 they decide in which order sums are added up: they change the last digits."""
 MODEL_FILES = ("model.prototxt", "model.caffe_proto", "model.weights")
-READ_BY_NO_STAGE = ("name", "output", "data.validation", *(f"renorm.{name}" for name in MOVED))
-"""The last ones are read where they are now."""
 
 
 def made_from(record: RunRecord, given: Given) -> bool:

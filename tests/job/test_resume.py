@@ -13,13 +13,16 @@ from quantize.caffenet import read_prototxt
 from quantize.data.sources import open_source
 from quantize.job.evaluation import evaluate_run
 from quantize.job.given import Given
-from quantize.job.resume import IMAGES_INPUT, READ, READ_BY_NO_STAGE, STAGE_BEFORE, dependencies
+from quantize.job.resume import IMAGES_INPUT, READ, STAGE_BEFORE, dependencies
 from quantize.job.run import Run
 from quantize.record import STAGES, StageName
-from quantize.settings import Config, Section
+from quantize.settings import MOVED, Config, Section
 from tests.conftest import Job
 from tests.heard import Heard
 from tests.nets import write_images
+
+READ_BY_NO_STAGE = ("name", "output", "data.validation", *(f"renorm.{name}" for name in MOVED))
+"""The last ones are read where they are now."""
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 import yaml
 
-from quantize import cli
 from quantize.caffenet import TRAIN, InferenceNet, NetParameter, format_prototxt, read_prototxt
 from quantize.commands.config import load
 from quantize.data import Images, Transform, open_source
@@ -22,6 +19,7 @@ from quantize.job.prototxts import deploy_prototxt
 from quantize.job.run import Run
 from quantize.measure.transform_check import Scaling
 from quantize.settings import RenormSettings
+from tests.conftest import Labelfree
 from tests.heard import Heard
 from tests.nets import CROPPED, RESIDUAL, parse, random_weights, trained_statistics, write_photos
 
@@ -74,24 +72,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Published:
 @pytest.fixture
 def published(template: Published, tmp_path: Path) -> Published:
     return Published(Path(shutil.copytree(template.folder, tmp_path / "net")))
-
-
-Labelfree = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def labelfree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Labelfree:
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["labelfree", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 CHOSEN = "data.transform: mean 104/117/123, no scale: fits best: means"

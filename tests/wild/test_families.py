@@ -2,46 +2,21 @@
 
 import json
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
 import numpy as np
 import pytest
 
-from quantize import cli
 from quantize.caffenet import InferenceNet, NetParameter, Weights, read_prototxt
 from quantize.caffenet.norms import norm_places, stored_statistics
 from quantize.caffenet.schema import AnnotatedDatum, BlobProto, Datum
+from tests.conftest import Labelfree
 from tests.nets import random_weights, write_photos
 from tests.wild.nets import FAMILIES, RECURRENT, SSD_TRAINED, Family
 
 IMAGES = 12
 RAW_TYPES = {"float16": (BlobProto.FLOAT16, "<f2"), "float64": (BlobProto.DOUBLE, "<f8")}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def labelfree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    def run(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["labelfree", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        printed = capsys.readouterr()
-        return Outcome(code, printed.out, printed.err)
-
-    return run
 
 
 def write_family(name: str, folder: Path) -> Family:
@@ -83,7 +58,7 @@ def annotate(path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_through_the_commands(
-    name: str, tmp_path: Path, labelfree: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, labelfree: Labelfree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = write_family(name, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -128,7 +103,7 @@ def test_a_family_through_the_commands(
 
 
 def test_a_detector_as_it_is_trained(
-    tmp_path: Path, labelfree: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, labelfree: Labelfree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its data layer is of a fork, too; both phases keep what they have."""
     write_family("ssd", tmp_path)
@@ -172,7 +147,7 @@ def check_statistics(folder: Path, name: str) -> None:
 
 
 def test_what_nobody_runs_in_the_middle_is_said_at_once(
-    tmp_path: Path, labelfree: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, labelfree: Labelfree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("net.prototxt").write_text(RECURRENT)
