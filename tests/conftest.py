@@ -121,3 +121,12 @@ def labelfree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         return Outcome(code, printed.out, printed.err)
 
     return run
+
+
+def assert_one_line(outcome: Outcome, *parts: str) -> None:
+    """Exit code 2 and one line that has all the parts."""
+    lines = [line for line in outcome.err.splitlines() if line.startswith("labelfree: ")]
+    assert (outcome.code, len(lines)) == (2, 1), outcome
+    assert "Traceback" not in outcome.err
+    for part in parts:
+        assert part in lines[0]

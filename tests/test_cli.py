@@ -26,18 +26,9 @@ from quantize.caffenet.traits import Trait, traits_of
 from quantize.errors import InputError
 from quantize.numerics.grids import make_grid
 from quantize.numerics.solvers import fit
-from tests.conftest import Job, Labelfree, Outcome
+from tests.conftest import Job, Labelfree, Outcome, assert_one_line
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def assert_one_line(outcome: Outcome, *parts: str) -> None:
-    """Exit code 2 and one line that has all the parts."""
-    lines = [line for line in outcome.err.splitlines() if line.startswith("labelfree: ")]
-    assert (outcome.code, len(lines)) == (2, 1), outcome
-    assert "Traceback" not in outcome.err
-    for part in parts:
-        assert part in lines[0]
 
 
 def test_the_usual_way(job: Job, labelfree: Labelfree) -> None:

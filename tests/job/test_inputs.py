@@ -19,9 +19,9 @@ from quantize.job.given import Given
 from quantize.job.inputs import told_shapes
 from quantize.job.run import Run
 from quantize.settings import Config
+from tests.conftest import Labelfree, assert_one_line
 from tests.heard import Heard
 from tests.nets import SEVERAL, parse, random_weights, write_images, write_several
-from tests.test_cli import Labelfree, assert_one_line, labelfree  # noqa: F401 - a fixture
 
 FEATURES = """
 name: "features"
@@ -115,7 +115,7 @@ def test_an_input_that_nothing_feeds(
     name: str,
     parts: list[str],
     command: str,
-    labelfree: Labelfree,  # noqa: F811
+    labelfree: Labelfree,
 ) -> None:
     if command == "evaluate":
         assert labelfree("quantize", "--config", several).code == 0
@@ -185,7 +185,7 @@ def test_values_that_do_not_fit(
     several: Path,
     spoil: Callable[[Path], None],
     parts: list[str],
-    labelfree: Labelfree,  # noqa: F811
+    labelfree: Labelfree,
 ) -> None:
     """One line, before any stage has taken its time."""
     spoil(several.parent)
@@ -193,7 +193,7 @@ def test_values_that_do_not_fit(
     assert not list(several.parent.glob("out/*"))
 
 
-def test_a_nan_in_a_file_is_found_when_it_is_read(several: Path, labelfree: Labelfree) -> None:  # noqa: F811
+def test_a_nan_in_a_file_is_found_when_it_is_read(several: Path, labelfree: Labelfree) -> None:
     values = np.zeros((2, 9, 9))
     values[1, 2, 3] = np.nan
     np.save(several.parent / "targets/07.npy", values)
@@ -223,7 +223,7 @@ def test_inputs_that_cannot_be(
     several: Path,
     assignment: str,
     parts: list[str],
-    labelfree: Labelfree,  # noqa: F811
+    labelfree: Labelfree,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(several.parent)
@@ -381,7 +381,7 @@ def test_the_shape_that_is_given_counts(
     given: list[str],
     transform: list[str],
     shape: list[int],
-    labelfree: Labelfree,  # noqa: F811
+    labelfree: Labelfree,
 ) -> None:
     yaml = shaped(text)
     keys = [argument for key in transform for argument in ("--set", f"data.transform.{key}")]
@@ -409,7 +409,7 @@ def test_images_of_another_shape_name_what_can_be_given(shaped: Callable[..., Pa
 
 def test_init_resizes_to_an_input_that_is_not_square(
     shaped: Callable[..., Path],
-    labelfree: Labelfree,  # noqa: F811
+    labelfree: Labelfree,
     tmp_path: Path,
 ) -> None:
     shaped(net_of(1, 3, 48, 40))
@@ -460,7 +460,7 @@ def test_a_transform_that_contradicts_itself_names_file_and_key(
     text: str,
     given: str,
     parts: list[str],
-    labelfree: Labelfree,  # noqa: F811
+    labelfree: Labelfree,
 ) -> None:
     outcome = labelfree("quantize", "--config", shaped(text), "--set", f"data.transform={given}")
     assert_one_line(outcome, *parts)
@@ -494,7 +494,7 @@ def test_what_is_given_replaces_what_it_excludes(
 # ---- Commands ----
 
 
-def test_doctor_looks_at_every_input(several: Path, labelfree: Labelfree) -> None:  # noqa: F811
+def test_doctor_looks_at_every_input(several: Path, labelfree: Labelfree) -> None:
     well = labelfree("doctor", "--config", several)
     assert well.code == 0, well.out
     assert "from target, image, info to fc2" in well.out
@@ -509,7 +509,7 @@ def test_doctor_looks_at_every_input(several: Path, labelfree: Labelfree) -> Non
 
 def test_init_says_what_is_to_be_filled_in(
     several: Path,
-    labelfree: Labelfree,  # noqa: F811
+    labelfree: Labelfree,
     tmp_path: Path,
 ) -> None:
     done = labelfree(
@@ -528,7 +528,7 @@ def test_init_says_what_is_to_be_filled_in(
     assert several.exists()
 
 
-def test_inspect_shows_the_whole_net(several: Path, labelfree: Labelfree) -> None:  # noqa: F811
+def test_inspect_shows_the_whole_net(several: Path, labelfree: Labelfree) -> None:
     folder = several.parent
     done = labelfree("inspect", folder / "net.prototxt", folder / "net.caffemodel", "--json")
     assert done.code == 0, done.err
@@ -566,7 +566,7 @@ layer { name: "cls" type: "InnerProduct" bottom: "fc6" top: "cls" inner_product_
 
 def test_layers_behind_a_type_that_needs_an_input_nobody_feeds(
     tmp_path: Path,
-    labelfree: Labelfree,  # noqa: F811
+    labelfree: Labelfree,
 ) -> None:
     """A detector: its proposals need the size of the image, and its classifier the proposals."""
     net = parse(DETECTOR)
@@ -649,7 +649,7 @@ def write_conv(folder: Path, text: str) -> None:
     write_images(folder / "lmdb", 3, (3, 40, 40))
 
 
-def test_stages_and_levels(tmp_path: Path, labelfree: Labelfree) -> None:  # noqa: F811
+def test_stages_and_levels(tmp_path: Path, labelfree: Labelfree) -> None:
     write_conv(tmp_path, ALL_IN_ONE)
     model = ["--prototxt", tmp_path / "net.prototxt", "--weights", tmp_path / "net.caffemodel"]
     job = [*model, "--calibration", tmp_path / "lmdb", "--output", tmp_path / "out"]
@@ -693,7 +693,7 @@ def test_another_stage_is_another_net_to_resume(tmp_path: Path) -> None:
     assert not any("skipped" in note for note in heard.notes)
 
 
-def test_a_data_layer_of_the_training_phase_only(tmp_path: Path, labelfree: Labelfree) -> None:  # noqa: F811
+def test_a_data_layer_of_the_training_phase_only(tmp_path: Path, labelfree: Labelfree) -> None:
     write_conv(tmp_path, TRAIN_ONLY)
     outcome = labelfree("inspect", tmp_path / "net.prototxt")
     assert_one_line(
